@@ -1,0 +1,89 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from .lowrank import LowRank, is_low_rank
+
+
+def nodes_with_path(tree: PyTree) -> list[tuple[str, Any]]:
+    """The leaves of a tree with their paths, LowRank nodes counted as leaves."""
+    flat, _ = jtu.tree_flatten_with_path(tree, is_leaf=is_low_rank)
+    return [(jtu.keystr(path) or "the root", leaf) for path, leaf in flat]
+
+
+def has_factors(x: Any) -> bool:
+    """Whether ``x`` is a LowRank node that holds arrays (not bools, labels or None)."""
+    return is_low_rank(x) and eqx.is_array_like(x.left) and eqx.is_array_like(x.right)
+
+
+def map_nodes(
+    f: Callable, updates: PyTree, *rest: PyTree, others: Callable | None = None
+) -> PyTree:
+    """Map ``f`` over the LowRank nodes of trees and leave other leaves as they are.
+
+    Args:
+        f: called with one LowRank of each tree.
+        updates: decides the structure. Nodes whose factors were masked out as a whole
+            (``optax.MaskedNode``, ``None``) are left alone.
+        *rest: further trees, of which the structure of ``updates`` is a prefix.
+        others: what to do with the leaves that are no LowRank nodes; by default the
+            leaf of ``updates`` is returned.
+
+    Returns:
+        A tree of the structure of ``updates``.
+
+    Raises:
+        ValueError: if one factor of a node is there and the other is not.
+    """
+
+    def apply(path, update, *nodes):
+        if not is_low_rank(update):
+            return update if others is None else others(update, *nodes)
+        present = [
+            eqx.is_array_like(factor)
+            for node in (update, *nodes)
+            for factor in (node.left, node.right)
+        ]
+        if all(present):
+            return f(update, *nodes)
+        if any(present):
+            raise ValueError(
+                f"The LowRank node at {jtu.keystr(path) or 'the root'} has lost one of "
+                "its factors: this transform needs both. Mask or label LowRank nodes as "
+                "a whole (is_leaf=lrjax.is_low_rank), not factor by factor."
+            )
+        return update
+
+    return jtu.tree_map_with_path(apply, updates, *rest, is_leaf=is_low_rank)
+
+
+def check_has_nodes(name: str, params: PyTree) -> None:
+    """Refuse a tree with array leaves but without a LowRank node.
+
+    A tree without any array is let through: optax calls ``init`` with placeholders.
+    """
+    leaves = jax.tree.leaves(params, is_leaf=is_low_rank)
+    arrays = any(eqx.is_array_like(leaf) for leaf in leaves)
+    if arrays and not any(is_low_rank(leaf) for leaf in leaves):
+        raise ValueError(
+            f"{name} found no lrjax.LowRank node in the parameters, so it would do "
+            "nothing. Build them with lrjax.LowRank or lrjax.adapt; for factor pairs in "
+            "dict, Flax or other trees wrap the transform in lrjax.on_pairs(tx, rule)."
+        )
+
+
+def check_params(name: str, params: PyTree | None) -> None:
+    """Refuse an update that was called without params."""
+    if params is None:
+        raise ValueError(
+            f"{name} needs the factors themselves: call tx.update(updates, state, params)."
+        )
+
+
+def like(node: LowRank, left: Any, right: Any) -> LowRank:
+    """A LowRank of the given factors, cast to the dtype of ``node``."""
+    return LowRank(left.astype(node.dtype), right.astype(node.dtype))

@@ -1,0 +1,110 @@
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike, Float
+
+from .._sharding import einsum
+
+
+def working_dtype(dtype) -> jnp.dtype:
+    """The dtype in which decompositions of ``dtype`` arrays run: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def gram(x: Float[Array, "*b n r"]) -> Float[Array, "*b r r"]:
+    """The Gram matrix ``xᵀ x`` of the columns of ``x``.
+
+    Args:
+        x: tall matrices ``(*b, n, r)``; ``n`` may be sharded.
+
+    Returns:
+        ``(*b, r, r)``, in float32 or wider, replicated over the mesh axes of ``n``.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> lrjax.linalg.gram(jnp.ones((3, 2))).tolist()
+        [[3.0, 3.0], [3.0, 3.0]]
+    """
+    x = x.astype(working_dtype(x.dtype))
+    return einsum("...nr,...ns->...rs", x, x)
+
+
+def _damped(
+    g: Float[Array, "*b r r"], damping: ArrayLike, relative: bool
+) -> tuple[Float[Array, "*b r r"], Float[Array, "*b"]]:
+    """``g + λI`` with λ never below the rounding error of ``g``, and the trace of g."""
+    r = g.shape[-1]
+    trace = jnp.trace(g, axis1=-2, axis2=-1)
+    damping = jnp.asarray(damping, g.dtype)
+    if relative:
+        damping = damping * trace / r
+    # Rounding perturbs the eigenvalues of g by a few eps·trace; with less than that on
+    # the diagonal a rank-deficient g has no Cholesky factor.
+    floor = 8 * jnp.finfo(g.dtype).eps * trace
+    damping = jnp.maximum(damping, floor)
+    # A zero factor has g = 0: any positive diagonal keeps the factorization finite, and
+    # the callers below replace the result by its pseudo-inverse, zero.
+    damping = jnp.where(trace + damping > 0, damping, 1)
+    return g + damping[..., None, None] * jnp.eye(r, dtype=g.dtype), trace
+
+
+def inverse_gram(
+    x: Float[Array, "*b n r"], damping: ArrayLike = 0.0, *, relative: bool = True
+) -> Float[Array, "*b r r"]:
+    """The damped inverse ``(xᵀx + λI)⁻¹``, finite for every finite ``x``.
+
+    ``λ = damping · tr(xᵀx)/r`` if ``relative`` (a dimensionless number: the result
+    scales as ``x⁻²``), else ``λ = damping`` (in units of ``x²``). λ is never smaller
+    than the rounding error of the Gram matrix, so that ``damping=0`` is safe for
+    repeated columns; for ``x = 0`` and ``damping=0`` the result is the pseudo-inverse,
+    zero. The inverse is a replicated ``r × r`` matrix: apply it with a matmul, which
+    keeps the sharding of the tall factor it multiplies.
+
+    Args:
+        x: tall matrices ``(*b, n, r)``.
+        damping: λ, or its ratio to the mean squared column norm. Non-negative.
+        relative: which of the two.
+
+    Returns:
+        ``(*b, r, r)`` symmetric positive semi-definite, in float32 or wider.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+        >>> lrjax.linalg.inverse_gram(x).round(4).tolist()
+        [[1.0, 0.0], [0.0, 0.25]]
+    """
+    root = inverse_root_gram(x, damping, relative=relative)
+    return einsum("...rk,...sk->...rs", root, root)
+
+
+def inverse_root_gram(
+    x: Float[Array, "*b n r"], damping: ArrayLike = 0.0, *, relative: bool = True
+) -> Float[Array, "*b r r"]:
+    """A root ``K`` of the damped inverse Gram matrix: ``K Kᵀ = (xᵀx + λI)⁻¹``.
+
+    ``K = C⁻ᵀ`` with the Cholesky factor ``xᵀx + λI = C Cᵀ``. It whitens: the columns
+    of ``x K`` are orthonormal up to the damping. Arguments, the floor under λ and the
+    zero case are those of :func:`inverse_gram`.
+
+    Args:
+        x: tall matrices ``(*b, n, r)``.
+        damping: λ, or its ratio to the mean squared column norm. Non-negative.
+        relative: which of the two.
+
+    Returns:
+        ``(*b, r, r)`` upper triangular, in float32 or wider.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> x = jnp.array([[3.0], [4.0]])
+        >>> print((x @ lrjax.linalg.inverse_root_gram(x)).round(4).ravel())
+        [0.6 0.8]
+    """
+    damped, trace = _damped(gram(x), damping, relative)
+    lower = jnp.linalg.cholesky(damped)
+    identity = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=lower.dtype), lower.shape)
+    root = lax.linalg.triangular_solve(
+        lower, identity, left_side=True, lower=True, transpose_a=True
+    )
+    is_zero = (trace == 0)[..., None, None] & (jnp.asarray(damping) == 0)
+    return jnp.where(is_zero, 0, root)

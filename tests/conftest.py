@@ -1,0 +1,66 @@
+import os
+import random
+
+import jax
+import jax.random as jr
+import matplotlib
+import numpy as np
+import pytest
+
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+matplotlib.use("Agg")
+
+
+@pytest.fixture
+def x64():
+    """Run one test with 64-bit types."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+class _GetKey:
+    """A stream of fresh keys whose seed shows in the report of a failing test."""
+
+    def __init__(self):
+        self.seed = int(os.environ.get("LRJAX_SEED", random.SystemRandom().getrandbits(31)))
+        self.count = 0
+
+    def __call__(self):
+        self.count += 1
+        return jr.fold_in(jr.key(self.seed), self.count)
+
+    def __repr__(self):
+        return f"getkey(replay with LRJAX_SEED={self.seed})"
+
+
+@pytest.fixture
+def getkey(request):
+    """New keys for each test; ``LRJAX_SEED=… pytest`` replays a failure."""
+    keys = _GetKey()
+    yield keys
+    report = getattr(request.node, "rep_call", None)
+    if report is not None and report.failed:
+        print(f"\nreplay with LRJAX_SEED={keys.seed}")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    outcome = yield
+    report = outcome.get_result()
+    setattr(item, f"rep_{report.when}", report)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_compiled_programs():
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
