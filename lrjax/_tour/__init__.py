@@ -1,0 +1,1 @@
+"""The parts of ``python -m lrjax``: each runs one job on real data and checks itself."""
