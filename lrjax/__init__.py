@@ -14,6 +14,22 @@ from .lowrank import (
     svd as svd,
     truncate as truncate,
 )
+from .recipes import (
+    opsa as opsa,
+    scaled_gd as scaled_gd,
+    scaled_subgradient as scaled_subgradient,
+)
+from .transforms import (
+    Pair as Pair,
+    add_nuclear_norm as add_nuclear_norm,
+    on_pairs as on_pairs,
+    pairs_by_name as pairs_by_name,
+    rebalance as rebalance,
+    scale_by_gram as scale_by_gram,
+    scale_by_polyak as scale_by_polyak,
+    scale_factors as scale_factors,
+    unit_norm as unit_norm,
+)
 
 
 __version__ = _version("lrjax")
