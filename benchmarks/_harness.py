@@ -1,0 +1,125 @@
+"""What every benchmark shares: interleaved timing, compiled cost, and the results file."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import jax
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of one call, waiting for its result."""
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]], repeats: int = 20
+) -> dict[str, list[float]]:
+    """Seconds of each function, one after the other in turn, after one warm-up call.
+
+    Turn by turn, so that a busy minute of the machine slows all of them alike.
+    """
+    for function in functions.values():
+        jax.block_until_ready(function())
+    seconds = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            seconds[name].append(timed(function))
+    return seconds
+
+
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """The median of each list of seconds."""
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def median_ratio(seconds: dict[str, list[float]], over: str, under: str) -> float:
+    """The median of the ratios of neighbouring runs, robust to a machine that drifts."""
+    pairs = zip(seconds[over], seconds[under], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def compiled_cost(function: Callable, *args) -> dict[str, float]:
+    """Flops, temporary bytes and compile seconds of a function, from XLA."""
+    lowered = jax.jit(function).lower(*args)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    return {
+        "flops": compiled.cost_analysis()["flops"],
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "compile_seconds": seconds,
+    }
+
+
+def bound(claim: str, value: float, *, at_most=None, at_least=None) -> dict:
+    """One declared bound and whether the measured value keeps it."""
+    limit, kind = (at_most, "at most") if at_least is None else (at_least, "at least")
+    ok = value <= limit if kind == "at most" else value >= limit
+    return {"claim": claim, "value": float(value), kind: limit, "ok": bool(ok)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def environment(*packages: str) -> dict:
+    """The device, the versions and the commit that the figures belong to."""
+    names = ("jax", "jaxlib", "optax", "equinox", "diffrax", "numpy", *packages)
+    device = jax.devices()[0]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in names},
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def write_results(name: str, rows: list[dict], bounds: list[dict], *packages: str) -> None:
+    """Print and store the figures; exit with status 1 if a declared bound is broken."""
+    result = {"environment": environment(*packages), "rows": rows, "bounds": bounds}
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    for row in rows:
+        print("  ".join(f"{key}={_short(value)}" for key, value in row.items()))
+    for item in bounds:
+        kind = "at most" if "at most" in item else "at least"
+        verdict = "ok    " if item["ok"] else "MISSED"
+        print(f"{verdict} {item['claim']}: {_short(item['value'])} ({kind} {item[kind]})")
+    sys.exit(0 if all(item["ok"] for item in bounds) else 1)
+
+
+def _short(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value
