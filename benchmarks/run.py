@@ -1,4 +1,4 @@
-"""Run every benchmark, or those whose names contain a word: ``python benchmarks/run.py gram``.
+"""Run all benchmarks, or those with a word in the name: ``python benchmarks/run.py gram``.
 
 Each script answers one question, writes ``results/<name>.json`` and exits with status 1
 if a bound that it declares is broken.

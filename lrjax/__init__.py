@@ -19,6 +19,7 @@ from .recipes import (
     scaled_gd as scaled_gd,
     scaled_subgradient as scaled_subgradient,
 )
+from .sweep import sweep as sweep
 from .transforms import (
     Pair as Pair,
     add_nuclear_norm as add_nuclear_norm,
