@@ -2,7 +2,8 @@
 
 from importlib.metadata import version as _version
 
-from . import linalg as linalg
+from . import flows as flows, linalg as linalg, metrics as metrics
+from .flows import FlowSolution as FlowSolution, gradient_flow as gradient_flow
 from .lowrank import (
     LowRank as LowRank,
     SVDForm as SVDForm,
@@ -18,6 +19,16 @@ from .recipes import (
     opsa as opsa,
     scaled_gd as scaled_gd,
     scaled_subgradient as scaled_subgradient,
+)
+from .recovery import (
+    Problem as Problem,
+    Solution as Solution,
+    matrix_completion as matrix_completion,
+    matrix_sensing as matrix_sensing,
+    phase_retrieval as phase_retrieval,
+    robust_pca as robust_pca,
+    solve as solve,
+    spectral_init as spectral_init,
 )
 from .sweep import sweep as sweep
 from .transforms import (

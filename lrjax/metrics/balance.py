@@ -1,0 +1,57 @@
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._sharding import einsum
+from ..lowrank import LowRank
+
+
+def imbalance(x: LowRank) -> Float[Array, "*batch r r"]:
+    """How unequal two factors are: ``D = leftᵀleft − rightᵀright``.
+
+    Every gradient flow conserves D if its loss depends on the factors through their
+    product alone: also that of an adapter inside a nonlinear network. Gradient descent
+    moves it by O(learning rate²) a step.
+
+    Args:
+        x: factors ``(*batch, m, r)`` and ``(*batch, n, r)``.
+
+    Returns:
+        The symmetric matrices D, zero for balanced factors.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> x = lrjax.LowRank(jnp.full((2, 1), 2.0), jnp.ones((3, 1)))
+        >>> lrjax.metrics.imbalance(x).tolist()
+        [[5.0]]
+
+    Reference:
+        S. Arora, N. Cohen, E. Hazan (2018), arXiv 1802.06509; S. Du, W. Hu, J. Lee
+        (2018), arXiv 1806.00900.
+    """
+    lefts = einsum("...mr,...ms->...rs", x.left, x.left)
+    return lefts - einsum("...nr,...ns->...rs", x.right, x.right)
+
+
+def balance_drift(x: LowRank, start: LowRank) -> Float[Array, "*batch"]:
+    """How far the imbalance has moved since the start: ``‖D − D₀‖_F``.
+
+    For an integrator of a gradient flow it is an error gauge that needs no exact
+    solution; for gradient descent it measures how far from the flow it is.
+
+    Args:
+        x: the factors now; may have more batch axes (the times of a trajectory).
+        start: the factors at the start.
+
+    Returns:
+        ``(*batch,)``.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> x = lrjax.LowRank(jnp.ones((2, 1)), jnp.ones((3, 1)))
+        >>> y = lrjax.LowRank(2 * jnp.ones((2, 1)), jnp.ones((3, 1)))
+        >>> float(lrjax.metrics.balance_drift(y, x))
+        6.0
+    """
+    now, before = imbalance(x), imbalance(start)
+    before = before.reshape((1,) * (now.ndim - before.ndim) + before.shape)
+    return jnp.linalg.norm(now - before, axis=(-2, -1))
