@@ -2,7 +2,12 @@
 
 from importlib.metadata import version as _version
 
-from . import flows as flows, linalg as linalg, metrics as metrics
+from . import (
+    flows as flows,
+    linalg as linalg,
+    metrics as metrics,
+    subspaces as subspaces,
+)
 from .flows import FlowSolution as FlowSolution, gradient_flow as gradient_flow
 from .lowrank import (
     LowRank as LowRank,
@@ -36,6 +41,7 @@ from .transforms import (
     add_nuclear_norm as add_nuclear_norm,
     on_pairs as on_pairs,
     pairs_by_name as pairs_by_name,
+    project_updates as project_updates,
     rebalance as rebalance,
     scale_by_gram as scale_by_gram,
     scale_by_polyak as scale_by_polyak,

@@ -1,4 +1,5 @@
 import jax
+import numpy as np
 from jaxtyping import ArrayLike
 
 
@@ -6,7 +7,8 @@ def check_non_negative(function: str, argument: str, value: ArrayLike) -> None:
     """Refuse negative numbers; tracers and schedules cannot be looked at and pass."""
     if callable(value) or isinstance(value, jax.core.Tracer):
         return
-    if not bool((jax.numpy.asarray(value) >= 0).all()):
+    # NumPy, because jax.numpy would trace the comparison inside a jitted function.
+    if not bool((np.asarray(value) >= 0).all()):
         raise ValueError(f"{function} needs {argument} >= 0, got {value}.")
 
 

@@ -1,0 +1,26 @@
+"""Recover low-rank matrices from corrupted, partial or indirect measurements."""
+
+from .losses import (
+    L1 as L1,
+    Huber as Huber,
+    Objective as Objective,
+    Quantile as Quantile,
+    Squared as Squared,
+)
+from .operators import (
+    DenseSensing as DenseSensing,
+    Entries as Entries,
+    Identity as Identity,
+    Masked as Masked,
+    Operator as Operator,
+    RankOneSensing as RankOneSensing,
+)
+from .problem import Problem as Problem
+from .problems import (
+    matrix_completion as matrix_completion,
+    matrix_sensing as matrix_sensing,
+    phase_retrieval as phase_retrieval,
+    robust_pca as robust_pca,
+)
+from .solve import History as History, Solution as Solution, solve as solve
+from .spectral_init import spectral_init as spectral_init

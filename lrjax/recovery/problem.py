@@ -1,0 +1,68 @@
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..lowrank import LowRank, add, norm
+from .losses import Objective
+from .operators import Operator
+
+
+class Problem(eqx.Module):
+    """Find a low-rank matrix from measurements: ``min objective(A(X) − y)``.
+
+    A pytree whose data are leaves: give problems to jitted functions as arguments, and
+    ``vmap`` over problems, or over one member's options with the problem unbatched.
+
+    Attributes:
+        operator: ``A``, what is measured of a matrix.
+        targets: ``y``, the measurements.
+        objective: what is minimized of the residuals.
+        truth: the matrix to be found, in factors or dense, where it is known.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> from lrjax import recovery
+        >>> x = lrjax.LowRank(jnp.ones((2, 1)), jnp.ones((3, 1)))
+        >>> y = 2 * jnp.ones((2, 3))
+        >>> problem = recovery.Problem(recovery.Identity((2, 3)), y, recovery.L1(), y)
+        >>> float(problem.loss(x)), float(problem.relative_error(x).round(4))
+        (6.0, 0.5)
+    """
+
+    operator: Operator
+    targets: Float[Array, "..."]
+    objective: Objective
+    truth: LowRank | Float[Array, "m n"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)``, the shape of the matrix to be found."""
+        return self.operator.shape
+
+    def residual(self, x: LowRank) -> Float[Array, "..."]:
+        """``A(X) − y``."""
+        return self.operator(x) - self.targets
+
+    def loss(self, x: LowRank) -> Float[Array, ""]:
+        """The objective at a matrix in factors.
+
+        At the truth it is the ``f_min`` of Polyak steps, if the truth has low rank.
+        """
+        return self.objective(self.residual(x))
+
+    def relative_error(self, x: LowRank) -> Float[Array, ""]:
+        """``‖X − truth‖_F / ‖truth‖_F``.
+
+        Raises:
+            ValueError: if the truth is not known.
+        """
+        if self.truth is None:
+            raise ValueError(
+                "relative_error needs the truth, which this problem does not have "
+                "(truth=None); watch problem.loss(x) instead."
+            )
+        if isinstance(self.truth, LowRank):
+            difference = add(x, LowRank(-self.truth.left, self.truth.right))
+            return norm(difference) / norm(self.truth)
+        difference = x.materialize() - self.truth
+        return jnp.linalg.norm(difference) / jnp.linalg.norm(self.truth)

@@ -1,0 +1,236 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+
+from .._batching import any_member
+from .._sharding import einsum
+from ..lowrank import LowRank
+from .problem import Problem
+
+
+class History(eqx.Module):
+    """What was measured at the start of every step, ``(steps,)`` each.
+
+    Attributes:
+        loss: the objective.
+        relative_error: distance to the truth, or ``None`` if the truth is not known.
+        relative_step: how far the step moved the matrix, to first order,
+            ``‖dL Rᵀ + L dRᵀ‖_F / ‖X‖_F``: needs no truth, and falls with the error.
+        finite: whether loss and step were finite numbers.
+        observed: what ``observe`` returned.
+    """
+
+    loss: Float[Array, "..."]
+    relative_error: Float[Array, "..."] | None
+    relative_step: Float[Array, "..."]
+    finite: Bool[Array, "..."]
+    observed: PyTree
+
+
+class Solution(eqx.Module):
+    """The result of :func:`solve`.
+
+    Attributes:
+        x: the matrix found, in factors.
+        state: the state of the optimizer, to continue from.
+        history: measurements of every step; after an early stop the last ones repeat.
+        steps: the steps taken.
+    """
+
+    x: LowRank
+    state: PyTree
+    history: History
+    steps: Int[Array, ""]
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw loss, relative error and step size against the steps, logarithmically.
+
+        Args:
+            ax: matplotlib axes; by default those of a new figure.
+
+        Returns:
+            The axes.
+        """
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError as error:
+            raise ImportError("plots need matplotlib: pip install 'lrjax[plot]'") from error
+        if ax is None:
+            ax = plt.figure(layout="constrained").add_subplot()
+        taken = int(self.steps)
+        for name in ("loss", "relative_error", "relative_step"):
+            values = getattr(self.history, name)
+            if values is not None:
+                ax.semilogy(values[:taken], label=name.replace("_", " "))
+        ax.set_xlabel("step")
+        ax.legend()
+        return ax
+
+
+def solve(
+    problem: Problem,
+    tx: optax.GradientTransformation,
+    init: LowRank,
+    *,
+    steps: int,
+    tol: ArrayLike | None = None,
+    observe: Callable[[LowRank], PyTree] | None = None,
+    callback: Callable[[Array, Array], None] | None = None,
+    progress: bool = False,
+) -> Solution:
+    """Minimize the loss of a recovery problem over the factors with any optax optimizer.
+
+    One ``lax.scan``. The optimizer is handed ``value``, the loss, and ``grad``, the raw
+    gradient, as extra arguments. Under ``vmap`` every member stops by itself; the
+    computation ends when all have.
+
+    Args:
+        problem: what to recover.
+        tx: the optimizer, for instance :func:`lrjax.opsa`.
+        init: the start, for instance of :func:`spectral_init`; its width is the
+            largest rank of the result.
+        steps: at most as many steps.
+        tol: stop when a step moves the matrix by less than ``tol`` times its norm, or
+            by something that is not finite. ``None`` takes all steps, and only then can
+            the result be differentiated in reverse mode.
+        observe: called with the factors in every step; what it returns is stacked in
+            ``history.observed``.
+        callback: called on the host with the step and the loss, about a hundred times.
+        progress: show a progress bar (needs tqdm).
+
+    Returns:
+        A :class:`Solution`.
+
+    Raises:
+        ValueError: if the start has not the shape of the problem, or ``steps < 1``.
+
+    Example:
+        >>> import jax, lrjax
+        >>> key = jax.random.key(0)
+        >>> problem = lrjax.matrix_sensing(key, (9, 7), 1, 200, outlier_fraction=0.1)
+        >>> start = lrjax.spectral_init(problem, 1, key=key)
+        >>> tx = lrjax.scaled_subgradient(f_min=problem.loss(problem.truth))
+        >>> solution = lrjax.solve(problem, tx, start, steps=100)
+        >>> bool(problem.relative_error(solution.x) < 1e-4)
+        True
+    """
+    if init.shape != problem.shape:
+        raise ValueError(
+            f"the start has shape {init.shape}, the problem recovers a matrix of shape "
+            f"{problem.shape}."
+        )
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+    tx = optax.with_extra_args_support(tx)
+    report = _reporter(steps, callback, progress)
+
+    def step(carry: _Carry, index) -> tuple[_Carry, History]:
+        x = carry.x
+        value, grad = jax.value_and_grad(problem.loss)(x)
+        updates, state = tx.update(grad, carry.state, x, value=value, grad=grad)
+        relative_step = _relative_move(x, updates)
+        record = History(
+            loss=value,
+            relative_error=None if problem.truth is None else problem.relative_error(x),
+            relative_step=relative_step,
+            finite=jnp.isfinite(value) & jnp.isfinite(relative_step),
+            observed=None if observe is None else observe(x),
+        )
+        report(index, value)
+        running = carry.running
+        if tol is not None:
+            # A NaN compares false, so a member that diverged stops too.
+            running = running & (relative_step > tol) & record.finite
+        new = _Carry(optax.apply_updates(x, updates), state, running, carry.taken + 1)
+        return new, record
+
+    start = _Carry(init, tx.init(init), jnp.array(True), jnp.zeros((), jnp.int32))
+    if tol is None:
+        end, history = lax.scan(step, start, jnp.arange(steps))
+    else:
+        end, history = _scan_until_stopped(step, start, steps)
+    return Solution(end.x, end.state, history, end.taken)
+
+
+class _Carry(eqx.Module):
+    x: LowRank
+    state: PyTree
+    running: Array
+    taken: Array
+
+
+def _scan_until_stopped(step: Callable, start: _Carry, steps: int):
+    """Scan a step; members that have stopped keep their values and their last record."""
+
+    def guarded(carry, index):
+        def advance(old):
+            new, record = step(old[0], index)
+            return _where(old[0].running, (new, record), old)
+
+        carry = lax.cond(any_member(carry[0].running), advance, lambda old: old, carry)
+        return carry, carry[1]
+
+    first = jax.eval_shape(step, start, jnp.zeros((), jnp.int32))[1]
+    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+    (end, _), history = lax.scan(guarded, (start, blank), jnp.arange(steps))
+    return end, history
+
+
+def _where(predicate: Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(predicate, a, b), new, old)
+
+
+def _relative_move(x: LowRank, updates: LowRank) -> Float[Array, ""]:
+    """``‖dL Rᵀ + L dRᵀ‖ / ‖L Rᵀ‖`` from r × r Gram matrices."""
+
+    def products(a: Array, b: Array) -> Array:
+        return einsum("...nr,...ns->...rs", a, b)
+
+    gram_left, gram_right = products(x.left, x.left), products(x.right, x.right)
+    cross_left = products(x.left, updates.left)
+    cross_right = products(updates.right, x.right)
+    square = (
+        jnp.sum(products(updates.left, updates.left) * gram_right)
+        + jnp.sum(products(updates.right, updates.right) * gram_left)
+        + 2 * jnp.sum(cross_left * cross_right)
+    )
+    size = jnp.sum(gram_left * gram_right)
+    return jnp.sqrt(jnp.maximum(square, 0) / jnp.where(size > 0, size, 1))
+
+
+def _reporter(steps: int, callback: Callable | None, progress: bool) -> Callable:
+    """A function ``(step, loss)`` that tells the host about a hundred times."""
+    if callback is None and not progress:
+        return lambda index, value: None
+    bar = _progress_bar(steps) if progress else None
+    every = max(1, steps // 100)
+
+    def tell(index, value):
+        if bar is not None:
+            bar.update(min(every, steps - bar.n))
+            bar.set_postfix(loss=f"{float(value):.3e}")
+        if callback is not None:
+            callback(index, value)
+
+    def report(index, value):
+        lax.cond(
+            index % every == 0,
+            lambda: jax.debug.callback(tell, index, value),
+            lambda: None,
+        )
+
+    return report
+
+
+def _progress_bar(steps: int):
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress bars need tqdm: pip install 'lrjax[sweep]'") from error
+    return tqdm(total=steps)
