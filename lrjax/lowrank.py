@@ -6,7 +6,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from ._sharding import einsum
-from .linalg.gram import working_dtype
+from .linalg.gram import identity_like, working_dtype
 
 
 def _check_factor(owner: str, name: str, x: Any) -> None:
@@ -172,7 +172,11 @@ class SVDForm(eqx.Module):
         """The core with the rows and columns that are not in use set to zero."""
         if self.active is None:
             return self.core
-        used = jnp.arange(self.left.shape[-1]) < self.active[..., None]
+        active = self.active[..., None]
+        column = lax.broadcasted_iota(
+            jnp.int32, (*active.shape[:-1], self.left.shape[-1]), active.ndim - 1
+        )
+        used = column < active
         return jnp.where(used[..., :, None] & used[..., None, :], self.core, 0)
 
     def materialize(self) -> Float[Array, "*batch m n"]:
@@ -244,7 +248,7 @@ def svd(x: LowRank) -> SVDForm:
     u, s, vt = jnp.linalg.svd(einsum("...rk,...sk->...rs", rl, rr), full_matrices=False)
     left = einsum("...mr,...rs->...ms", ql, u)
     right = einsum("...nr,...sr->...ns", qr, vt)
-    core = s[..., :, None] * jnp.eye(x.rank, dtype=s.dtype)
+    core = s[..., :, None] * identity_like(vt)
     return SVDForm(*(a.astype(x.dtype) for a in (left, core, right)))
 
 

@@ -57,4 +57,4 @@ def with_spectrum(key, m, n, values, dtype=jnp.float32):
     kl, kr = jr.split(key)
     u = jnp.linalg.qr(jr.normal(kl, (m, len(values)), dtype))[0]
     v = jnp.linalg.qr(jr.normal(kr, (n, len(values)), dtype))[0]
-    return (u * values) @ v.T
+    return (u * values[None]) @ v.T

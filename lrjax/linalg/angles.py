@@ -7,8 +7,8 @@ from .orthonormalize import orthonormalize
 
 
 def principal_angles(
-    x: Float[Array, "*b n r"], y: Float[Array, "*b n s"]
-) -> Float[Array, "*b k"]:
+    x: Float[Array, "*b n r"], y: Float[Array, "*b k s"]
+) -> Float[Array, "*b d"]:
     """The principal angles between the column spaces of two matrices, in radians.
 
     With orthonormal bases ``Q_x``, ``Q_y``: cosines are the singular values of

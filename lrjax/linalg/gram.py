@@ -10,6 +10,11 @@ def working_dtype(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def identity_like(g: Float[Array, "*b r r"]) -> Float[Array, "*b r r"]:
+    """Identity matrices of the shape and dtype of a stack of square matrices."""
+    return jnp.broadcast_to(jnp.eye(g.shape[-1], dtype=g.dtype), g.shape)
+
+
 def gram(x: Float[Array, "*b n r"]) -> Float[Array, "*b r r"]:
     """The Gram matrix ``xᵀ x`` of the columns of ``x``.
 
@@ -44,7 +49,7 @@ def _damped(
     # A zero factor has g = 0: any positive diagonal keeps the factorization finite, and
     # the callers below replace the result by its pseudo-inverse, zero.
     damping = jnp.where(trace + damping > 0, damping, 1)
-    return g + damping[..., None, None] * jnp.eye(r, dtype=g.dtype), trace
+    return g + damping[..., None, None] * identity_like(g), trace
 
 
 def inverse_gram(
@@ -102,9 +107,8 @@ def inverse_root_gram(
     """
     damped, trace = _damped(gram(x), damping, relative)
     lower = jnp.linalg.cholesky(damped)
-    identity = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=lower.dtype), lower.shape)
     root = lax.linalg.triangular_solve(
-        lower, identity, left_side=True, lower=True, transpose_a=True
+        lower, identity_like(lower), left_side=True, lower=True, transpose_a=True
     )
     is_zero = (trace == 0)[..., None, None] & (jnp.asarray(damping) == 0)
     return jnp.where(is_zero, 0, root)

@@ -1,0 +1,71 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import pytest
+
+from lrjax.linalg import orthonormalize
+from tests.helpers import all_finite, assert_close, relative_error, tol
+from tests.linalg.test_gram import matrices
+
+
+METHODS = ["qr", "cholesky"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e5])
+def test_orthonormal_and_spans_the_columns(getkey, method, condition):
+    x = jr.normal(getkey(), (200, 8)) * jnp.geomspace(1, 1 / condition, 8)[None]
+    q = orthonormalize(x, method=method)
+    assert relative_error(q.T @ q, jnp.eye(8)) <= tol(q)
+    assert relative_error(q @ (q.T @ x), x) <= tol(q)
+    upper = q.T @ x
+    assert (jnp.diag(upper) > 0).all()
+    assert relative_error(jnp.triu(upper), upper) <= tol(q)
+
+
+def test_the_two_methods_agree(getkey, x64):
+    x = jr.normal(getkey(), (60, 5), jnp.float64)
+    assert_close(
+        orthonormalize(x, method="cholesky"), orthonormalize(x, method="qr"), condition=100
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_finite_for_every_matrix(getkey, method):
+    for name, x in matrices(getkey()).items():
+        q = orthonormalize(x, method=method)
+        assert all_finite(q), name
+        assert jnp.linalg.norm(q, ord=2) <= 1 + tol(q), name
+
+
+def test_qr_completes_a_rank_deficient_basis(getkey):
+    x = jr.normal(getkey(), (20, 3))
+    for deficient in (jnp.zeros((20, 3)), x.at[:, 2].set(x[:, 0])):
+        q = orthonormalize(deficient)
+        assert_close(q.T @ q, jnp.eye(3))
+
+
+def test_columns_may_change_sign_without_moving_the_others(getkey):
+    x = jr.normal(getkey(), (20, 4))
+    signs = jnp.array([[1.0, -1.0, -1.0, 1.0]])
+    assert_close(orthonormalize(x * signs) * signs, orthonormalize(x), condition=10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_dtype_and_batch(getkey, method, dtype):
+    x = jr.normal(getkey(), (3, 12, 4)).astype(dtype)
+    q = orthonormalize(x, method=method)
+    assert q.dtype == dtype
+    loop = jnp.stack([orthonormalize(a, method=method) for a in x])
+    assert_close(q, loop, condition=10)
+
+
+def test_not_differentiated_through(getkey):
+    x = jr.normal(getkey(), (5, 2))
+    assert not jax.grad(lambda a: orthonormalize(a).sum())(x).any()
+
+
+def test_refuses_a_wide_matrix():
+    with pytest.raises(ValueError, match=r"tall matrix.*\(2, 5\)"):
+        orthonormalize(jnp.ones((2, 5)))
