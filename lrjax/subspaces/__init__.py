@@ -1,0 +1,60 @@
+"""Which subspace an optimizer works in, when it moves, and what becomes of the rest."""
+
+from .basis import (
+    Basis as Basis,
+    Dense as Dense,
+    Refresh as Refresh,
+    Rows as Rows,
+    fixed as fixed,
+    gram_eigh as gram_eigh,
+    randomized_svd as randomized_svd,
+    range_finder as range_finder,
+    svd as svd,
+    switch as switch,
+)
+from .carry import (
+    Carry as Carry,
+    Change as Change,
+    Moments as Moments,
+    align as align,
+    keep as keep,
+    register_roles as register_roles,
+    reset as reset,
+    rotate as rotate,
+    rotate_variance as rotate_variance,
+    seeded_reset as seeded_reset,
+)
+from .lift import (
+    Feedback as Feedback,
+    Lift as Lift,
+    Projected as Projected,
+    apollo as apollo,
+    blend as blend,
+    error_feedback as error_feedback,
+    fira as fira,
+    outer as outer,
+    project as project,
+    residual as residual,
+    sampled_residual as sampled_residual,
+    sign_residual as sign_residual,
+)
+from .power import power as power
+from .sampled import (
+    gaussian as gaussian,
+    random_orthonormal as random_orthonormal,
+    rows as rows,
+    sampled_svd as sampled_svd,
+)
+from .schedule import (
+    Schedule as Schedule,
+    Turn as Turn,
+    adaptive as adaptive,
+    always as always,
+    every as every,
+    external as external,
+)
+from .view import (
+    MatrixSpec as MatrixSpec,
+    is_hidden_matrix as is_hidden_matrix,
+    matrix_shape as matrix_shape,
+)
