@@ -8,6 +8,15 @@ from . import (
     metrics as metrics,
     subspaces as subspaces,
 )
+from .adapters import (
+    LoRA as LoRA,
+    adapt as adapt,
+    bind as bind,
+    detach as detach,
+    materialize as materialize,
+    merge as merge,
+    partition as partition,
+)
 from .flows import FlowSolution as FlowSolution, gradient_flow as gradient_flow
 from .lowrank import (
     LowRank as LowRank,
@@ -45,6 +54,8 @@ from .transforms import (
     rebalance as rebalance,
     scale_by_gram as scale_by_gram,
     scale_by_polyak as scale_by_polyak,
+    scale_by_smooth_polar as scale_by_smooth_polar,
+    scale_by_tangent as scale_by_tangent,
     scale_factors as scale_factors,
     unit_norm as unit_norm,
 )
