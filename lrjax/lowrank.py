@@ -282,9 +282,11 @@ def truncate(x: LowRank | SVDForm, rank: int) -> LowRank:
     decomposition = svd(x)
     root = jnp.sqrt(jnp.diagonal(decomposition.core, axis1=-2, axis2=-1))
     root = root[..., None, :rank]
-    return LowRank(
-        decomposition.left[..., :rank] * root, decomposition.right[..., :rank] * root
-    )
+    left, right = decomposition.left[..., :rank], decomposition.right[..., :rank]
+    # Singular vectors have a common sign to choose; the sum of both is symmetric in them.
+    total = jnp.sum(left, axis=-2, keepdims=True) + jnp.sum(right, axis=-2, keepdims=True)
+    root = jnp.where(total < 0, -root, root)
+    return LowRank(left * root, right * root)
 
 
 def balance(x: LowRank) -> LowRank:

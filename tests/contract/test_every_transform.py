@@ -1,0 +1,272 @@
+"""What every transform and recipe must do, whatever its mathematics."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import lrjax
+from tests.helpers import all_finite, assert_close
+from tests.registry import ENTRIES, PARAMS, loss
+
+
+every = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
+KEY = jr.key(7)
+
+
+def those(condition):
+    """Only the entries for which a property is claimed."""
+    chosen = {name: e for name, e in ENTRIES.items() if condition(e)}
+    return pytest.mark.parametrize("entry", chosen.values(), ids=chosen.keys())
+
+
+def problem(entry, dtype=jnp.float32):
+    params = PARAMS[entry.params](KEY, dtype)
+    value, grads = jax.value_and_grad(loss)(params)
+    return params, value, grads
+
+
+def step(tx, state, params, **extra):
+    """One update with everything that some transform asks for."""
+    value, grads = jax.value_and_grad(loss)(params)
+    return tx.update(grads, state, params, value=value, grad=grads, **extra)
+
+
+def run(tx, params, steps=3):
+    """A few steps of training in one program."""
+
+    def body(carry, _):
+        params, state = carry
+        updates, state = step(tx, state, params)
+        return (optax.apply_updates(params, updates), state), updates
+
+    return jax.lax.scan(body, (params, tx.init(params)), length=steps)
+
+
+@every
+def test_jit_is_eager_and_compiles_once(entry):
+    params, _, _ = problem(entry)
+    tx = entry.make()
+
+    traces = []
+
+    @jax.jit
+    def jitted(state, params):
+        traces.append(1)
+        return step(tx, state, params, an_unknown_extra_argument=1)
+
+    state = tx.init(params)
+    first, first_state = jitted(state, params)
+    second, _ = jitted(first_state, params)
+    assert len(traces) == 1
+    eager, eager_state = step(tx, state, params)
+    assert_close(first, eager, condition=100)
+    assert_close(second, step(tx, eager_state, params)[0], condition=100)
+    assert jax.tree.structure(first) == jax.tree.structure(params)
+
+
+@every
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+def test_dtypes_shapes_and_structure_are_fixed_points(entry, dtype, x64):
+    params, _, _ = problem(entry, dtype)
+    tx = entry.make()
+    state = jax.eval_shape(tx.init, params)
+    updates, new_state = jax.eval_shape(lambda s, p: step(tx, s, p), state, params)
+    for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True):
+        assert u.dtype == dtype
+        assert u.shape == p.shape
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    for before, after in zip(
+        jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True
+    ):
+        assert (before.shape, before.dtype) == (after.shape, after.dtype)
+
+
+@every
+def test_state_holds_plain_arrays(entry):
+    params, _, _ = problem(entry)
+    for leaf in jax.tree.leaves(entry.make().init(params)):
+        assert isinstance(leaf, jax.Array)
+        assert leaf.size > 0
+        assert not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+@those(lambda e: e.numbers)
+def test_vmap_over_hyperparameters_is_a_loop(entry):
+    params, _, _ = problem(entry)
+    grid = {
+        name: jnp.array([entry.arguments[name], other])
+        for name, other in entry.numbers.items()
+    }
+    one = jax.jit(lambda point: run(entry.make(**point), params)[1])
+    together = jax.vmap(one)(grid)
+    apart = [one({name: v[i] for name, v in grid.items()}) for i in range(2)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *apart)
+    assert_close(together, stacked, condition=1e3)
+
+
+@those(lambda e: e.stacks)
+def test_a_stack_is_a_loop_over_its_layers(entry):
+    params, _, _ = problem(entry)
+    tx = entry.make()
+    gradient = {"stack": jax.grad(loss)(params)["stack"]}
+
+    def one(p, g):
+        extra = {"value": jnp.array(0.7), "grad": g}
+        return tx.update(g, tx.init(p), p, **extra)[0]
+
+    whole = one({"stack": params["stack"]}, gradient)
+    for layer in range(3):
+        cut = lambda t, i=layer: jax.tree.map(lambda x: x[i], t)
+        alone = one(cut({"stack": params["stack"]}), cut(gradient))
+        assert_close(cut(whole), alone, condition=1e3)
+
+
+@those(lambda e: e.numbers)
+def test_inject_hyperparams_changes_nothing(entry):
+    params, _, _ = problem(entry)
+    # Strings, flags and None are not numbers; arguments that are functions are static.
+    static = (*entry.static, *(k for k, v in entry.arguments.items() if callable(v)))
+    injected = optax.inject_hyperparams(entry.factory, static_args=static)(
+        **entry.arguments
+    )
+    assert set(entry.numbers) <= set(injected.init(params).hyperparams)
+    got = jax.jit(lambda p: run(injected, p)[1])(params)
+    assert_close(got, jax.jit(lambda p: run(entry.make(), p)[1])(params), condition=1e3)
+
+
+@those(lambda e: "learning_rate" in e.arguments)
+def test_learning_rate_may_be_a_schedule(entry):
+    params, _, _ = problem(entry)
+    schedule = lambda count: jnp.where(count < 2, entry.arguments["learning_rate"], 0.0)
+    updates = run(entry.make(learning_rate=schedule), params)[1]
+    plain = run(entry.make(), params)[1]
+    first = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+    assert_close(first(updates, 0), first(plain, 0), condition=100)
+    if not entry.arguments.get("rebalance"):
+        assert not any(np.any(x) for x in jax.tree.leaves(first(updates, 2)))
+
+
+@every
+def test_multi_steps_masked_and_partition(entry):
+    params, value, grads = problem(entry)
+    tx = entry.make()
+    plain, _ = step(tx, tx.init(params), params)
+    is_node = lrjax.is_low_rank
+
+    multi = optax.MultiSteps(tx, every_k_schedule=2)
+    state = multi.init(params)
+    for _ in range(2):
+        updates, state = multi.update(grads, state, params, value=value, grad=grads)
+    assert_close(updates, plain, condition=1e3)
+
+    def mask(tree):
+        return jax.tree.map(lambda x: is_node(x) or x.ndim > 1, tree, is_leaf=is_node)
+
+    masked = optax.masked(tx, mask)
+    updates, _ = (
+        masked.update(grads, masked.init(params), params, value=value, grad=grads)
+        if not entry.extra
+        else (plain, None)
+    )
+    assert_close(updates["stack"], plain["stack"], condition=1e3)
+
+    def labels(tree):
+        name = lambda x: "matrix" if is_node(x) or x.ndim > 1 else "vector"
+        return jax.tree.map(name, tree, is_leaf=is_node)
+
+    if not entry.extra:
+        parts = optax.partition({"matrix": tx, "vector": optax.sgd(1.0)}, labels)
+        updates, _ = parts.update(grads, parts.init(params), params)
+        assert_close(updates["stack"], plain["stack"], condition=1e3)
+        assert_close(updates["bias"], -grads["bias"])
+
+
+@every
+def test_map_params_finds_nothing_to_change(entry):
+    params, _, _ = problem(entry)
+    state = entry.make().init(params)
+    same = optax.tree.map_params(entry.make(), lambda leaf: leaf, state)
+    assert_close(same, state, rtol=0)
+
+
+@every
+def test_zero_and_non_finite_gradients(entry):
+    params, value, grads = problem(entry)
+    tx = entry.make()
+    zeros = jax.tree.map(jnp.zeros_like, grads)
+    updates, state = tx.update(zeros, tx.init(params), params, value=value, grad=zeros)
+    assert all_finite((updates, state))
+    flat = jax.tree.map(jnp.zeros_like, params)
+    if entry.params == "pairs":  # a pair of zero factors is what a careless start gives
+        updates, state = tx.update(zeros, tx.init(flat), flat, value=value, grad=zeros)
+        assert all_finite((updates, state))
+
+
+@those(lambda e: e.params == "pairs")
+def test_one_bad_member_of_a_sweep_stays_alone(entry):
+    params, _, _ = problem(entry)
+    tx = entry.make()
+    spoil = lambda bad: jax.tree.map(lambda x: x * jnp.where(bad, jnp.nan, 1.0), params)
+    both = jax.vmap(lambda bad: run(tx, spoil(bad))[1])(jnp.array([True, False]))
+    alone = run(tx, params)[1]
+    assert_close(jax.tree.map(lambda x: x[1], both), alone, condition=1e3)
+
+
+@those(lambda e: e.transposes and e.params == "pairs")
+def test_swapping_the_factors_transposes_the_step(entry):
+    params, value, grads = problem(entry)
+    pick = lambda tree: {"pair": tree["pair"]}
+    flip = lambda tree: {"pair": tree["pair"].T}
+    tx = entry.make()
+
+    def one(p, g):
+        return tx.update(g, tx.init(p), p, value=value, grad=g)[0]
+
+    straight, flipped = one(pick(params), pick(grads)), one(flip(params), flip(grads))
+    assert_close(flip(straight), flipped, condition=1e3)
+
+
+@those(lambda e: e.gauge != "none")
+def test_the_step_of_the_product_ignores_how_it_is_factored(entry, x64):
+    params, _, _ = problem(entry, jnp.float64)
+    x = params["pair"]
+    q = jr.normal(jr.key(3), (2, 2), jnp.float64)
+    q = jnp.linalg.qr(q)[0] if entry.gauge == "orthogonal" else q + 2 * jnp.eye(2)
+    y = lrjax.LowRank(x.left @ q, x.right @ jnp.linalg.inv(q).T)
+    tx = entry.make()
+
+    def step_of_product(x):
+        value, grad = jax.value_and_grad(loss)({"w": x})
+        params = {"w": x}
+        updates, _ = tx.update(grad, tx.init(params), params, value=value, grad=grad)
+        return optax.apply_updates(params, updates)["w"].materialize()
+
+    assert_close(step_of_product(y), step_of_product(x), condition=1e6)
+
+
+@those(lambda e: e.descends)
+def test_lowers_the_loss(entry):
+    params, value, _ = problem(entry)
+    (trained, _), _ = jax.jit(lambda p: run(entry.make(), p, steps=60))(params)
+    assert loss(trained) < 0.7 * value
+
+
+@those(lambda e: e.params == "pairs" and e.factory is not ENTRIES["on_pairs"].factory)
+def test_errors_name_the_problem(entry):
+    params, value, grads = problem(entry)
+    tx = entry.make()
+    name = "scale_by_polyak"
+    if entry.factory is not getattr(lrjax, name):
+        with pytest.raises(ValueError, match=r"no lrjax.LowRank node.*on_pairs"):
+            tx.init({"w": jnp.ones((3, 3))})
+        torn = {"pair": jax.tree.map(lambda x: x, grads["pair"])}
+        object.__setattr__(torn["pair"], "right", None)
+        whole = {"pair": params["pair"]}
+        with pytest.raises(ValueError, match=r"\['pair'\] has lost one of its factors"):
+            tx.update(torn, tx.init(whole), whole, value=value, grad=torn)
+    if entry.extra:
+        with pytest.raises(ValueError, match=r"value=…"):
+            tx.update(grads, tx.init(params), params)

@@ -1,0 +1,212 @@
+"""Every public transform and recipe, with what the contract tests must know about it.
+
+A part that is exported from ``lrjax.transforms`` or ``lrjax.recipes`` and not entered
+here makes ``tests/contract/test_registered.py`` fail.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+
+import lrjax
+from tests.helpers import random_low_rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One configuration of a public transform.
+
+    Attributes:
+        factory: the public function.
+        arguments: how it is called here.
+        numbers: names of arguments that may be tracers, with a second value each.
+        params: ``"pairs"``: a tree with LowRank nodes; ``"dense"``: a tree of matrices.
+        extra: whether ``update`` needs ``value`` and ``grad``.
+        descends: whether it is an optimizer that lowers a loss by itself.
+        gauge: under which change of factors, (L Q, R Q⁻ᵀ), the step of the product is
+            the same: any invertible Q, orthogonal Q, or none.
+        transposes: whether swapping the factors of the input swaps those of the output.
+        stacks: whether a stack of matrices is a loop over its layers.
+        static: arguments that ``inject_hyperparams`` must not touch.
+        shards: whether tall factors stay sharded through an update.
+    """
+
+    factory: Callable[..., optax.GradientTransformation]
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    numbers: dict[str, float] = dataclasses.field(default_factory=dict)
+    params: Literal["pairs", "dense"] = "pairs"
+    extra: bool = False
+    descends: bool = False
+    gauge: Literal["any", "orthogonal", "none"] = "none"
+    transposes: bool = True
+    stacks: bool = True
+    static: tuple[str, ...] = ()
+    shards: bool = True
+
+    def make(self, **changes) -> optax.GradientTransformationExtraArgs:
+        """The transform, with some of its arguments changed."""
+        return optax.with_extra_args_support(self.factory(**{**self.arguments, **changes}))
+
+
+def pair_params(key, dtype=jnp.float32):
+    """One pair, a stack of three pairs, a vector, and a leaf that is ``None``."""
+    kp, ks, kb = jr.split(key, 3)
+    return {
+        "pair": random_low_rank(kp, 8, 5, 2, dtype=dtype),
+        "stack": random_low_rank(ks, 6, 4, 2, batch=(3,), dtype=dtype),
+        "bias": jr.normal(kb, (5,), dtype),
+        "none": None,
+    }
+
+
+def dense_params(key, dtype=jnp.float32):
+    """A tall and a wide matrix, a stack of three, a vector, and a leaf that is ``None``."""
+    kt, kw, ks, kb = jr.split(key, 4)
+    return {
+        "tall": jr.normal(kt, (12, 8), dtype),
+        "wide": jr.normal(kw, (8, 12), dtype),
+        "stack": jr.normal(ks, (3, 8, 6), dtype),
+        "bias": jr.normal(kb, (5,), dtype),
+        "none": None,
+    }
+
+
+PARAMS = {"pairs": pair_params, "dense": dense_params}
+
+
+def loss(params):
+    """A smooth loss of all numbers of a tree; zero-curvature directions included."""
+    dense = jax.tree.map(
+        lambda x: x.materialize() if lrjax.is_low_rank(x) else x,
+        params,
+        is_leaf=lrjax.is_low_rank,
+    )
+    leaves = jax.tree.leaves(dense)
+    return sum(jnp.mean((x.astype(jnp.float32) - 0.5) ** 2) for x in leaves)
+
+
+def pair_rule(path):
+    """The rule for on_pairs on a tree of LowRank nodes, whose leaves have their names."""
+    return lrjax.pairs_by_name("left", "right", transpose_right=False)(path)
+
+
+def _on_pairs(damping):
+    return lrjax.on_pairs(lrjax.scale_by_gram(damping), pair_rule)
+
+
+TRANSFORMS: dict[str, Entry] = {
+    "scale_by_gram": Entry(
+        lrjax.scale_by_gram, {"damping": 0.0}, {"damping": 0.3}, gauge="any"
+    ),
+    "scale_by_gram(absolute)": Entry(
+        lrjax.scale_by_gram,
+        {"damping": 0.1, "relative": False},
+        {"damping": 0.3},
+        gauge="orthogonal",
+    ),
+    "scale_by_gram(alternating)": Entry(
+        lrjax.scale_by_gram,
+        {"damping": 1e-3, "order": "alternating"},
+        {"damping": 0.3},
+        gauge="orthogonal",
+        transposes=False,
+    ),
+    "scale_by_gram(phi)": Entry(
+        lrjax.scale_by_gram,
+        {"damping": 1e-3, "phi": lrjax.unit_norm},
+        {"damping": 0.3},
+        gauge="orthogonal",
+        static=("phi",),
+    ),
+    "scale_by_gram(loss_power)": Entry(
+        lrjax.scale_by_gram,
+        {"damping": 0.1, "loss_power": 1.0, "f_min": 0.0},
+        {"damping": 0.3, "loss_power": 0.5, "f_min": 0.1},
+        extra=True,
+        gauge="orthogonal",
+    ),
+    "scale_by_polyak": Entry(
+        lrjax.scale_by_polyak, {"f_min": 0.0}, {"f_min": 0.1}, extra=True, stacks=False
+    ),
+    "add_nuclear_norm": Entry(
+        lrjax.add_nuclear_norm, {"weight": 0.1}, {"weight": 0.3}, gauge="orthogonal"
+    ),
+    "scale_factors": Entry(
+        lrjax.scale_factors,
+        {"left": 16.0, "right": 1.0},
+        {"left": 2.0, "right": 3.0},
+        gauge="orthogonal",
+        transposes=False,
+    ),
+    "scale_by_tangent": Entry(
+        lrjax.scale_by_tangent, {"damping": 0.0}, {"damping": 0.3}, gauge="any"
+    ),
+    "scale_by_smooth_polar": Entry(
+        lrjax.scale_by_smooth_polar,
+        {"beta": 0.1},
+        {"beta": 0.3},
+        params="dense",
+    ),
+    "rebalance": Entry(lrjax.rebalance, gauge="orthogonal"),
+    "on_pairs": Entry(_on_pairs, {"damping": 0.1}, {"damping": 0.3}, gauge="orthogonal"),
+}
+
+RECIPES: dict[str, Entry] = {
+    "scaled_gd": Entry(
+        lrjax.scaled_gd,
+        {"learning_rate": 0.5, "damping": 1e-6},
+        {"learning_rate": 0.1, "damping": 0.3},
+        descends=True,
+        gauge="orthogonal",
+    ),
+    "scaled_subgradient": Entry(
+        lrjax.scaled_subgradient,
+        {"learning_rate": 0.1},
+        {"learning_rate": 0.02},
+        descends=True,
+        gauge="any",
+    ),
+    "scaled_subgradient(polyak)": Entry(
+        lrjax.scaled_subgradient,
+        {"learning_rate": 1.0, "f_min": 0.0},
+        {"learning_rate": 0.1, "f_min": 0.1},
+        extra=True,
+        descends=True,
+        gauge="any",
+        stacks=False,
+    ),
+    "opsa": Entry(
+        lrjax.opsa,
+        {"learning_rate": 0.1},
+        {"learning_rate": 0.02},
+        extra=True,
+        descends=True,
+        gauge="orthogonal",
+    ),
+    "opsa(reference)": Entry(
+        lrjax.opsa,
+        {
+            "learning_rate": 1.0,
+            "f_min": 0.0,
+            "damping": 2.0,
+            "relative": False,
+            "loss_power": None,
+            "rebalance": True,
+        },
+        {"learning_rate": 0.1, "f_min": 0.1, "damping": 1.0},
+        extra=True,
+        descends=True,
+        gauge="orthogonal",
+        stacks=False,
+    ),
+}
+
+ENTRIES = {**TRANSFORMS, **RECIPES}
+
+# Exported next to the transforms without being transforms themselves.
+NOT_TRANSFORMS = {"pairs_by_name", "unit_norm"}
