@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from . import (
+    adapters as adapters,
     flows as flows,
     linalg as linalg,
     metrics as metrics,
