@@ -8,16 +8,35 @@ from .._sharding import einsum
 from ..lowrank import LowRank
 
 
-def _scalar_riccati(t, start, a, b, c):
-    """The solution of ``x' = a x + b − c x²`` for ``a² + 4bc >= 0``.
+class _Propagator(NamedTuple):
+    """The numbers that solve ``x' = a x + b − c x²``, with ``k = sqrt(a² + 4bc)``.
 
-    Written with ``tanh`` so that nothing grows with t, and with ``tanh(kt/2)/k``, which
-    has a limit where ``k = sqrt(a² + 4bc)`` is zero.
+    ::
+
+        x(t) = (x₀ (up + down·decay) + 2b·span) / (down + up·decay + 2c·x₀·span)
+
+    All of them are non-negative, so nothing cancels, and none grows with t.
     """
-    square = a * a + 4 * b * c
-    k = jnp.sqrt(jnp.where(square > 0, square, 1))
-    h = jnp.where(square > 0, jnp.tanh(k * t / 2) / k, t / 2)
-    return (start + (a * start + 2 * b) * h) / (1 + (2 * c * start - a) * h)
+
+    up: Array  # (k + a)/k
+    down: Array  # (k − a)/k
+    decay: Array  # exp(−kt)
+    span: Array  # (1 − exp(−kt))/k, which is t at k = 0
+
+
+def _propagator(t: Array, a: Array, four_bc: Array) -> _Propagator:
+    square = a * a + four_bc
+    moves = square > 0
+    k = jnp.sqrt(jnp.where(moves, square, 1))
+    # The larger of k ± a as it stands, the smaller from their product k² − a² = 4bc.
+    larger = (k + jnp.abs(a)) / k
+    smaller = four_bc / (k * k * larger)
+    still = jnp.ones_like(k)
+    up = jnp.where(moves, jnp.where(a >= 0, larger, smaller), still)
+    down = jnp.where(moves, jnp.where(a >= 0, smaller, larger), still)
+    tiny = jnp.finfo(k.dtype).tiny ** 0.5  # keeps 0/0 and its derivative away at large t
+    decay = jnp.where(moves, jnp.maximum(jnp.exp(-k * t), tiny), 1)
+    return _Propagator(up, down, decay, jnp.where(moves, -jnp.expm1(-k * t) / k, t))
 
 
 def aligned_modes(
@@ -64,14 +83,17 @@ def aligned_modes(
     """
     t = jnp.asarray(t)[..., None]
     left, right, target = (_rows(x, t) for x in (left, right, target))
-    linear, quadratic = 2 * scale * target, scale**2 / 2
-    conserved = quadratic * (left**2 - right**2) ** 2
+    linear, quadratic = 2 * scale * target, scale**2
+    plus, minus = left + right, left - right
+    four_bc = quadratic**2 * (plus * minus) ** 2
 
-    def evolve(x, a):
-        growth = _scalar_riccati(t, x * x, a, conserved, quadratic)
-        return x * jnp.sqrt(jnp.where(x == 0, 1, growth / jnp.where(x == 0, 1, x * x)))
+    def evolve(x, other, a):
+        p = _propagator(t, a, four_bc)
+        above = p.up + p.down * p.decay + quadratic * other**2 * p.span
+        below = p.down + p.up * p.decay + quadratic * x**2 * p.span
+        return x * jnp.sqrt(above / below)
 
-    plus, minus = evolve(left + right, linear), evolve(left - right, -linear)
+    plus, minus = evolve(plus, minus, linear), evolve(minus, plus, -linear)
     return (plus + minus) / 2, (plus - minus) / 2
 
 
@@ -272,8 +294,8 @@ def trace_squared(
     """
     p = jnp.sum((start.left + start.right) ** 2)
     q = jnp.sum((start.left - start.right) ** 2)
-    one = jnp.ones([], start.dtype)
-    z = _scalar_riccati(t, one, 2 * jnp.trace(base), p / 2, q / 2)
+    e = _propagator(t, 2 * jnp.trace(base), p * q)
+    z = (e.up + e.down * e.decay + p * e.span) / (e.down + e.up * e.decay + q * e.span)
     grow, shrink = jnp.sqrt(z), 1 / jnp.sqrt(z)
     cosh, sinh = (grow + shrink) / 2, (grow - shrink) / 2
     return LowRank(
