@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from ._sharding import einsum
 from .linalg.gram import identity_like, working_dtype
+from .linalg.orthonormalize import orthonormalize
 
 
 def _check_factor(owner: str, name: str, x: Any) -> None:
@@ -211,12 +212,21 @@ def is_low_rank(x: Any) -> bool:
     return isinstance(x, LowRank)
 
 
-def _triangular_factors(x: LowRank) -> tuple[Array, Array, Array, Array]:
-    """Orthonormal bases and the small factors: ``left = Q_l R_l``, ``right = Q_r R_r``."""
+def _core_svd(x: LowRank, method: Literal["qr", "cholesky"]) -> tuple[Array, Array, Array]:
+    """Singular triplets ``(*b, m, r), (*b, r), (*b, n, r)`` from the SVD of a small core.
+
+    Householder QR gives orthonormal vectors also for null directions, Cholesky-QR keeps
+    sharded rows where they are.
+    """
     dtype = working_dtype(x.dtype)
-    ql, rl = jnp.linalg.qr(x.left.astype(dtype))
-    qr, rr = jnp.linalg.qr(x.right.astype(dtype))
-    return ql, rl, qr, rr
+    left, right = x.left.astype(dtype), x.right.astype(dtype)
+    ql = orthonormalize(left, method=method)
+    qr = orthonormalize(right, method=method)
+    small_left = einsum("...mr,...ms->...rs", ql, left)
+    small_right = einsum("...nr,...ns->...rs", qr, right)
+    core = einsum("...rk,...sk->...rs", small_left, small_right)
+    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
+    return einsum("...mr,...rs->...ms", ql, u), s, einsum("...nr,...sr->...ns", qr, vt)
 
 
 def svd(x: LowRank) -> SVDForm:
@@ -240,15 +250,9 @@ def svd(x: LowRank) -> SVDForm:
         >>> lrjax.svd(x).core.round(4).tolist()
         [[10.0]]
     """
-    if x.rank > min(x.shape[-2:]):
-        raise ValueError(
-            f"svd needs factors no wider than the matrix: shape {x.shape}, width {x.rank}."
-        )
-    ql, rl, qr, rr = _triangular_factors(x)
-    u, s, vt = jnp.linalg.svd(einsum("...rk,...sk->...rs", rl, rr), full_matrices=False)
-    left = einsum("...mr,...rs->...ms", ql, u)
-    right = einsum("...nr,...sr->...ns", qr, vt)
-    core = s[..., :, None] * identity_like(vt)
+    _check_not_wider("svd", x)
+    left, s, right = _core_svd(x, "qr")
+    core = identity_like(s[..., :, None] * s[..., None, :]) * s[..., :, None]
     return SVDForm(*(a.astype(x.dtype) for a in (left, core, right)))
 
 
@@ -279,14 +283,14 @@ def truncate(x: LowRank | SVDForm, rank: int) -> LowRank:
         x = x.to_low_rank()
     if not 1 <= rank <= x.rank:
         raise ValueError(f"rank must be between 1 and the width {x.rank}, got {rank}.")
-    decomposition = svd(x)
-    root = jnp.sqrt(jnp.diagonal(decomposition.core, axis1=-2, axis2=-1))
-    root = root[..., None, :rank]
-    left, right = decomposition.left[..., :rank], decomposition.right[..., :rank]
+    _check_not_wider("truncate", x)
+    left, values, right = _core_svd(x, "cholesky")
+    left, right = left[..., :rank], right[..., :rank]
+    root = jnp.sqrt(values)[..., None, :rank]
     # Singular vectors have a common sign to choose; the sum of both is symmetric in them.
     total = jnp.sum(left, axis=-2, keepdims=True) + jnp.sum(right, axis=-2, keepdims=True)
     root = jnp.where(total < 0, -root, root)
-    return LowRank(left * root, right * root)
+    return LowRank((left * root).astype(x.dtype), (right * root).astype(x.dtype))
 
 
 def balance(x: LowRank) -> LowRank:
@@ -338,8 +342,8 @@ def inner(x: LowRank, y: LowRank) -> Float[Array, "*batch"]:
 def norm(x: LowRank) -> Float[Array, "*batch"]:
     """The Frobenius norm of the value.
 
-    Computed from the triangular factors, not as ``sqrt(inner(x, x))``: that would lose
-    half of the digits when the columns cancel, as in a difference of near matrices.
+    Computed from orthonormal bases, not as ``sqrt(inner(x, x))``: that would lose half of
+    the digits when the columns cancel, as in a difference of near matrices.
 
     Args:
         x: ``(*batch, m, n)``.
@@ -352,9 +356,10 @@ def norm(x: LowRank) -> Float[Array, "*batch"]:
         >>> float(lrjax.norm(lrjax.LowRank(jnp.ones((2, 1)), jnp.ones((8, 1)))).round(4))
         4.0
     """
-    _, rl, _, rr = _triangular_factors(x)
-    core = einsum("...rk,...sk->...rs", rl, rr)
-    return jnp.linalg.norm(core, axis=(-2, -1)).astype(x.dtype)
+    if x.rank >= min(x.shape[-2:]):
+        return jnp.linalg.norm(x.materialize(), axis=(-2, -1))
+    _, values, _ = _core_svd(x, "cholesky")
+    return jnp.linalg.norm(values, axis=-1).astype(x.dtype)
 
 
 def add(x: LowRank, y: LowRank) -> LowRank:
@@ -381,6 +386,14 @@ def add(x: LowRank, y: LowRank) -> LowRank:
         lax.concatenate([x.left, y.left], x.left.ndim - 1),
         lax.concatenate([x.right, y.right], x.right.ndim - 1),
     )
+
+
+def _check_not_wider(what: str, x: LowRank) -> None:
+    if x.rank > min(x.shape[-2:]):
+        raise ValueError(
+            f"{what} needs factors no wider than the matrix: shape {x.shape}, width "
+            f"{x.rank}."
+        )
 
 
 def _check_same_shape(what: str, x: LowRank, y: LowRank) -> None:

@@ -11,8 +11,12 @@ def working_dtype(dtype) -> jnp.dtype:
 
 
 def identity_like(g: Float[Array, "*b r r"]) -> Float[Array, "*b r r"]:
-    """Identity matrices of the shape and dtype of a stack of square matrices."""
-    return jnp.broadcast_to(jnp.eye(g.shape[-1], dtype=g.dtype), g.shape)
+    """Identity matrices with the shape, dtype and sharding of a stack of matrices."""
+    return jnp.zeros_like(g) + jnp.eye(g.shape[-1], dtype=g.dtype)[(None,) * (g.ndim - 2)]
+
+
+# vmapped, since the batched call breaks on stacks that an Explicit mesh shards by layer.
+cholesky = jnp.vectorize(jnp.linalg.cholesky, signature="(r,r)->(r,r)")
 
 
 def gram(x: Float[Array, "*b n r"]) -> Float[Array, "*b r r"]:
@@ -106,9 +110,9 @@ def inverse_root_gram(
         [0.6 0.8]
     """
     damped, trace = _damped(gram(x), damping, relative)
-    lower = jnp.linalg.cholesky(damped)
+    lower = cholesky(damped)
     root = lax.linalg.triangular_solve(
         lower, identity_like(lower), left_side=True, lower=True, transpose_a=True
     )
-    is_zero = (trace == 0)[..., None, None] & (jnp.asarray(damping) == 0)
-    return jnp.where(is_zero, 0, root)
+    is_zero = (trace == 0) & (jnp.asarray(damping) == 0)
+    return root * jnp.where(is_zero, 0, 1).astype(root.dtype)[..., None, None]

@@ -5,7 +5,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._sharding import einsum
-from .gram import gram, identity_like, working_dtype
+from .gram import cholesky, gram, identity_like, working_dtype
 
 
 def orthonormalize(
@@ -72,7 +72,7 @@ def _cholesky_qr(x: Array, shift: float) -> Array:
     trace = jnp.trace(g, axis1=-2, axis2=-1)
     s = shift * jnp.finfo(g.dtype).eps * jnp.where(trace > 0, trace, 1)
     identity = identity_like(g)
-    lower = jnp.linalg.cholesky(g + s[..., None, None] * identity)
+    lower = cholesky(g + s[..., None, None] * identity)
     # Inverting the small factor and multiplying keeps the rows of x where they are; a
     # triangular solve against x would gather them.
     inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)

@@ -1,0 +1,31 @@
+"""A run that is saved and restored goes on bit for bit."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.contract.test_every_transform import step
+from tests.helpers import assert_close
+from tests.registry import ENTRIES, PARAMS
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
+def test_restored_states_continue_bit_for_bit(entry, tmp_path):
+    params = PARAMS[entry.params](jr.key(7), jnp.float32)
+    tx = entry.make()
+    _, state = step(tx, tx.init(params), params)
+    want, _ = step(tx, state, params)
+    if not jax.tree.leaves(state):
+        return  # nothing to store
+    eqx.tree_serialise_leaves(tmp_path / "state.eqx", state)
+    restored = eqx.tree_deserialise_leaves(tmp_path / "state.eqx", tx.init(params))
+    assert_close(step(tx, restored, params)[0], want, rtol=0)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "orbax", jax.eval_shape(tx.init, params))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert_close(step(tx, restored, params)[0], want, rtol=0)
