@@ -1,9 +1,11 @@
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jaxtyping import ArrayLike
 
 
-def check_non_negative(function: str, argument: str, value: ArrayLike) -> None:
+def check_non_negative(function: str, argument: str, value: ArrayLike | Callable) -> None:
     """Refuse negative numbers; tracers and schedules cannot be looked at and pass."""
     if callable(value) or isinstance(value, jax.core.Tracer):
         return

@@ -107,9 +107,10 @@ def scale_by_gram(
                 left, right = jnp.where(turn, left, 0), jnp.where(turn, 0, right)
             return like(g, left, right)
 
+        updates = map_nodes(precondition, updates, params)
         if counts:
             state = ScaleByGramState(optax.safe_increment(state.count))
-        return map_nodes(precondition, updates, params), state
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
