@@ -29,12 +29,16 @@ def opsa(
     the step is ``η (value − f_min)/⟨G, P⟩ · P`` (Polyak) if ``f_min`` is given, else
     ``η P / sqrt(⟨G, P⟩)``, a step of length η in the metric of the preconditioner.
 
-    The damping is proportional to the optimality gap by default, ``λ_t = λ (value −
+    Neither the rank nor the noise has to be known. On data that are only approximately
+    low rank the nuclear norm term ``reg``, not the damping, makes surplus columns
+    harmless: for the summed l1 loss ``0.4 sqrt(max(m, n))`` is a good weight, whatever
+    the scale of the data. The learning rate may start at a sixth of ``‖X‖_F`` and fall
+    by 5 % a step.
+
+    With ``f_min`` the damping is proportional to the optimality gap, ``λ_t = λ (value −
     f_min)``: it has to be there at the start, where the surplus columns are noise, and
     has to vanish at the end, since a constant damping of balanced factors slows linear
-    convergence to sublinear. On data that are only approximately low rank the nuclear
-    norm term ``reg``, not the damping, makes surplus columns harmless; about
-    ``0.2 sqrt(max(m, n))`` for the summed l1 loss of data of size one.
+    convergence to sublinear. Without ``f_min`` the gap is not known and λ is constant.
 
     Args:
         learning_rate: ``η``, a number or a schedule.
@@ -42,11 +46,12 @@ def opsa(
         reg: ``ρ``, weight of the nuclear norm.
         damping: ``λ``; see :func:`lrjax.scale_by_gram`.
         relative: whether ``λ`` is relative to the mean squared column norm.
-        loss_power: the power of the gap in ``λ_t``; ``None`` for a constant damping.
+        loss_power: the power of the gap in ``λ_t``, when ``f_min`` is given; ``None`` for
+            a constant damping.
         rebalance: balance the factors after every step.
 
     Returns:
-        An optax optimizer; its update needs ``value``, and ``grad`` if ``f_min`` is given.
+        An optax optimizer; with ``f_min`` its update needs ``value`` and ``grad``.
 
     Raises:
         ValueError: as the transforms it chains.
@@ -69,7 +74,7 @@ def opsa(
             damping,
             relative=relative,
             phi=None if polyak else unit_norm,
-            loss_power=loss_power,
+            loss_power=loss_power if polyak else None,
             f_min=f_min if polyak else 0.0,
         ),
         scale_by_polyak(f_min) if polyak else optax.identity(),
