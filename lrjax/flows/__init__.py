@@ -17,6 +17,23 @@ from .gradient_flow import (
     FlowStats as FlowStats,
     gradient_flow as gradient_flow,
 )
+from .problems import (
+    LoraTask as LoraTask,
+    TwoLayers as TwoLayers,
+    approximation_loss as approximation_loss,
+    deep_linear_loss as deep_linear_loss,
+    linearized_loss as linearized_loss,
+    lora_task as lora_task,
+    trace_squared_loss as trace_squared_loss,
+    two_layer_loss as two_layer_loss,
+)
+from .starts import (
+    balanced_start as balanced_start,
+    orthogonal_start as orthogonal_start,
+    small_start as small_start,
+    spectral_start as spectral_start,
+    standard_start as standard_start,
+)
 from .until import (
     gradient_below as gradient_below,
     loss_below as loss_below,

@@ -1,3 +1,17 @@
 """Numbers that say how a low-rank model is doing."""
 
+from .alignment import misalignment as misalignment
 from .balance import balance_drift as balance_drift, imbalance as imbalance
+from .hessian import HessianOverlap as HessianOverlap, hessian_overlap as hessian_overlap
+from .intruders import intruder_dimensions as intruder_dimensions
+from .phases import (
+    PhaseTimes as PhaseTimes,
+    crossing_time as crossing_time,
+    fitted_rate as fitted_rate,
+    phase_times as phase_times,
+)
+from .rank import (
+    effective_rank as effective_rank,
+    singular_values as singular_values,
+    stable_rank as stable_rank,
+)

@@ -1,0 +1,226 @@
+"""The losses that the theory of low-rank training is about; data are arguments."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Scalar
+
+from .._sharding import einsum
+from ..linalg import orthonormalize
+from ..lowrank import LowRank
+
+
+def approximation_loss(
+    x: LowRank, target: Float[Array, "m n"], scale: ArrayLike = 1.0
+) -> Scalar:
+    """Low-rank approximation, ``½‖M − s·left rightᵀ‖²``: LoRA on a single weight.
+
+    Args:
+        x: the factors.
+        target: ``M``, for LoRA what the frozen weight lacks.
+        scale: ``s``, for LoRA ``alpha/r``.
+
+    Returns:
+        The loss.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> x = lrjax.LowRank(jnp.ones((1, 1)), jnp.ones((1, 1)))
+        >>> float(lrjax.flows.approximation_loss(x, jnp.array([[3.0]])))
+        2.0
+    """
+    return 0.5 * jnp.sum((target - scale * x.materialize()) ** 2)
+
+
+class TwoLayers(NamedTuple):
+    """The weights of ``second @ first``: frozen matrices, or their adapters."""
+
+    first: Array | LowRank | None
+    second: Array | LowRank | None
+
+
+def two_layer_loss(
+    adapters: TwoLayers, base: TwoLayers, target: Float[Array, "m n"]
+) -> Scalar:
+    """LoRA in a two-layer factorization: ``½‖Y − (W₂ + X₂)(W₁ + X₁)‖²``.
+
+    Args:
+        adapters: ``X₁ (h, n)`` and ``X₂ (m, h)`` as LowRank, or ``None`` for a layer that
+            is not adapted.
+        base: the frozen ``W₁`` and ``W₂``.
+        target: ``Y``.
+
+    Returns:
+        The loss.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> base = lrjax.flows.TwoLayers(jnp.eye(2), jnp.eye(2))
+        >>> none = lrjax.flows.TwoLayers(None, None)
+        >>> float(lrjax.flows.two_layer_loss(none, base, 3 * jnp.eye(2)))
+        4.0
+    """
+    first, second = (
+        weight if adapter is None else weight + adapter.materialize()
+        for weight, adapter in zip(base, adapters, strict=True)
+    )
+    return 0.5 * jnp.sum((target - einsum("mh,hn->mn", second, first)) ** 2)
+
+
+def trace_squared_loss(x: LowRank, base: Float[Array, "n n"]) -> Scalar:
+    """``½ tr(W + left rightᵀ)²``, which every rank can bring to zero.
+
+    Args:
+        x: square factors.
+        base: the frozen ``W``.
+
+    Returns:
+        The loss; its flow is :func:`lrjax.flows.trace_squared`.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> x = lrjax.LowRank(jnp.ones((2, 1)), jnp.ones((2, 1)))
+        >>> float(lrjax.flows.trace_squared_loss(x, jnp.eye(2)))
+        8.0
+    """
+    return 0.5 * (jnp.trace(base) + jnp.sum(x.left * x.right)) ** 2
+
+
+def deep_linear_loss(
+    weights: Sequence[Float[Array, "_ _"]], target: Float[Array, "m n"]
+) -> Scalar:
+    """A deep linear network with white inputs: ``½‖M − W_N ⋯ W_1‖²``.
+
+    Args:
+        weights: ``W_1`` to ``W_N``, the first layer first.
+        target: ``M``.
+
+    Returns:
+        The loss.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> weights = [jnp.ones((3, 2)), jnp.ones((1, 3))]
+        >>> float(lrjax.flows.deep_linear_loss(weights, jnp.zeros((1, 2))))
+        9.0
+    """
+    product = weights[0]
+    for weight in weights[1:]:
+        product = einsum("ij,jk->ik", weight, product)
+    return 0.5 * jnp.sum((target - product) ** 2)
+
+
+def linearized_loss(
+    x: LowRank,
+    jacobian: Float[Array, "k m n"],
+    residual: Float[Array, " k"],
+    decay: ArrayLike = 0.0,
+) -> Scalar:
+    """LoRA in the kernel regime, ``½Σ(⟨J_k, X⟩ − y_k)² + ½λ(‖left‖² + ‖right‖²)``.
+
+    The network is replaced by its linearization at the frozen weight. The decay is, by
+    its smallest value over all factorizations, ``λ`` times the nuclear norm. Once
+    ``r(r + 1)/2`` exceeds the number k of numbers to fit, a generic problem has no
+    spurious local minimum.
+
+    Args:
+        x: the factors.
+        jacobian: of each of the k outputs (all examples and classes) with respect to the
+            weight.
+        residual: ``y``, what the outputs lack.
+        decay: ``λ``.
+
+    Returns:
+        The loss.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> x = lrjax.LowRank(jnp.ones((1, 1)), jnp.ones((1, 1)))
+        >>> jacobian, residual = jnp.ones((1, 1, 1)), jnp.array([3.0])
+        >>> float(lrjax.flows.linearized_loss(x, jacobian, residual, 1.0))
+        3.0
+
+    Reference:
+        U. Jang, J. Lee, E. Ryu, "LoRA training in the NTK regime has no spurious local
+        minima" (2024), arXiv 2402.11867.
+    """
+    outputs = einsum("kmn,mr,nr->k", jacobian, x.left, x.right)
+    squares = jnp.sum(x.left**2) + jnp.sum(x.right**2)
+    return 0.5 * jnp.sum((outputs - residual) ** 2) + 0.5 * decay * squares
+
+
+class LoraTask(NamedTuple):
+    """A pretrained two-layer factorization and what it is to be tuned to.
+
+    Attributes:
+        base: the frozen weights, ``second @ first = Y_pre``, balanced.
+        target: ``Y_pre + change``.
+        change: the difference.
+    """
+
+    base: TwoLayers
+    target: Float[Array, "m n"]
+    change: Float[Array, "m n"]
+
+
+def lora_task(
+    key: PRNGKeyArray,
+    values: Float[Array, " h"],
+    change: Float[Array, " c"],
+    *,
+    shape: tuple[int, int],
+    aligned: bool,
+) -> LoraTask:
+    """Draw a pretrained matrix and a low-rank change of it.
+
+    Args:
+        key: for the singular vectors.
+        values: singular values of ``Y_pre``; their number is the hidden width h.
+        change: singular values of the change; their number is its rank.
+        shape: ``(m, n)``, neither smaller than h.
+        aligned: whether the change has the leading singular vectors of ``Y_pre``, or
+            vectors of its own.
+
+    Returns:
+        A :class:`LoraTask`.
+
+    Raises:
+        ValueError: if a side is smaller than h or than the rank of the change.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lrjax
+        >>> task = lrjax.flows.lora_task(
+        ...     jax.random.key(0), jnp.ones(4), jnp.array([2.0]), shape=(6, 5), aligned=True
+        ... )
+        >>> task.base.first.shape, task.base.second.shape, task.target.shape
+        ((4, 5), (6, 4), (6, 5))
+    """
+    (m, n), h, c = shape, len(values), len(change)
+    if min(m, n) < max(h, c):
+        raise ValueError(
+            f"lora_task needs both sides of the shape {shape} to be at least the number "
+            f"of singular values, {h} of the base and {c} of the change."
+        )
+    ku, kv, kr, kl, kw = jr.split(key, 5)
+    dtype = values.dtype
+    u, v = _orthonormal(ku, m, h, dtype), _orthonormal(kv, n, h, dtype)
+    rotation, root = _orthonormal(kr, h, h, dtype), jnp.sqrt(values)
+    first = einsum("ih,h,nh->in", rotation, root, v)
+    second = einsum("mh,h,ih->mi", u, root, rotation)
+    if aligned:
+        if c > h:
+            raise ValueError(
+                f"An aligned change has at most the rank of the base, {h}; got {c} values."
+            )
+        left, right = u[:, :c], v[:, :c]
+    else:
+        left, right = _orthonormal(kl, m, c, dtype), _orthonormal(kw, n, c, dtype)
+    difference = einsum("mc,c,nc->mn", left, change.astype(dtype), right)
+    target = einsum("mh,hn->mn", second, first) + difference
+    return LoraTask(TwoLayers(first, second), target, difference)
+
+
+def _orthonormal(key: PRNGKeyArray, n: int, r: int, dtype) -> Array:
+    return orthonormalize(jr.normal(key, (n, r), dtype))
