@@ -13,17 +13,33 @@ from .view import Rank, Side
 
 
 class Dense(NamedTuple):
-    """A basis held as a matrix ``P (*b, p, r)``."""
+    """A basis held as a matrix ``P (*b, p, r)``, and the side it is applied from.
+
+    Attributes:
+        matrix: ``P``.
+        rows: whether ``p`` indexes the rows of the gradient. Then ``R = Pᵀ G (r, n)``,
+            else ``R = G P (m, r)``: nothing is ever transposed in memory.
+    """
 
     matrix: Float[Array, "*b p r"]
+    rows: bool = True
 
-    def down(self, a: Float[Array, "*b p q"]) -> Float[Array, "*b r q"]:
-        """``Pᵀ a``."""
-        return einsum("...pr,...pq->...rq", self.matrix, a)
+    @property
+    def axis(self) -> int:
+        """The axis of the gradient, and of its projection, that the basis acts on."""
+        return -2 if self.rows else -1
 
-    def up(self, x: Float[Array, "*b r q"]) -> Float[Array, "*b p q"]:
-        """``P x``."""
-        return einsum("...pr,...rq->...pq", self.matrix, x)
+    def down(self, g: Float[Array, "*b m n"]) -> Float[Array, "*b m2 n2"]:
+        """The projection ``Pᵀ G`` or ``G P``."""
+        if self.rows:
+            return einsum("...pr,...pq->...rq", self.matrix, g)
+        return einsum("...qp,...pr->...qr", g, self.matrix)
+
+    def up(self, x: Float[Array, "*b m2 n2"]) -> Float[Array, "*b m n"]:
+        """The lift ``P X`` or ``X Pᵀ``."""
+        if self.rows:
+            return einsum("...pr,...rq->...pq", self.matrix, x)
+        return einsum("...qr,...pr->...qp", x, self.matrix)
 
     def overlap(self, old: "Dense") -> Float[Array, "*b r r"]:
         """``Pᵀ P_old``."""
@@ -31,22 +47,43 @@ class Dense(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A basis of scaled unit vectors: column ``k`` is ``scale_k · e_{index_k}``."""
+    """A basis of scaled unit vectors: column ``k`` is ``scale_k · e_{index_k}``.
+
+    Attributes:
+        index: which entries of the projected axis.
+        size: how long that axis is.
+        scale: factors, one where absent.
+        rows: as in :class:`Dense`.
+    """
 
     index: Int[Array, "*b r"]
     size: int
     scale: Float[Array, "*b r"] | None = None
+    rows: bool = True
+
+    @property
+    def axis(self) -> int:
+        """The axis of the gradient, and of its projection, that the basis acts on."""
+        return -2 if self.rows else -1
+
+    def _along(self, x: Array) -> Array:
+        return jnp.expand_dims(x, -1 if self.rows else -2)
 
     def _scaled(self, x: Array) -> Array:
-        return x if self.scale is None else x * self.scale[..., None]
+        return x if self.scale is None else x * self._along(self.scale)
 
-    def down(self, a: Float[Array, "*b p q"]) -> Float[Array, "*b r q"]:
-        """Pick the rows: no arithmetic but the scale."""
-        return self._scaled(jnp.take_along_axis(a, self.index[..., None], axis=-2))
+    def down(self, g: Float[Array, "*b m n"]) -> Float[Array, "*b m2 n2"]:
+        """Pick the rows or columns: no arithmetic but the scale."""
+        return self._scaled(jnp.take_along_axis(g, self._along(self.index), self.axis))
 
-    def up(self, x: Float[Array, "*b r q"]) -> Float[Array, "*b p q"]:
-        """Put the rows back; rows drawn twice add."""
-        put = lambda i, rows: jnp.zeros((self.size, x.shape[-1]), x.dtype).at[i].add(rows)
+    def up(self, x: Float[Array, "*b m2 n2"]) -> Float[Array, "*b m n"]:
+        """Put the rows or columns back; those drawn twice add."""
+
+        def put(index, x):
+            shape = (self.size, x.shape[-1]) if self.rows else (x.shape[-2], self.size)
+            zeros = jnp.zeros(shape, x.dtype)
+            return zeros.at[index].add(x) if self.rows else zeros.at[:, index].add(x)
+
         for _ in range(x.ndim - 2):
             put = jax.vmap(put)
         return put(self.index, self._scaled(x))
@@ -95,7 +132,8 @@ def _dense_frame(state: Array, key: PRNGKeyArray, size: int, rank: int) -> Dense
 class Basis(NamedTuple):
     """A rule for the subspace: how its basis starts, moves and is applied.
 
-    The gradient comes as ``a (*b, p, q)`` with the projected axis first. States are
+    The gradient comes as ``a (*b, p, q)`` with the projected axis first, and so do the
+    momentum and the projection ``(*b, r, q)`` of :class:`Refresh`. States are
     pytrees of arrays whose leading axes are the batch axes.
 
     Attributes:
@@ -105,7 +143,8 @@ class Basis(NamedTuple):
             ``(m, r)``) or ``"right"`` (columns, ``P`` is ``(n, r)``).
         refresh: ``(state, a, Refresh) -> state``.
         init: ``(shape of a, rank, dtype, key) -> state``.
-        frame: ``(state, key, p, rank) -> Dense | Rows``, the basis ready for use.
+        frame: ``(state, key, p, rank) -> Dense | Rows``, the basis ready for use; the
+            loop sets its ``rows``.
         start: replaces ``refresh`` until the basis has seen its first usable gradient.
         observe: ``(state, a) -> state``, called on every step, before any refresh.
         moved: ``(count, rank) -> (first row, number of rows)`` when one refresh turns

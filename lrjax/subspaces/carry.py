@@ -14,13 +14,14 @@ class Moments(NamedTuple):
     """The moments that an inner transform keeps of one leaf.
 
     Attributes:
-        first: running mean or sum of the projected gradients ``(*b, r, q)``, or None.
+        first: running mean or sum of the projected gradients, ``(*b, r, n)`` or
+            ``(*b, m, r)`` by the side of the basis, or None.
         second: running mean of their squares, or None.
         count: how many gradients they hold, or None where the state does not count.
     """
 
-    first: Float[Array, "*b r q"] | None
-    second: Float[Array, "*b r q"] | None
+    first: Float[Array, "*b m2 n2"] | None
+    second: Float[Array, "*b m2 n2"] | None
     count: Int[Array, ""] | None
 
 
@@ -29,11 +30,21 @@ class Change(NamedTuple):
 
     Attributes:
         overlap: ``C = P_newᵀ P_old (*b, r, r)``.
-        projected: the present gradient in the new basis, ``(*b, r, q)``.
+        projected: the present gradient in the new basis, shaped like the moments.
+        rows: whether the basis acts on the rows, so that ``m ← C m``; else ``m ← m Cᵀ``.
     """
 
     overlap: Float[Array, "*b r r"]
-    projected: Float[Array, "*b r q"]
+    projected: Float[Array, "*b m2 n2"]
+    rows: bool
+
+    def turn(self, x: Array, *, squared: bool = False) -> Array:
+        """Move coordinates by ``C``, or by the elementwise square of ``C``."""
+        c = self.overlap.astype(x.dtype)
+        c = c**2 if squared else c
+        if self.rows:
+            return einsum("...rs,...sq->...rq", c, x)
+        return einsum("...qs,...rs->...qr", x, c)
 
 
 class Carry(NamedTuple):
@@ -101,13 +112,11 @@ def rotate() -> Carry:
         ...     optax.trace(0.9), sub.random_orthonormal(4), carry=sub.rotate()
         ... )
     """
-    return Carry(lambda old, change: old._replace(first=_turn(change.overlap, old.first)))
 
+    def apply(old, change):
+        return old if old.first is None else old._replace(first=change.turn(old.first))
 
-def _turn(overlap: Array, x: Array | None) -> Array | None:
-    if x is None:
-        return None
-    return einsum("...rs,...sq->...rq", overlap.astype(x.dtype), x)
+    return Carry(apply)
 
 
 def rotate_variance(b1: ArrayLike = 0.9, b2: ArrayLike = 0.999) -> Carry:
@@ -137,14 +146,14 @@ def rotate_variance(b1: ArrayLike = 0.9, b2: ArrayLike = 0.999) -> Carry:
     """
 
     def apply(old, change):
-        first = _turn(change.overlap, old.first)
+        first = None if old.first is None else change.turn(old.first)
         if old.second is None:
             return old._replace(first=first)
         seen1, seen2 = _filled(old.count, b1), _filled(old.count, b2)
-        mean = jnp.zeros(()) if old.first is None else old.first / seen1
-        new_mean = jnp.zeros(()) if first is None else first / seen1
+        mean = 0.0 if old.first is None else old.first / seen1
+        new_mean = 0.0 if first is None else first / seen1
         spread = old.second / seen2 - mean**2
-        second = jnp.abs(_turn(change.overlap**2, spread) + new_mean**2)
+        second = jnp.abs(change.turn(spread, squared=True) + new_mean**2)
         return old._replace(first=first, second=second * seen2)
 
     return Carry(apply)
@@ -291,7 +300,9 @@ def read_moments(state: PyTree, treedef: Any) -> list[list[Moments]]:
 
 def write_moments(state: PyTree, treedef: Any, moments: list[list[Moments]]) -> PyTree:
     """Undo :func:`read_moments`: the same state with other moments."""
-    position = iter(range(len(moments[0]) if moments else 0))
+    if not moments:
+        return state
+    position = iter(range(len(moments[0])))
 
     def put(field, values):
         old = treedef.flatten_up_to(field)

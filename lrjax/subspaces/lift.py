@@ -12,17 +12,17 @@ class Projected(NamedTuple):
     """One step of one leaf, as a lift sees it.
 
     Attributes:
-        gradient: ``a (*b, p, q)``.
-        projected: ``R = Pᵀ a (*b, r, q)``.
-        step: what the inner transform made of ``R``, ``N (*b, r, q)``.
+        gradient: ``a (*b, m, n)``.
+        projected: ``R``, either ``Pᵀ a (*b, r, n)`` or ``a P (*b, m, r)``.
+        step: what the inner transform made of ``R``, ``N``, of the same shape.
         frame: the basis, with ``down`` and ``up``.
         key: a key of this leaf and step.
         count: the number of steps before this one.
     """
 
-    gradient: Float[Array, "*b p q"]
-    projected: Float[Array, "*b r q"]
-    step: Float[Array, "*b r q"]
+    gradient: Float[Array, "*b m n"]
+    projected: Float[Array, "*b m2 n2"]
+    step: Float[Array, "*b m2 n2"]
     frame: Dense | Rows
     key: PRNGKeyArray
     count: Int[Array, ""]
@@ -32,7 +32,7 @@ class Lift(NamedTuple):
     """How the inner step and what the subspace left out become the update.
 
     Attributes:
-        apply: ``(Projected, state) -> (update (*b, p, q), state)``.
+        apply: ``(Projected, state) -> (update (*b, m, n), state)``.
         init: ``(batch shape, dtype) -> state``, a pytree of arrays.
         needs_orthonormal: whether it takes ``a − P Pᵀ a`` for the part left out.
     """
@@ -144,17 +144,16 @@ def sign_residual(weight: ArrayLike = 1.0, scale: ArrayLike = 1.0) -> Lift:
     return Lift(apply, needs_orthonormal=True)
 
 
-def _column_norms(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(x**2, axis=-2, keepdims=True))
+def _energy(x: Array, axis: int) -> Array:
+    return jnp.sum(x**2, axis=axis, keepdims=True)
 
 
 def _scaling(x: Projected, over: str) -> Float[Array, "..."]:
-    """``φ = ‖N‖/‖R‖``, one for each column ``(*b, 1, q)`` or matrix ``(*b, 1, 1)``."""
-    top, bottom = _column_norms(x.step), _column_norms(x.projected)
+    """``φ = ‖N‖/‖R‖``, one for each vector along the projected axis, or each matrix."""
+    top, bottom = (_energy(y, x.frame.axis) for y in (x.step, x.projected))
     if over == "tensor":
-        top = jnp.sqrt(jnp.sum(top**2, axis=-1, keepdims=True))
-        bottom = jnp.sqrt(jnp.sum(bottom**2, axis=-1, keepdims=True))
-    return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1), 0)
+        top, bottom = (jnp.sum(y, axis=(-2, -1), keepdims=True) for y in (top, bottom))
+    return jnp.where(bottom > 0, jnp.sqrt(top / jnp.where(bottom > 0, bottom, 1)), 0)
 
 
 def limit_growth(
@@ -177,7 +176,8 @@ def fira(
     """The residual, scaled as the inner transform scaled the subspace.
 
     ``U = scale · P N + S`` with ``S = (a − P R) diag(φ)``, ``φ_j = ‖N_j‖/‖R_j‖`` for each
-    column ``j`` and the norm of ``S`` limited to ``growth`` times that of the last step.
+    vector ``j`` along the projected axis, the norm of ``S`` limited to ``growth`` times
+    that of the last step.
 
     Args:
         scale: factor of the inner step alone.
@@ -202,7 +202,8 @@ def fira(
         phi = _scaling(x, over)
         if growth is not None:
             # ‖a_j − P R_j‖² = ‖a_j‖² − ‖R_j‖² by orthonormality: no product with P.
-            left_out = _column_norms(x.gradient) ** 2 - _column_norms(x.projected) ** 2
+            axis = x.frame.axis
+            left_out = _energy(x.gradient, axis) - _energy(x.projected, axis)
             squares = phi**2 * jnp.maximum(left_out, 0)
             norm = jnp.sqrt(jnp.sum(squares, axis=(-2, -1)))
             factor = limit_growth(norm, state, growth)
@@ -301,7 +302,7 @@ def outer(transform: Callable[[Array], Array], lift: Lift | None = None) -> Lift
     methods: Lion's sign, for example, belongs here in online subspace descent.
 
     Args:
-        transform: ``f``, from ``(*b, p, q)`` to the same.
+        transform: ``f``, from ``(*b, m, n)`` to the same.
         lift: the lift before it; :func:`project` by default.
 
     Returns:

@@ -115,8 +115,10 @@ def _turn_block(
     method,
 ) -> Float[Array, "*b p r"]:
     """A power step of some columns, within the complement of the others."""
-    columns = jnp.arange(p.shape[-1])
-    others = p * ((columns < first) | (columns >= first + size)).astype(p.dtype)
+    columns = lax.broadcasted_iota(
+        jnp.int32, (1,) * (p.ndim - 1) + p.shape[-1:], p.ndim - 1
+    )
+    others = jnp.where((columns < first) | (columns >= first + size), p, 0)
     block = lax.dynamic_slice_in_dim(p, first, size, axis=-1)
     if projected is not None:
         projected = lax.dynamic_slice_in_dim(projected, first, size, axis=-2)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .._batching import any_member
 from .._sharding import einsum
-from .basis import Basis, Dense, Refresh
+from .basis import Basis, Dense, Refresh, Rows
 from .carry import Carry, Change, Moments
 from .lift import Feedback, Lift
 from .schedule import Schedule, Turn
@@ -52,14 +52,17 @@ class Plan(NamedTuple):
     rows: bool
     rank: int
 
-    def orient(self, x: Array) -> Float[Array, "*b p q"]:
-        """The leaf as matrices with the projected axis first."""
-        x = as_matrices(x, self.spec)
-        return x if self.rows else x.mT
+    def view(self, x: Array) -> Float[Array, "*b m n"]:
+        """The leaf as a batch of matrices."""
+        return as_matrices(x, self.spec)
 
-    def restore(self, a: Float[Array, "*b p q"]) -> Array:
-        """Undo :meth:`orient`."""
-        return from_matrices(a if self.rows else a.mT, self.spec, self.shape)
+    def restore(self, g: Float[Array, "*b m n"]) -> Array:
+        """Undo :meth:`view`."""
+        return from_matrices(g, self.spec, self.shape)
+
+    def orient(self, g: Float[Array, "*b m n"]) -> Float[Array, "*b p q"]:
+        """The matrices, or moments, with the projected axis first."""
+        return g if self.rows else g.mT
 
 
 def make_plan(
@@ -99,19 +102,26 @@ class LeafState(NamedTuple):
 
 
 def init_leaf(loop: Loop, plan: Plan, a: Array, key: PRNGKeyArray) -> LeafState:
-    """The state of a leaf whose oriented matrices are ``a``."""
+    """The state of a leaf whose matrices are ``a``."""
     batch = a.shape[:-2]
     held = _held_by(loop.basis, batch)
     error = ()
     if loop.feedback is not None:
         error = plan.restore(jnp.zeros_like(a, loop.feedback.dtype or a.dtype))
     return LeafState(
-        basis=loop.basis.init((*held, *a.shape[-2:]), plan.rank, a.dtype, key),
+        basis=loop.basis.init((*held, *plan.orient(a).shape[-2:]), plan.rank, a.dtype, key),
         started=jnp.zeros(held, bool),
         schedule=loop.schedule.init(held),
         lift=loop.lift.init(batch, a.dtype),
         error=error,
     )
+
+
+def use_frame(loop: Loop, plan: Plan, state: Any, key: PRNGKeyArray) -> Dense | Rows:
+    """The basis of a leaf, ready to be applied to its matrices."""
+    m, n = matrix_shape(plan.shape, plan.spec)[-2:]
+    frame = loop.basis.frame(state, key, m if plan.rows else n, plan.rank)
+    return frame._replace(rows=plan.rows)
 
 
 def _held_by(basis: Basis, batch: tuple[int, ...]) -> tuple[int, ...]:
@@ -128,7 +138,7 @@ def _held_by(basis: Basis, batch: tuple[int, ...]) -> tuple[int, ...]:
     return (*batch[:axis], 1, *batch[axis + 1 :])
 
 
-def _usable(basis: Basis, a: Float[Array, "*b p q"]) -> Bool[Array, "*b"]:
+def _usable(basis: Basis, a: Float[Array, "*b m n"]) -> Bool[Array, "*b"]:
     """Which matrices are finite and not zero: no other may set a basis.
 
     Judged by the sums of squares of the columns, which several lifts need too.
@@ -170,13 +180,13 @@ class Refreshed(NamedTuple):
 def refresh_leaf(
     loop: Loop,
     plan: Plan,
-    a: Float[Array, "*b p q"],
+    a: Float[Array, "*b m n"],
     leaf: LeafState,
     moments: list[Moments],
     turn: Turn,
     key: PRNGKeyArray,
     requested: Bool[Array, ""] | bool,
-    projected: Float[Array, "*b r q"] | None = None,
+    projected: Float[Array, "*b m2 n2"] | None = None,
 ) -> Refreshed:
     """Refresh the basis of one leaf if it is due, and carry its moments along.
 
@@ -186,7 +196,7 @@ def refresh_leaf(
     """
     basis, schedule = loop.basis, loop.schedule
     if basis.observe is not None:
-        seen = basis.observe(leaf.basis, a)
+        seen = basis.observe(leaf.basis, plan.orient(a))
         leaf = leaf._replace(basis=_select(_usable(basis, a), seen, leaf.basis))
     due = requested if schedule.external else schedule.due(leaf.schedule, turn)
     wanted = due if schedule.external else due | ~leaf.started
@@ -211,12 +221,15 @@ def _loses(loop: Loop, moments: list[Moments]) -> bool:
 
 
 def _move(loop, plan, a, leaf, moments, turn, key, take, projected) -> Refreshed:
-    basis = loop.basis
-    frame = lambda state: basis.frame(state, key, a.shape[-2], plan.rank)
-    momentum = next((m.first for m in moments if m.first is not None), None)
-    key_now = jr.fold_in(key, turn.count)
-    to = Refresh(key_now, turn.count, momentum, plan.rank, projected)
-    new = _new_basis(basis, leaf, lax.stop_gradient(a), to)
+    frame = lambda state: use_frame(loop, plan, state, key)
+    to = Refresh(
+        key=jr.fold_in(key, turn.count),
+        count=turn.count,
+        momentum=next((plan.orient(m.first) for m in moments if m.first is not None), None),
+        rank=plan.rank,
+        projected=None if projected is None else plan.orient(projected),
+    )
+    new = _new_basis(loop.basis, leaf, lax.stop_gradient(plan.orient(a)), to)
     old_frame, new_frame = frame(leaf.basis), frame(new)
     if loop.carry.align and isinstance(new_frame, Dense):
         # The orthogonal polar factor; with both factors of the SVD it stays orthogonal
@@ -266,18 +279,19 @@ def _carry(loop, plan, a, moments, old_frame, new_frame, turn, ok) -> list[Momen
     if apply is None or not moments:
         return moments
     if loop.basis.moved is None:
-        change = Change(new_frame.overlap(old_frame), new_frame.down(a))
+        change = Change(new_frame.overlap(old_frame), new_frame.down(a), plan.rows)
         return [_masked_carry(apply, m, change, ok) for m in moments]
     first, size = loop.basis.moved(turn.count, plan.rank)
     cut = lambda x, axis: lax.dynamic_slice_in_dim(x, first, size, axis=axis)
-    old, new = (Dense(cut(f.matrix, -1)) for f in (old_frame, new_frame))
-    change = Change(new.overlap(old), new.down(a))
+    old, new = (f._replace(matrix=cut(f.matrix, -1)) for f in (old_frame, new_frame))
+    change = Change(new.overlap(old), new.down(a), plan.rows)
+    axis = new.axis
 
     def carry_block(m):
-        part = m._replace(**{name: cut(x, -2) for name, x in _arrays(m).items()})
+        part = m._replace(**{name: cut(x, axis) for name, x in _arrays(m).items()})
         part = _masked_carry(apply, part, change, ok)
         whole = {
-            name: lax.dynamic_update_slice_in_dim(x, getattr(part, name), first, axis=-2)
+            name: lax.dynamic_update_slice_in_dim(x, getattr(part, name), first, axis=axis)
             for name, x in _arrays(m).items()
         }
         return m._replace(**whole)

@@ -18,6 +18,7 @@ from ..subspaces.refresh import (
     init_leaf,
     make_plan,
     refresh_leaf,
+    use_frame,
 )
 from ..subspaces.schedule import Schedule, Turn, every
 from ..subspaces.view import MatrixSpec, is_hidden_matrix
@@ -54,20 +55,21 @@ def project_updates(
 ) -> optax.GradientTransformationExtraArgs:
     """Run any optax transform inside a low-rank subspace of each matrix's gradient.
 
-    For a matrix with gradient ``a (p, q)`` (the projected axis first) and a basis
-    ``P (p, r)`` a step is, in this order::
+    For a matrix with gradient ``a (m, n)`` and a basis ``P (m, r)`` of its columns a
+    step is, in this order::
 
         a ← a + e                          feedback, if any
         P ← basis.refresh(a)               if the schedule says so
         moments ← carry(moments, PᵀP_old)
-        R = Pᵀ a                           (r, q)
+        R = Pᵀ a                           (r, n)
         N = inner(R)
-        U = lift(N, a − P R)               (p, q)
+        U = lift(N, a − P R)               (m, n)
         e ← what was left out              feedback, if any
 
-    The inner transform sees one tree, of the structure of the gradients, in which the
-    projected leaves are ``(batch…, r, q)`` and all others are as they are, so that its
-    step counts, schedules and global norms mean what they always do. It gets no
+    A basis of the rows, ``P (n, r)``, acts from the right: ``R = a P (m, r)``. The inner
+    transform sees one tree, of the structure of the gradients, in which the projected
+    leaves are ``(batch…, r, n)`` or ``(batch…, m, r)`` and all others are as they are, so
+    that its counts, schedules and global norms mean what they always do. It gets no
     params: weight decay and learning rate go behind ``project_updates`` in the chain.
 
     States live in float32 or wider and the updates come back in the gradient's dtype.
@@ -139,10 +141,11 @@ def project_updates(
                 states.append(())
                 proxies.append(_working(x))
                 continue
-            a = jnp.zeros_like(_working(plan.orient(x)))
+            a = jnp.zeros_like(_working(plan.view(x)))
             state = init_leaf(loop, plan, a, leaf_key(plan))
             states.append(state)
-            proxies.append(_frame(loop, plan, state, a, leaf_key(plan)).down(a))
+            frame = use_frame(loop, plan, state.basis, leaf_key(plan))
+            proxies.append(frame.down(a))
         inner_state = inner.init(treedef.unflatten(proxies))
         if loop.carry.apply is not None:
             check_roles(inner_state)
@@ -157,7 +160,7 @@ def project_updates(
         states = treedef.flatten_up_to(state.leaves)
         projected = [i for i, plan in enumerate(plans) if plan is not None]
         gradients = [
-            _working(x) if plan is None else _oriented(plan, x, leaf)
+            _working(x) if plan is None else _matrices(plan, x, leaf)
             for plan, x, leaf in zip(plans, leaves, states, strict=True)
         ]
         losses: dict[int, Any] = {}
@@ -183,7 +186,7 @@ def project_updates(
         if loop.schedule.when == "before":
             inner_state = refresh_all(inner_state, {})
         frames = {
-            i: _frame(loop, plans[i], states[i], gradients[i], leaf_key(plans[i]))
+            i: use_frame(loop, plans[i], states[i].basis, leaf_key(plans[i]))
             for i in projected
         }
         down = list(gradients)
@@ -251,15 +254,12 @@ def _working(x: ArrayLike) -> Array:
     return x.astype(working_dtype(x.dtype))
 
 
-def _oriented(plan: Plan, x: Array, leaf: LeafState) -> Array:
-    a = _working(plan.orient(x))
+def _matrices(plan: Plan, x: Array, leaf: LeafState) -> Array:
+    """The gradient as matrices, with what earlier steps left out."""
+    a = _working(plan.view(x))
     if isinstance(leaf.error, tuple):
         return a
-    return a + plan.orient(leaf.error).astype(a.dtype)
-
-
-def _frame(loop: Loop, plan: Plan, leaf: LeafState, a: Array, key: PRNGKeyArray) -> Any:
-    return loop.basis.frame(leaf.basis, key, a.shape[-2], plan.rank)
+    return a + plan.view(leaf.error).astype(a.dtype)
 
 
 def _momentum_error(feedback: Feedback, lost: Any) -> Any:
