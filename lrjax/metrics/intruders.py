@@ -7,7 +7,7 @@ from ..linalg.gram import working_dtype
 
 def intruder_dimensions(
     base: Float[Array, "*batch m n"],
-    tuned: Float[Array, "*batch m n"],
+    tuned: Float[Array, "*c p q"],
     *,
     top: int = 10,
     threshold: ArrayLike = 0.5,

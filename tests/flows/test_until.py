@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lrjax import LowRank, flows, gradient_flow
+
+from ..helpers import assert_close
+from .conftest import approximation
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        flows.loss_below(1e-6),
+        flows.loss_below(1e-7, relative=True),
+        flows.gradient_below(1e-4),
+        flows.stationary(),
+        flows.stationary(after=3.0),
+        lambda m: (m.loss < 1e-3) & (m.gradient_norm < 1e-3) & (m.speed < m.size),
+    ],
+    ids=["loss", "relative", "gradient", "stationary", "after", "own"],
+)
+def test_rules_wait_for_the_escape_from_the_saddle(aligned, rule):
+    def end(alpha):
+        start = LowRank(alpha * aligned.u, alpha * aligned.v)
+        return gradient_flow(approximation, start, aligned.target, t1=200.0, until=rule)
+
+    alphas = jnp.array([1e-1, 1e-4, 1e-7])
+    solution = jax.vmap(end)(alphas)
+    times = solution.stats.time
+    assert jnp.all(solution.stats.stopped)
+    assert jnp.all(solution.stats.success)
+    assert jnp.all(times < 60)
+    # All of the modes are learnt, however small the start.
+    slowest = aligned.sigma[-1]
+    learnt = jnp.log(slowest / alphas**2 - 1) / (2 * slowest)  # half of the last mode
+    assert jnp.all(times > learnt)
+    gaps = jax.vmap(approximation, (0, None))(solution.params, aligned.target)
+    assert jnp.all(gaps < 1e-2)
+    assert_close(solution.ts, times)
+
+
+def test_nothing_is_saved_after_the_end(aligned):
+    ts = jnp.linspace(0, 50, 6)
+    solution = gradient_flow(
+        approximation,
+        aligned.start,
+        aligned.target,
+        t1=50.0,
+        ts=ts,
+        until=flows.loss_below(1e-2),
+        observe=lambda m: m.loss,
+    )
+    inside = ts <= solution.stats.time
+    assert 1 <= int(inside.sum()) < 6
+    assert jnp.array_equal(jnp.isfinite(solution.ts), inside)
+    assert jnp.all(jnp.isfinite(solution.params.left))
+    assert approximation(solution.params, aligned.target) <= 1e-2
+
+
+def test_a_rule_that_never_fires_does_not_stop(aligned):
+    stats = gradient_flow(
+        approximation, aligned.start, aligned.target, t1=1.0, until=flows.loss_below(-1.0)
+    ).stats
+    assert not stats.stopped
+    assert stats.success
+    assert stats.time == 1
