@@ -7,6 +7,8 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PRNGKeyArray
 
+from ._dense import dense
+
 
 _STOCK = (eqx.nn.Linear, eqx.nn.Conv, eqx.nn.Embedding)
 
@@ -25,15 +27,14 @@ def has_low_rank_path(layer: Any) -> bool:
 def base(layer: Any, x: Array) -> Array:
     """What the layer itself gives.
 
-    A Linear is written with the input on the left: under nested ``vmap`` XLA on CPU then
-    gets one matrix product in place of a product and a transposition of the result.
+    A Linear goes through :func:`dense`, to stay one matrix product under nested ``vmap``.
     """
     if not isinstance(layer, eqx.nn.Linear) or "scalar" in (
         layer.in_features,
         layer.out_features,
     ):
         return layer(x)
-    y = x @ layer.weight.T
+    y = dense(x, layer.weight)
     return y if layer.bias is None else y + layer.bias
 
 
@@ -42,7 +43,7 @@ def down(layer: Any, right: Array, x: Array) -> Array:
     if isinstance(layer, eqx.nn.Embedding):
         return right[x]
     if isinstance(layer, eqx.nn.Linear):
-        return jnp.atleast_1d(x) @ right
+        return dense(jnp.atleast_1d(x), right.T)
     kernel = right.T.reshape(right.shape[1], *layer.weight.shape[1:])
     # With groups every group of inputs meets the same kernel: r channels for each.
     kernel = jnp.tile(kernel, (layer.groups,) + (1,) * (kernel.ndim - 1))
@@ -60,7 +61,7 @@ def up(layer: Any, left: Array, h: Array) -> Array:
         columns = h.reshape(layer.groups, left.shape[1], -1)
         blocks = left.reshape(layer.groups, -1, left.shape[1])
         return lax.batch_matmul(blocks, columns).reshape(-1, *spatial)
-    y = h @ left.T
+    y = dense(h, left)
     return y[0] if getattr(layer, "out_features", None) == "scalar" else y
 
 

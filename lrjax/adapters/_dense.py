@@ -1,0 +1,86 @@
+"""A matrix product that stays one 2-D product under any nesting of ``vmap``.
+
+Equinox layers take one vector and are vmapped over batch and positions. The gradient of
+the weight then contracts two axes at once, for which XLA on CPU first copies the large
+upstream gradient into another layout. A primitive of its own sees the batch axes come and
+flattens them; on other platforms, where nothing is gained and a reshape could merge
+sharded axes, it lowers to the plain contraction.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float
+
+
+def _is_placed(x: Array) -> bool:
+    """Whether JAX tracks by type where ``x`` lives: Explicit meshes and ``shard_map``."""
+    aval = jax.typeof(x)
+    return not aval.sharding.mesh.empty or bool(getattr(aval, "vma", ()))
+
+
+def dense(x: Float[Array, "... n"], weight: Float[Array, "m n"]) -> Float[Array, "... m"]:
+    """``x @ weight.T`` for an input with any leading axes."""
+    dtype = jnp.result_type(x, weight)
+    x, weight = x.astype(dtype), weight.astype(dtype)
+    if _is_placed(x) or _is_placed(weight):
+        return _contract(x, weight)
+    return _dense_p.bind(x, weight)
+
+
+def _contract(x, weight):
+    return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+def _flat(x, weight):
+    return _contract(_rows(x), weight).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _weight_gradient(cotangent, x):
+    """``Σ cotangent xᵀ`` over all leading axes, ``(m, n)``."""
+    lead = tuple(range(x.ndim - 1))
+    contract = lambda c, x: lax.dot_general(c, x, ((lead, lead), ((), ())))
+    return lax.platform_dependent(cotangent, x, cpu=_thin_first, default=contract)
+
+
+def _thin_first(cotangent, x):
+    """The same on CPU, where the product with the thin matrix first is 3-7 × faster.
+
+    The barrier keeps XLA from folding the transposition back into the product.
+    """
+    contract = lambda a, b: lax.dot_general(a, b, (((0,), (0,)), ((), ())))
+    cotangent, x = _rows(cotangent), _rows(x)
+    if cotangent.shape[1] <= x.shape[1]:
+        return lax.optimization_barrier(contract(cotangent, x))
+    return lax.optimization_barrier(contract(x, cotangent)).T
+
+
+def _batch(args, axes):
+    (x, weight), (x_axis, weight_axis) = args, axes
+    if weight_axis is None:
+        return _dense_p.bind(jnp.moveaxis(x, x_axis, 0), weight), 0
+    return jax.vmap(_flat, (x_axis, weight_axis))(x, weight), 0
+
+
+_dense_p = Primitive("lrjax_dense")
+_dense_p.def_impl(jax.jit(_dense_p.bind))
+_dense_p.def_abstract_eval(
+    lambda x, weight: ShapedArray((*x.shape[:-1], weight.shape[0]), x.dtype)
+)
+ad.defbilinear(
+    _dense_p,
+    lambda cotangent, x, weight: dense(cotangent, weight.T),
+    lambda cotangent, x, weight: _weight_gradient(cotangent, x),
+)
+batching.primitive_batchers[_dense_p] = _batch
+mlir.register_lowering(_dense_p, mlir.lower_fun(_contract, multiple_results=False))
+mlir.register_lowering(
+    _dense_p, mlir.lower_fun(_flat, multiple_results=False), platform="cpu"
+)
