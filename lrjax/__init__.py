@@ -31,9 +31,20 @@ from .lowrank import (
     truncate as truncate,
 )
 from .recipes import (
+    apollo as apollo,
+    coap as coap,
+    fira as fira,
+    flora as flora,
+    frugal as frugal,
+    galore as galore,
+    golore as golore,
+    ldadam as ldadam,
+    online_subspace_descent as online_subspace_descent,
     opsa as opsa,
     scaled_gd as scaled_gd,
     scaled_subgradient as scaled_subgradient,
+    subspace_adam as subspace_adam,
+    subtrack as subtrack,
 )
 from .recovery import (
     Problem as Problem,

@@ -53,8 +53,16 @@ from .schedule import (
     every as every,
     external as external,
 )
+from .tracking import (
+    coap as coap,
+    ema_gram as ema_gram,
+    geodesic as geodesic,
+    oja as oja,
+)
 from .view import (
     MatrixSpec as MatrixSpec,
+    Rank as Rank,
+    Side as Side,
     is_hidden_matrix as is_hidden_matrix,
     matrix_shape as matrix_shape,
 )
