@@ -34,9 +34,8 @@ def sweep(
             on the grid. Passing the same function again reuses its compiled program.
         grid: one-dimensional array-likes by name. For seeds use integers and call
             ``jax.random.key(seed)`` in ``run``.
-        *shared: pytrees of arrays (data, a model, a problem), the same for all members.
-            Pass big arrays here instead of closing over them: XLA spends minutes
-            on constants.
+        *shared: pytrees (data, a model, a problem), the same for all members. Pass big
+            arrays here instead of closing over them: XLA spends minutes on constants.
         over: ``"product"`` runs every combination, ``"zip"`` the i-th values together.
         batch_size: how many members run at once, for sweeps that do not fit in memory.
             The last chunk is padded, so there is still one compilation only.
@@ -120,10 +119,11 @@ def _coordinate(values: jax.Array) -> np.ndarray:
 
 def _run_in_chunks(run, shared, points, batch_size, mesh, progress):
     total = len(next(iter(points.values())))
+    arrays, static = _split_static(shared)
     chunk = min(batch_size or total, total)
     if mesh is not None:
         chunk = math.ceil(chunk / mesh.size) * mesh.size
-        shared = jax.device_put(shared, NamedSharding(mesh, PartitionSpec()))
+        arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
     chunks = []
     with _progress_bar(total, progress) as bar:
         for start in range(0, total, chunk):
@@ -133,7 +133,8 @@ def _run_in_chunks(run, shared, points, batch_size, mesh, progress):
             if mesh is not None:
                 spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
                 part = jax.device_put(part, spread)
-            chunks.append(jax.device_get(_run_chunk(run, mesh, shared, part)))
+            outputs = _run_chunk(run, mesh, static, arrays, part)
+            chunks.append(jax.device_get(outputs))
             bar.update(min(chunk, total - start))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:total], *chunks)
 
@@ -153,13 +154,32 @@ def _progress_bar(total: int, progress: bool):
     return _import("tqdm").tqdm(total=total, unit="run") if progress else _NoBar()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_chunk(run, mesh, shared, points):
-    def members(shared, points):
+def _split_static(tree):
+    """Arrays and numbers on one side; on the other what a model holds besides them."""
+    leaves, structure = jax.tree.flatten(tree)
+    is_data = [
+        isinstance(x, jax.Array | np.ndarray | np.generic | float | int) for x in leaves
+    ]
+    arrays = [x for x, data in zip(leaves, is_data, strict=True) if data]
+    others = tuple(None if data else x for x, data in zip(leaves, is_data, strict=True))
+    return arrays, (structure, tuple(is_data), others)
+
+
+def _join_static(arrays, static):
+    structure, is_data, others = static
+    arrays = iter(arrays)
+    pairs = zip(is_data, others, strict=True)
+    return structure.unflatten([next(arrays) if data else other for data, other in pairs])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_chunk(run, mesh, static, arrays, points):
+    def members(arrays, points):
+        shared = _join_static(arrays, static)
         return jax.vmap(lambda point: run(*shared, **point))(points)
 
     if mesh is None:
-        return members(shared, points)
+        return members(arrays, points)
     axes = PartitionSpec(mesh.axis_names)
     # Members do not talk to each other; shard_map keeps decompositions, which the
     # partitioner would gather, on the device of their member.
@@ -169,4 +189,4 @@ def _run_chunk(run, mesh, shared, points):
         in_specs=(PartitionSpec(), axes),
         out_specs=axes,
         check_vma=False,
-    )(shared, points)
+    )(arrays, points)

@@ -1,5 +1,6 @@
 import builtins
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -97,6 +98,13 @@ def test_seeds_and_keys_on_the_grid():
     by_key = lrjax.sweep(lambda *, key: jr.normal(key), {"key": keys}, progress=False)
     np.testing.assert_array_equal(by_seed["result"], by_key["result"])
     assert by_key["key"].values.tolist() == [0, 1, 2, 3]
+
+
+def test_a_model_with_functions_in_it_may_be_shared():
+    model = eqx.nn.MLP(2, 1, 4, 1, key=jr.key(0))
+    run = lambda model, x, *, scale: scale * model(x)
+    out = lrjax.sweep(run, {"scale": [1.0, 3.0]}, model, TARGET, progress=False)
+    np.testing.assert_allclose(out["result"][1], 3 * model(TARGET), rtol=1e-6)
 
 
 def test_nested_results_are_named_by_their_path():
