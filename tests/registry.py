@@ -5,6 +5,7 @@ here makes ``tests/contract/test_registered.py`` fail.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,7 +26,8 @@ class Entry:
         factory: the public function.
         arguments: how it is called here.
         numbers: names of arguments that may be tracers, with a second value each.
-        params: ``"pairs"``: a tree with LowRank nodes; ``"dense"``: a tree of matrices.
+        params: ``"pairs"``: a tree with LowRank nodes; ``"dense"``: a tree of matrices;
+            ``"stack"``: one stack of matrices.
         extra: whether ``update`` needs ``value`` and ``grad``.
         descends: whether it is an optimizer that lowers a loss by itself.
         gauge: under which change of factors, (L Q, R Q⁻ᵀ), the step of the product is
@@ -39,7 +41,7 @@ class Entry:
     factory: Callable[..., optax.GradientTransformation]
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     numbers: dict[str, float] = dataclasses.field(default_factory=dict)
-    params: Literal["pairs", "dense"] = "pairs"
+    params: Literal["pairs", "dense", "stack"] = "pairs"
     extra: bool = False
     descends: bool = False
     gauge: Literal["any", "orthogonal", "none"] = "none"
@@ -76,7 +78,16 @@ def dense_params(key, dtype=jnp.float32):
     }
 
 
-PARAMS = {"pairs": pair_params, "dense": dense_params}
+def stack_params(key, dtype=jnp.float32):
+    """A stack of three matrices, a vector, and a leaf that is ``None``.
+
+    For optimizers whose program grows with the number of projected leaves.
+    """
+    params = dense_params(key, dtype)
+    return {name: params[name] for name in ("stack", "bias", "none")}
+
+
+PARAMS = {"pairs": pair_params, "dense": dense_params, "stack": stack_params}
 
 
 def loss(params):
@@ -154,6 +165,18 @@ TRANSFORMS: dict[str, Entry] = {
     ),
     "rebalance": Entry(lrjax.rebalance, gauge="orthogonal"),
     "on_pairs": Entry(_on_pairs, {"damping": 0.1}, {"damping": 0.3}, gauge="orthogonal"),
+    "project_updates": Entry(
+        lrjax.project_updates,
+        {
+            "inner": optax.scale_by_adam(),
+            "basis": lrjax.subspaces.power(2),
+            "schedule": lrjax.subspaces.every(2),
+            "carry": lrjax.subspaces.rotate_variance(),
+            "feedback": lrjax.subspaces.error_feedback(),
+            "where": lambda path, shape: len(shape) >= 2,
+        },
+        params="stack",
+    ),
 }
 
 RECIPES: dict[str, Entry] = {
@@ -204,6 +227,35 @@ RECIPES: dict[str, Entry] = {
         gauge="orthogonal",
         stacks=False,
     ),
+}
+
+
+def _every_matrix(path, shape):
+    return len(shape) >= 2
+
+
+def _in_subspace(factory, rate=0.1, **arguments):
+    """An entry of an optimizer that works in subspaces of rank 2."""
+    own = {"learning_rate": rate, "rank": 2, "where": _every_matrix, **arguments}
+    static = ("rank", "where", "refresh_every", "blocks", "recalibrate")
+    static = tuple(set(static) & set(inspect.signature(factory).parameters))
+    return Entry(
+        factory, own, {"learning_rate": 0.02}, "stack", descends=True, static=static
+    )
+
+
+RECIPES |= {
+    "apollo": _in_subspace(lrjax.apollo),
+    "coap": _in_subspace(lrjax.coap, refresh_every=2, recalibrate=2),
+    "fira": _in_subspace(lrjax.fira, refresh_every=2),
+    "flora": _in_subspace(lrjax.flora, refresh_every=2),
+    "frugal": _in_subspace(lrjax.frugal, refresh_every=2),
+    "galore": _in_subspace(lrjax.galore, refresh_every=2, scale=1.0),
+    "golore": _in_subspace(lrjax.golore, refresh_every=2, scale=1.0),
+    "ldadam": _in_subspace(lrjax.ldadam),
+    "online_subspace_descent": _in_subspace(lrjax.online_subspace_descent),
+    "subspace_adam": _in_subspace(lrjax.subspace_adam, blocks=2),
+    "subtrack": _in_subspace(lrjax.subtrack, refresh_every=2),
 }
 
 ENTRIES = {**TRANSFORMS, **RECIPES}

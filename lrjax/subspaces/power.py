@@ -123,10 +123,13 @@ def _turn_block(
     if projected is not None:
         projected = lax.dynamic_slice_in_dim(projected, first, size, axis=-2)
     block = _image(a, block, projected)
-    # Twice is enough: the first pass leaves rounding errors of the size of what it
-    # removed, the second those of what remains.
-    for _ in range(2):
+
+    def off_others(_, block):
         inside = einsum("...pr,...ps->...rs", others, block)
         block = block - einsum("...pr,...rs->...ps", others, inside)
-        block = orthonormalize(block, method=method)
+        return orthonormalize(block, method=method)
+
+    # Twice is enough: the first pass leaves rounding errors of the size of what it
+    # removed, the second those of what remains.
+    block = lax.fori_loop(0, 2, off_others, block)
     return lax.dynamic_update_slice_in_dim(p, block, first, axis=-1)
