@@ -64,7 +64,7 @@ def local_rates():
         jnp.linalg.qr(jr.normal(k, (n, 3), jnp.float64))[0]
         for k, n in zip(keys[:2], (20, 15), strict=True)
     )
-    truth = lrjax.balance(lrjax.LowRank(left * jnp.array([100.0, 10.0, 1.0]), right))
+    truth = lrjax.balance(lrjax.LowRank(left * jnp.array([[100.0, 10.0, 1.0]]), right))
     problem = recovery.Problem(
         recovery.Identity((20, 15)), truth.materialize(), recovery.Squared(), truth
     )

@@ -15,7 +15,7 @@ def opsa(
     *,
     f_min: ArrayLike | None = None,
     reg: ArrayLike = 0.0,
-    damping: ArrayLike | optax.Schedule = 1e-2,
+    damping: ArrayLike | optax.Schedule = 0.1,
     relative: bool = True,
     loss_power: ArrayLike | None = 1.0,
     rebalance: bool = False,

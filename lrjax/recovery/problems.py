@@ -43,7 +43,7 @@ def _random_truth(key, shape, rank, condition, symmetric, dtype) -> LowRank:
     if symmetric and m != n:
         raise ValueError(f"a symmetric problem needs a square shape, got {shape}.")
     k_left, k_right = jr.split(key)
-    root = jnp.sqrt(_spectrum(condition, rank, dtype))
+    root = jnp.sqrt(_spectrum(condition, rank, dtype))[None, :]
     left = orthonormalize(jr.normal(k_left, (m, rank), dtype)) * root
     right = orthonormalize(jr.normal(k_right, (n, rank), dtype)) * root
     return LowRank(left, left if symmetric else right)

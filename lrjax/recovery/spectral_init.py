@@ -149,11 +149,12 @@ def _factors(products, n, rank, key, dtype, symmetric, power_iters) -> LowRank:
     if symmetric:
         values, vectors = jnp.linalg.eigh(einsum("nr,ns->rs", basis, matmul(basis)))
         root = jnp.sqrt(jnp.maximum(values, 0))
-        left = einsum("nr,rs->ns", basis, vectors * root)
+        left = einsum("nr,rs->ns", basis, vectors * root[None, :])
         return LowRank(left, left)
     image = orthonormalize(matmul(basis))
     u, s, vt = jnp.linalg.svd(einsum("mr,ms->rs", image, matmul(basis)))
     root = jnp.sqrt(s)
     return LowRank(
-        einsum("mr,rs->ms", image, u * root), einsum("nr,sr->ns", basis, vt * root[:, None])
+        einsum("mr,rs->ms", image, u * root[None, :]),
+        einsum("nr,sr->ns", basis, vt * root[:, None]),
     )
