@@ -1,6 +1,10 @@
 """Optax gradient transformations that know about factors; one public name a file."""
 
 from .add_nuclear_norm import add_nuclear_norm as add_nuclear_norm
+from .compress_momentum import (
+    CompressMomentumState as CompressMomentumState,
+    compress_momentum as compress_momentum,
+)
 from .on_pairs import Pair as Pair, on_pairs as on_pairs, pairs_by_name as pairs_by_name
 from .project_updates import (
     ProjectUpdatesState as ProjectUpdatesState,

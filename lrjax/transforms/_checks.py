@@ -1,13 +1,13 @@
 from collections.abc import Callable
 
-import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import ArrayLike
 
 
 def check_non_negative(function: str, argument: str, value: ArrayLike | Callable) -> None:
     """Refuse negative numbers; tracers and schedules cannot be looked at and pass."""
-    if callable(value) or isinstance(value, jax.core.Tracer):
+    if callable(value) or isinstance(value, Tracer):
         return
     # NumPy, because jax.numpy would trace the comparison inside a jitted function.
     if not bool((np.asarray(value) >= 0).all()):

@@ -134,7 +134,7 @@ def _group(tree: PyTree, rule) -> PyTree:
     return grouped
 
 
-def _ungroup(grouped: dict[str, Any], like: PyTree, rule) -> PyTree:
+def _ungroup(grouped: Any, like: PyTree, rule) -> PyTree:
     def pick(path, leaf):
         del leaf
         path = jtu.keystr(path)

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -92,7 +92,7 @@ def scale_by_gram(
         check_has_nodes("scale_by_gram", params)
         return ScaleByGramState(jnp.zeros([], jnp.int32)) if counts else optax.EmptyState()
 
-    def update(updates, state, params=None, *, value=None, **extra):
+    def update(updates, state, params=None, *, value: Any = None, **extra):
         del extra
         check_params("scale_by_gram", params)
         strength = damping(state.count) if callable(damping) else damping
@@ -109,7 +109,7 @@ def scale_by_gram(
 
         updates = map_nodes(precondition, updates, params)
         if counts:
-            state = ScaleByGramState(optax.safe_increment(state.count))
+            state = ScaleByGramState(jnp.asarray(optax.safe_increment(state.count)))
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)

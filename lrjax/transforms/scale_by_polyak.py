@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -50,7 +52,9 @@ def scale_by_polyak(f_min: ArrayLike = 0.0) -> optax.GradientTransformationExtra
         del params
         return optax.EmptyState()
 
-    def update(updates, state, params=None, *, value=None, grad=None, f_min=None, **extra):
+    def update(
+        updates, state, params=None, *, value: Any = None, grad=None, f_min=None, **extra
+    ):
         del params, extra
         check_extra("scale_by_polyak", value=value, grad=grad)
         gap = jnp.maximum(value - (smallest if f_min is None else f_min), 0)
