@@ -20,8 +20,8 @@ def descend(problem, start, *, first_step, decay):
     return problem.relative_error(solution.x)
 
 
-def run(out: Path, quick: bool) -> Report:
-    """One vmapped program against the warm Python loop over the same 32 members."""
+def setting():
+    """The problem and the start that all members share, and the grid."""
     key = jax.random.key(0)
     problem = lrjax.matrix_sensing(
         key, (SIZE, SIZE), RANK, 8 * SIZE * RANK, outlier_fraction=0.1, condition=10.0
@@ -32,6 +32,11 @@ def run(out: Path, quick: bool) -> Report:
         "first_step": size * np.geomspace(0.01, 1.0, 8).astype(np.float32),
         "decay": np.array([0.85, 0.90, 0.95, 0.98], np.float32),
     }
+    return problem, start, grid
+
+
+def contestants(problem, start, grid):
+    """The vmapped sweep and the warm Python loop, as functions without arguments."""
 
     def vectorized():
         return lrjax.sweep(descend, grid, problem, start, progress=False)
@@ -45,6 +50,13 @@ def run(out: Path, quick: bool) -> Report:
         errors = [one(problem, start, a, b).block_until_ready() for a, b in points]
         return np.array(errors).reshape(8, 4)
 
+    return vectorized, loop
+
+
+def run(out: Path, quick: bool) -> Report:
+    """One vmapped program against the warm Python loop over the same 32 members."""
+    problem, start, grid = setting()
+    vectorized, loop = contestants(problem, start, grid)
     results, looped = vectorized(), loop()  # compiles both
     ratios, seconds = [], {"sweep": [], "loop": []}
     for _ in range(1 if quick else 3):
@@ -55,7 +67,7 @@ def run(out: Path, quick: bool) -> Report:
         ratios.append(seconds["loop"][-1] / seconds["sweep"][-1])
     errors = results["result"]
     solved = int((errors < 1e-4).sum())
-    _plot(errors, size, out / "sweep.png")
+    _plot(errors, float(lrjax.norm(start)), out / "sweep.png")
     # Runs that do not converge are chaotic: rounding alone moves where they end.
     both = (errors.values < 1e-4) == (looped < 1e-4)
     return Report(
