@@ -232,11 +232,13 @@ def _plot(rows, fits, tuned, test, before: float, path: Path) -> None:
         title="Learning the new digits",
     )
     curves.legend(frameon=False)
-    middle = np.mean([row["0-4 kept"] for row in rows])
+    # At least this wide, or one image more or less would look like a gulf.
+    lowest = min(before - 0.05, min(row["0-4 kept"] for row in rows) - 0.01)
+    trade.set_xlim(lowest, before + 0.02)
     for row in rows:
         x, y = row["0-4 kept"], row["5-9 held back"]
         trade.scatter(x, y, s=90, color=COLORS[row["method"]], zorder=3)
-        left = x > middle
+        left = x > (lowest + before) / 2
         trade.annotate(
             f"{row['method']}\n{row['trainable']:,} trained\n"
             f"{row['optimizer bytes'] / 1024:,.0f} KiB of Adam",
@@ -247,7 +249,7 @@ def _plot(rows, fits, tuned, test, before: float, path: Path) -> None:
             va="top",
             fontsize=9,
         )
-    trade.margins(x=0.15, y=0.4)
+    trade.margins(y=0.4)
     trade.axvline(before, color="0.6", ls=":", lw=1.5, label="0-4 before")
     trade.legend(frameon=False, loc="lower left")
     trade.set(

@@ -1,0 +1,48 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lrjax._tour.text as part
+from lrjax._tour import docstrings, encoder
+from tests.helpers import assert_close
+
+
+def test_sentences_are_real_balanced_and_apart():
+    train, test = docstrings.load(6, 3)
+    classes = range(len(docstrings.LIBRARIES))
+    assert [train.labels.count(k) for k in classes] == [6] * len(classes)
+    assert [test.labels.count(k) for k in classes] == [3] * len(classes)
+    lower = [text.lower() for text in train.texts + test.texts]
+    assert len(set(lower)) == len(lower)
+    names = "|".join(docstrings.LIBRARIES)
+    assert not any(re.search(rf"\b({names})\b", text) for text in lower)
+    assert docstrings.load(6, 3) == (train, test)
+
+
+def test_without_the_model_the_part_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(part, "model_directory", lambda: None)
+    report = part.run(tmp_path, quick=True)
+    assert encoder.INSTALL in report.skipped
+    assert "--no-deps" in report.skipped
+    assert not report.checks
+
+
+def test_embeddings_equal_the_reference_and_padding_does_not_matter():
+    directory = encoder.model_directory()
+    if directory is None:
+        pytest.skip(f"the pretrained model is not installed: {encoder.INSTALL}")
+    model = encoder.load_encoder(directory)
+    texts, want = encoder.reference()
+    for length in (41, 64):
+        tokenizer = encoder.load_tokenizer(directory, length)
+        got = part.embed(model, *encoder.tokenize(tokenizer, texts))
+        got = got / np.linalg.norm(got, axis=1, keepdims=True)
+        assert np.max(np.abs(got - want)) < 1e-5
+
+
+def test_flattened_rows_are_the_layer_on_every_vector(getkey):
+    x = jax.random.normal(getkey(), (2, 3, 5))
+    assert_close(encoder.rows(lambda v: jnp.cumsum(v)[:4], x), jnp.cumsum(x, -1)[..., :4])
