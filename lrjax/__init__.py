@@ -33,6 +33,7 @@ from .lowrank import (
 from .recipes import (
     apollo as apollo,
     coap as coap,
+    dion as dion,
     fira as fira,
     flora as flora,
     frugal as frugal,
@@ -49,6 +50,7 @@ from .recipes import (
 from .recovery import (
     Problem as Problem,
     Solution as Solution,
+    fit_robust_pca as fit_robust_pca,
     matrix_completion as matrix_completion,
     matrix_sensing as matrix_sensing,
     phase_retrieval as phase_retrieval,
@@ -60,6 +62,7 @@ from .sweep import sweep as sweep
 from .transforms import (
     Pair as Pair,
     add_nuclear_norm as add_nuclear_norm,
+    compress_momentum as compress_momentum,
     on_pairs as on_pairs,
     pairs_by_name as pairs_by_name,
     project_updates as project_updates,

@@ -165,6 +165,13 @@ TRANSFORMS: dict[str, Entry] = {
     ),
     "rebalance": Entry(lrjax.rebalance, gauge="orthogonal"),
     "on_pairs": Entry(_on_pairs, {"damping": 0.1}, {"damping": 0.3}, gauge="orthogonal"),
+    "compress_momentum": Entry(
+        lrjax.compress_momentum,
+        {"rank": 2, "where": lambda path, shape: len(shape) >= 2, "decay": 0.9},
+        {"decay": 0.5},
+        params="stack",
+        static=("rank", "where", "normalize", "reduce"),
+    ),
     "project_updates": Entry(
         lrjax.project_updates,
         {
@@ -247,6 +254,7 @@ def _in_subspace(factory, rate=0.1, **arguments):
 RECIPES |= {
     "apollo": _in_subspace(lrjax.apollo),
     "coap": _in_subspace(lrjax.coap, refresh_every=2, recalibrate=2),
+    "dion": _in_subspace(lrjax.dion, weight_decay=0.0),
     "fira": _in_subspace(lrjax.fira, refresh_every=2),
     "flora": _in_subspace(lrjax.flora, refresh_every=2),
     "frugal": _in_subspace(lrjax.frugal, refresh_every=2),

@@ -4,6 +4,11 @@ from .alignment import misalignment as misalignment
 from .balance import balance_drift as balance_drift, imbalance as imbalance
 from .hessian import HessianOverlap as HessianOverlap, hessian_overlap as hessian_overlap
 from .intruders import intruder_dimensions as intruder_dimensions
+from .memory_report import (
+    LeafMemory as LeafMemory,
+    MemoryReport as MemoryReport,
+    memory_report as memory_report,
+)
 from .phases import (
     PhaseTimes as PhaseTimes,
     crossing_time as crossing_time,

@@ -2,6 +2,7 @@
 
 from .apollo import apollo as apollo
 from .coap import coap as coap
+from .dion import dion as dion
 from .fira import fira as fira
 from .flora import flora as flora
 from .frugal import frugal as frugal

@@ -57,6 +57,10 @@ def apollo(
         >>> tx = lrjax.apollo(1e-2, rank=2)
         >>> state = tx.init({"weight": jnp.ones((8, 16))})
 
+        APOLLO-Mini, with hardly more state than plain gradient descent:
+
+        >>> tx = lrjax.apollo(1e-2, rank=1, over="tensor", scale=128**0.5)
+
     Reference:
         H. Zhu et al., "APOLLO" (2024), arXiv 2412.05270. With ``P = I`` it is Adam
         normalized by columns.

@@ -1,0 +1,317 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+import pytest
+
+import lrjax
+from lrjax import subspaces as sub
+
+from ..helpers import assert_close, relative_error, with_spectrum
+
+
+P, Q, R = 12, 20, 4
+anything = lambda path, shape: len(shape) >= 2
+
+
+def refresh_once(basis, a, key, count=0, state=None, momentum=None):
+    """One refresh of a basis outside any optimizer, as a dense matrix."""
+    to = sub.Refresh(key, jnp.asarray(count, jnp.int32), momentum, R)
+    first = state is None
+    state = basis.init(a.shape, R, a.dtype, key) if first else state
+    if basis.observe is not None:
+        state = basis.observe(state, a)
+    rule = basis.start if first and basis.start is not None else basis.refresh
+    state = jax.jit(lambda s, a, c: rule(s, a, to._replace(count=c)))(state, a, to.count)
+    frame = basis.frame(state, key, a.shape[-2], R)
+    identity = jnp.broadcast_to(jnp.eye(R), (*a.shape[:-2], R, R))
+    return frame.up(identity), state
+
+
+def energy(p, a):
+    return jnp.sum((p.mT @ a) ** 2) / jnp.sum(a**2)
+
+
+ORTHONORMAL = {
+    "gram_eigh": sub.gram_eigh(R),
+    "randomized_svd": sub.randomized_svd(R),
+    "range_finder": sub.range_finder(R),
+    "power": sub.power(R),
+    "power_blocks": sub.power(R, blocks=2),
+    "random": sub.random_orthonormal(R),
+    "rows": sub.rows(R),
+    "uniform_rows": sub.rows(R, choice="uniform"),
+    "sampled_svd": sub.sampled_svd(R),
+    "geodesic": sub.geodesic(R, 1e-3),
+    "ema_gram": sub.ema_gram(R),
+}
+
+
+@pytest.mark.parametrize("rank", [P, 2], ids=["full", "deficient"])
+@pytest.mark.parametrize("basis", ORTHONORMAL.values(), ids=ORTHONORMAL)
+def test_bases_are_orthonormal_also_on_rank_deficient_gradients(basis, rank, getkey):
+    a = with_spectrum(getkey(), P, Q, jnp.linspace(2.0, 1.0, rank))[None]
+    p, state = refresh_once(basis, a, getkey())
+    assert basis.orthonormal
+    assert_close(p.mT @ p, jnp.eye(R)[None])
+    p, _ = refresh_once(basis, a, getkey(), 1, state)
+    assert_close(p.mT @ p, jnp.eye(R)[None])
+
+
+def test_the_best_bases_capture_what_the_svd_does(getkey):
+    values = jnp.exp(-jnp.arange(P) / 2.0)
+    a = with_spectrum(getkey(), P, Q, values)
+    best = jnp.sum(values[:R] ** 2) / jnp.sum(values**2)
+    for basis in (sub.svd(R), sub.gram_eigh(R), sub.ema_gram(R)):
+        assert_close(energy(refresh_once(basis, a, getkey())[0], a), best)
+    sketched = energy(refresh_once(sub.randomized_svd(R), a, getkey())[0], a)
+    assert 0.999 * best < sketched <= best * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_power_steps_never_lose_energy_and_find_the_dominant_subspace(blocks, getkey, x64):
+    values = jnp.exp(-jnp.arange(P, dtype=jnp.float64) / 2.0)
+    a = with_spectrum(getkey(), P, Q, values, jnp.float64)
+    basis = sub.power(R, blocks=blocks)
+    state = basis.init(a.shape, R, a.dtype, getkey())
+    key = getkey()
+
+    def step(state, count):
+        state = basis.refresh(state, a, sub.Refresh(key, count, None, R))
+        return state, energy(state, a)
+
+    _, energies = jax.lax.scan(step, state, jnp.arange(80 * blocks))
+    assert jnp.all(jnp.diff(energies) > -1e-12)
+    assert energies[0] < (1 - 1e-6) * energies[-1]
+    assert_close(energies[-1], jnp.sum(values[:R] ** 2) / jnp.sum(values**2))
+
+
+def test_blocks_stay_orthonormal_over_thousands_of_noisy_steps(getkey):
+    basis = sub.power(R, blocks=4)
+    key = getkey()
+    state = basis.init((P, Q), R, jnp.float32, key)
+
+    def step(state, count):
+        a = jr.normal(jr.fold_in(key, count), (P, Q))
+        return basis.refresh(state, a, sub.Refresh(key, count, None, R)), None
+
+    state, _ = jax.lax.scan(step, state, jnp.arange(2000))
+    assert_close(state.mT @ state, jnp.eye(R))
+
+
+def test_geodesic_steps_go_downhill_and_stop_at_the_optimum(getkey, x64):
+    a = with_spectrum(getkey(), P, Q, jnp.linspace(2.0, 0.5, P), jnp.float64)
+    basis = sub.geodesic(R, 0.02)
+    start = jnp.linalg.qr(jr.normal(getkey(), (P, R), jnp.float64))[0]
+    energies, p = [energy(start, a)], start
+    for count in range(5):
+        p, _ = refresh_once(basis, a, getkey(), count, p)
+        energies.append(energy(p, a))
+    assert jnp.all(jnp.diff(jnp.array(energies)) > 0)
+    best = jnp.linalg.svd(a)[0][:, :R]
+    assert_close(refresh_once(basis, a, getkey(), 1, best)[0], best, condition=100)
+
+
+def test_oja_with_plain_descent_is_ojas_rule(getkey, x64):
+    a = with_spectrum(getkey(), P, Q, jnp.linspace(2.0, 0.5, P), jnp.float64)
+    basis = sub.oja(R, optax.sgd(0.3))
+    p = jnp.linalg.qr(jr.normal(getkey(), (P, R), jnp.float64))[0]
+    state = basis.init(a.shape, R, a.dtype, getkey())._replace(matrix=p)
+    got, _ = refresh_once(basis, a, getkey(), 1, state)
+    x = a @ a.T / jnp.sum(a**2)
+    assert_close(got, p + 0.6 * (jnp.eye(P) - p @ p.T) @ x @ p)
+
+
+def test_oja_descends_its_loss(getkey, x64):
+    a = with_spectrum(getkey(), P, Q, jnp.linspace(2.0, 0.5, P), jnp.float64)
+    p = jr.normal(getkey(), (P, R), jnp.float64)
+    basis = sub.oja(R, optax.sgd(1.0), penalty=0.7)
+    state = basis.init(a.shape, R, a.dtype, getkey())._replace(matrix=p)
+    got, _ = refresh_once(basis, a, getkey(), 1, state)
+    unit = a / jnp.linalg.norm(a)
+
+    def loss(p):
+        error = p @ (p.T @ unit) - unit
+        return jnp.sum(error**2) + 0.7 * jnp.sum((p.T @ p - jnp.eye(R)) ** 2)
+
+    assert_close(got, p - jax.grad(loss)(p))
+
+
+def test_coap_follows_the_momentum_and_recalibrates_to_the_svd(getkey, x64):
+    a = with_spectrum(getkey(), P, Q, jnp.linspace(2.0, 0.5, R), jnp.float64)
+    basis = sub.coap(R, period=1, recalibrate=3)
+    p, _ = refresh_once(basis, a, getkey())
+    u = jnp.linalg.svd(a)[0][:, :R]
+    assert_close(jnp.abs(u.T @ p), jnp.eye(R), condition=1e3)  # rank r: sketch is exact
+    momentum = jr.normal(getkey(), (R, Q), jnp.float64)
+    tilted = jnp.linalg.qr(p + 0.3 * jr.normal(getkey(), (P, R), jnp.float64))[0]
+    moved, _ = refresh_once(basis, a, getkey(), 1, tilted, momentum)
+
+    def loss(p):
+        lifted = p @ momentum
+        lengths = jnp.linalg.norm(lifted, axis=0) * jnp.linalg.norm(a, axis=0)
+        cosine = jnp.mean(jnp.sum(lifted * a, axis=0) / lengths)
+        return jnp.mean((p @ (p.T @ a) - a) ** 2) * (1 - cosine)
+
+    gradient = jax.grad(loss)(tilted)
+    clipped = gradient / jnp.maximum(jnp.linalg.norm(gradient), 1)
+    assert_close(moved, tilted - 0.1 * clipped, condition=10)
+    again, _ = refresh_once(basis, a, getkey(), 3, tilted)
+    assert_close(energy(again, a), jnp.asarray(1.0))
+
+
+def test_gaussian_bases_are_unbiased_and_inflate_norms(getkey):
+    basis = sub.gaussian(R)
+    key = getkey()
+    draw = jax.vmap(lambda e: basis.frame(e, key, P, R).matrix)
+    p = draw(jnp.arange(4000))
+    product = p @ p.mT
+    mean, spread = product.mean(0), product.std(0) / 4000**0.5
+    assert jnp.all(jnp.abs(mean - jnp.eye(P)) < 6 * spread)
+    # ‖P Pᵀ x‖² is (1 + (p + 1)/r) times ‖x‖² on average.
+    squares = jnp.sum(product**2, axis=(-2, -1)) / P
+    assert abs(squares.mean() - (1 + (P + 1) / R)) < 6 * squares.std() / 4000**0.5
+
+
+def test_sampled_rows_are_unbiased(getkey):
+    a = jr.normal(getkey(), (P, Q)) * jnp.arange(1.0, P + 1)[:, None]
+    basis = sub.rows(R, choice="sampled")
+
+    @jax.vmap
+    def project(key):
+        frame = basis.frame(
+            basis.refresh(None, a, sub.Refresh(key, jnp.array(0), None, R)), key, P, R
+        )
+        return frame.up(frame.down(a))
+
+    draws = project(jr.split(getkey(), 4000))
+    error = jnp.abs(draws.mean(0) - a)
+    assert jnp.all(error < 6 * draws.std(0) / 4000**0.5)
+
+
+def test_top_rows_are_the_largest(getkey):
+    a = jr.normal(getkey(), (P, Q)) * jnp.arange(1.0, P + 1)[:, None]
+    p, index = refresh_once(sub.rows(R), a, getkey())
+    norms = jnp.linalg.norm(a, axis=1)
+    assert set(index.tolist()) == set(jnp.argsort(norms)[-R:].tolist())
+    assert_close(p.mT @ p, jnp.eye(R))
+
+
+def test_sampled_svd_draws_by_singular_value(getkey):
+    values = jnp.array([4.0, 2.0, 1.0, 1.0])
+    a = with_spectrum(getkey(), 4, 6, values)
+    u = jnp.linalg.svd(a)[0]
+    basis = sub.sampled_svd(1)
+    to = lambda key: sub.Refresh(key, jnp.array(0), None, 1)
+    draw = jax.vmap(lambda key: basis.refresh(None, a, to(key)))
+    picked = jnp.abs(jnp.einsum("pk,spr->sk", u, draw(jr.split(getkey(), 4000)))) > 0.5
+    share = picked.mean(0)
+    want = values / values.sum()
+    assert jnp.all(jnp.abs(share - want)[:2] < 6 * jnp.sqrt(want * (1 - want) / 4000)[:2])
+
+
+def test_align_undoes_flips_and_swaps(getkey):
+    """With moments kept, an aligned basis of the same span changes nothing."""
+    g = jr.normal(getkey(), (3, 6, 9))
+    span = jnp.linalg.qr(jr.normal(getkey(), (6, 2)))[0]
+
+    def scrambled(state, a, to):
+        turn = jnp.where(to.count % 2 == 0, jnp.eye(2), jnp.array([[0.0, -1], [1, 0]]))
+        return span @ turn
+
+    def run(basis, carry):
+        tx = lrjax.project_updates(
+            optax.scale_by_adam(),
+            basis,
+            schedule=sub.always(),
+            carry=carry,
+            where=anything,
+        )
+        step = lambda state, g: tx.update(g, state)[::-1]
+        return jax.lax.scan(step, tx.init(g[0]), g)[1]
+
+    want = run(sub.fixed(span), sub.keep())
+    assert_close(run(sub.Basis(2, "left", scrambled), sub.align()), want, condition=100)
+    assert relative_error(run(sub.Basis(2, "left", scrambled), sub.keep()), want) > 0.1
+
+
+def counter_example(tx, key, steps):
+    """Small-batch noise that hides the gradient from the SVD (He et al., 2024)."""
+    n, r = 10, 4
+    mask = (jnp.arange(n) < n - r).astype(jnp.float32)
+    block = jr.normal(key, (n - r, n - r))
+    linear = jnp.zeros((n, n)).at[: n - r, : n - r].set(block / jnp.linalg.norm(block))
+    noise = jnp.diag(1 - mask)
+    gradient = lambda x: mask[:, None] * x + linear
+
+    def step(carry, key):
+        x, state = carry
+        sign = jnp.where(jr.bernoulli(key), 1.0, -1.0)
+        updates, state = tx.update(gradient(x) + 1.6 * sign * noise, state, x)
+        return (x + updates, state), None
+
+    x = mask[:, None] * mask[None]
+    carry, _ = jax.lax.scan(step, (x, tx.init(x)), jr.split(key, steps))
+    return jnp.linalg.norm(gradient(carry[0]))
+
+
+def test_noise_stalls_the_svd_and_not_the_default():
+    def run(recipe, **kwargs):
+        rate = optax.cosine_decay_schedule(3e-3, 8000)
+        tx = recipe(rate, 4, where=anything, **kwargs)
+        keys = jr.split(jr.key(0), 5)
+        return jax.jit(jax.vmap(lambda key: counter_example(tx, key, 8000)))(keys)
+
+    assert jnp.all(run(lrjax.galore, refresh_every=20, scale=1.0) > 1)
+    assert jnp.all(run(lrjax.subspace_adam) < 0.1)
+
+
+def test_random_subspaces_do_not_stall():
+    """Projected descent itself, without an inner state."""
+    tx = optax.chain(
+        lrjax.project_updates(
+            optax.identity(),
+            sub.random_orthonormal(4),
+            schedule=sub.every(20),
+            where=anything,
+        ),
+        optax.scale(-3e-3),
+    )
+    keys = jr.split(jr.key(0), 5)
+    ends = jax.jit(jax.vmap(lambda key: counter_example(tx, key, 8000)))(keys)
+    assert jnp.all(ends < 0.1)
+
+
+@pytest.mark.parametrize(
+    ("tx", "elements"),
+    [
+        (lambda: lrjax.galore(1.0, 4), 4 * 16 + 2 * 4 * 24),
+        (lambda: lrjax.galore(1.0, 4, side="long"), 4 * 24 + 2 * 4 * 16),
+        (lambda: lrjax.fira(1.0, 4), 4 * 16 + 2 * 4 * 24 + 1),
+        (lambda: lrjax.subspace_adam(1.0, 4), 4 * 16 + 2 * 4 * 24 + 1),
+        (lambda: lrjax.ldadam(1.0, 4), 4 * 16 + 2 * 4 * 24 + 16 * 24),
+        (lambda: lrjax.apollo(1.0, 4), 2 * 4 * 24 + 2),
+        (lambda: lrjax.apollo(1.0, 1, over="tensor"), 2 * 24 + 2),
+        (lambda: lrjax.dion(1.0, 4), 16 * 24 + 24 * 4),
+    ],
+)
+@pytest.mark.parametrize("upright", [False, True])
+def test_state_bytes_are_those_of_the_formulas(tx, elements, upright):
+    shape = (24, 16) if upright else (16, 24)
+    if elements == 16 * 24 + 24 * 4 and upright:
+        elements = 16 * 24 + 16 * 4  # Dion's Q belongs to the columns
+    params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    report = lrjax.metrics.memory_report(params, tx())
+    flags = 0 if report.leaves[0].state_bytes % 4 == 0 else 1
+    assert report.leaves[0].state_bytes == 4 * elements + flags
+    assert report.adam_bytes == 4 * (2 * 16 * 24 + 1)
+    assert report.shared_bytes <= 8
+
+
+def test_the_ratio_of_a_seven_billion_parameter_model():
+    h, i, layers = 4096, 11008, 32
+    shape = lambda *s: jax.ShapeDtypeStruct((layers, *s), jnp.float32)
+    params = {"attention": [shape(h, h)] * 4, "mlp": [shape(h, i)] * 3}
+    report = lrjax.metrics.memory_report(params, lrjax.galore(1e-2, rank=1024))
+    assert round(report.ratio, 4) == 0.3225
+    assert "0.323 of Adam's" in str(report)
