@@ -1,5 +1,9 @@
 """Recover low-rank matrices from corrupted, partial or indirect measurements."""
 
+from .fit_robust_pca import (
+    RobustPCAFit as RobustPCAFit,
+    fit_robust_pca as fit_robust_pca,
+)
 from .losses import (
     L1 as L1,
     Huber as Huber,
