@@ -3,57 +3,57 @@
 import ast
 import importlib.util
 import random
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 
-# Each with its own subject; all of them come with lrjax[tour], under BSD or Apache terms.
-LIBRARIES = ("matplotlib", "networkx", "scipy", "skimage", "sklearn", "xarray")
-_NAMES = re.compile(
-    r"\b(matplotlib|mpl|pyplot|plt|networkx|nx|scipy|numpy|np|skimage|scikit-image"
-    r"|sklearn|scikit-learn|scikit|xarray|xr)\b",
-    re.IGNORECASE,
-)
+# All of them come with lrjax[tour], under BSD, Apache or Matplotlib terms.
+LIBRARIES = ("jax", "matplotlib", "networkx", "scipy", "skimage", "sklearn", "xarray")
+KINDS = ("class", "function")
 
 
 class Texts(NamedTuple):
-    """Sentences and the number of the library that each is from."""
+    """Sentences, and the number of the kind of thing that each describes."""
 
     texts: list[str]
     labels: list[int]
 
 
-def _summaries(file: Path) -> list[str]:
-    """The first paragraph of every docstring of a file, names of libraries masked."""
-    found = []
+def _summaries(file: Path) -> Iterator[tuple[str, int]]:
+    """The first paragraph of every docstring of a file, and what it describes."""
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
-            words = _NAMES.sub("library", paragraph).split()
-            if 8 <= len(words) <= 60:
-                found.append(" ".join(words))
-    return found
+            words = (ast.get_docstring(node) or "").split("\n\n")[0].split()
+            if 5 <= len(words) <= 60:
+                yield " ".join(words), int(isinstance(node, ast.FunctionDef))
+
+
+def _files() -> list[Path]:
+    """The source files of the libraries, in a fixed random order."""
+    files = []
+    for library in LIBRARIES:
+        root = Path(importlib.util.find_spec(library).origin).parent
+        inside = sorted(path.relative_to(root) for path in root.rglob("*.py"))
+        files.extend(root / path for path in inside if "test" not in str(path))
+    random.Random(0).shuffle(files)
+    return files
 
 
 def load(train_size: int, test_size: int) -> tuple[Texts, Texts]:
-    """Sentences of each library to train on, and held-back ones from other files."""
-    parts = Texts([], []), Texts([], [])
-    seen = set()
-    for label, library in enumerate(LIBRARIES):
-        root = Path(importlib.util.find_spec(library).origin).parent
-        files = sorted(
-            f for f in root.rglob("*.py") if "test" not in str(f.relative_to(root))
-        )
-        random.Random(0).shuffle(files)
-        remaining = iter(files)
-        for part, size in ((parts[1], test_size), (parts[0], train_size)):
-            mine = []
-            while len(mine) < size and (file := next(remaining, None)) is not None:
-                for text in _summaries(file):
-                    if text.lower() not in seen:
-                        seen.add(text.lower())
-                        mine.append(text)
-            part.texts.extend(mine[:size])
-            part.labels.extend([label] * len(mine[:size]))
-    return parts
+    """As many sentences of each kind; the held-back ones are from other files."""
+    remaining, seen, parts = iter(_files()), set(), []
+    for size in (test_size, train_size):
+        found = [[] for _ in KINDS]
+        while min(map(len, found)) < size and (file := next(remaining, None)) is not None:
+            for text, kind in _summaries(file):
+                if text.lower() not in seen:
+                    seen.add(text.lower())
+                    found[kind].append(text)
+        # Of the functions, of which there are more, from all over the files read.
+        kept = [
+            random.Random(kind).sample(x, min(size, len(x))) for kind, x in enumerate(found)
+        ]
+        labels = [kind for kind, texts in enumerate(kept) for _ in texts]
+        parts.append(Texts([text for texts in kept for text in texts], labels))
+    return parts[1], parts[0]

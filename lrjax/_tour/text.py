@@ -26,10 +26,9 @@ from .encoder import (
 from .report import Check, Report
 
 
-TITLE = "text: MiniLM tells from a sentence of the manual which library wrote it"
+TITLE = "text: MiniLM tells whether a docstring describes a class or a function"
 RANK, LENGTH, BATCH = 8, 32, 32
-CLASSES = len(docstrings.LIBRARIES)
-COLORS = ("#1b6ca8", "#c8553d", "#4f9d69", "#e0a030", "#7b5ea7", "#6b6b6b")
+COLORS = ("#c8553d", "#1b6ca8")
 
 
 class Batch(NamedTuple):
@@ -62,25 +61,25 @@ def cross_entropy(head, features, labels):
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, labels))
 
 
-@eqx.filter_jit
-def fit_head(head, features, labels):
-    """The head alone, on embeddings computed once: 300 steps of Adam on all of them."""
-    tx = optax.adam(2e-2)
+def fit_head(features, labels):
+    """The head alone: logistic regression whose penalty cross-validation picks."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
 
-    def step(carry, _):
-        params, state = carry
-        grads = jax.grad(cross_entropy)(params, features, labels)
-        updates, state = tx.update(grads, state)
-        return (optax.apply_updates(params, updates), state), None
-
-    (params, _), _ = jax.lax.scan(step, (head, tx.init(head)), length=300)
-    return params
+    grid = {"C": np.geomspace(1e-3, 1, 7)}
+    search = GridSearchCV(LogisticRegression(max_iter=2000), grid, cv=5)
+    model = search.fit(features, labels).best_estimator_
+    half = np.concatenate([-model.coef_, model.coef_]) / 2
+    bias = np.concatenate([-model.intercept_, model.intercept_]) / 2
+    head = eqx.nn.Linear(WIDTH, 2, key=jr.key(0))
+    arrays = (jnp.asarray(half, jnp.float32), jnp.asarray(bias, jnp.float32))
+    return eqx.tree_at(lambda h: (h.weight, h.bias), head, arrays)
 
 
 def fit_lora(encoder, adapters, head, data, steps):
     """LoRA and the head together: adapters, head, seconds a step, bytes of Adam."""
     params, frozen = lrjax.partition(adapters)
-    tx = optax.adam(optax.linear_schedule(3e-3, 3e-4, steps))
+    tx = optax.adam(optax.linear_schedule(2e-3, 2e-4, steps))
 
     @eqx.filter_jit
     def step(trained, state, encoder, batch):
@@ -94,9 +93,10 @@ def fit_lora(encoder, adapters, head, data, steps):
 
     trained = (params, head)
     state, seconds = tx.init(trained), []
-    order = np.random.default_rng(0)
-    for _ in range(steps):
-        rows = order.choice(len(data.labels), BATCH, replace=False)
+    random = np.random.default_rng(0)
+    epochs = 1 + steps * BATCH // len(data.labels)
+    order = np.concatenate([random.permutation(len(data.labels)) for _ in range(epochs)])
+    for rows in order[: steps * BATCH].reshape(steps, BATCH):
         batch = Batch(*(x[rows] for x in data))
         begin = time.perf_counter()
         trained, state = jax.block_until_ready(step(trained, state, encoder, batch))
@@ -106,9 +106,9 @@ def fit_lora(encoder, adapters, head, data, steps):
     return adapters, trained[1], float(np.median(seconds[1:])), state_bytes
 
 
-def read(head, features) -> np.ndarray:
-    """The most likely library of each embedding."""
-    return np.argmax(features @ np.asarray(head.weight).T + np.asarray(head.bias), axis=1)
+def score(head, features) -> np.ndarray:
+    """The scores of the two kinds for each embedding."""
+    return features @ np.asarray(head.weight).T + np.asarray(head.bias)
 
 
 def word_counts(train, test) -> float:
@@ -144,37 +144,36 @@ def run(out: Path, quick: bool) -> Report:
     got /= np.linalg.norm(got, axis=1, keepdims=True)
     embedding_error = float(np.max(np.abs(got - expected)))
 
-    texts = docstrings.load(*((80, 40) if quick else (280, 100)))
+    texts = docstrings.load(*((250, 100) if quick else (600, 250)))
     tokenizer = load_tokenizer(directory, LENGTH)
     train, test = (
         Batch(*tokenize(tokenizer, part.texts), np.array(part.labels)) for part in texts
     )
     before = [embed(encoder, part.ids, part.mask) for part in (train, test)]
-    keys = jr.split(jr.key(0))
-    start = eqx.nn.Linear(WIDTH, CLASSES, key=keys[0])
-    head = fit_head(start, before[0], train.labels)
+    head = fit_head(before[0], train.labels)
 
     adapters = eqx.filter_jit(lrjax.adapt)(
         encoder,
         lrjax.LoRA(RANK),
         where=lambda path, _: path in ("blocks.query", "blocks.value"),
-        key=keys[1],
+        key=jr.key(0),
     )
-    steps = 20 if quick else 80
+    steps = 16 if quick else 60
     adapters, lora_head, seconds, state_bytes = fit_lora(
         encoder, adapters, head, train, steps
     )
     merged = lrjax.merge(encoder, adapters)
-    after = [embed(merged, part.ids, part.mask) for part in (train, test)]
-    bound = embed(lrjax.bind(encoder, adapters), test.ids, test.mask)
-    gap = float(np.max(np.abs(bound - after[1])) / np.max(np.abs(bound)))
+    after = embed(merged, test.ids, test.mask)
+    bound = embed(lrjax.bind(encoder, adapters), test.ids[:128], test.mask[:128])
+    gap = float(np.max(np.abs(bound - after[:128])) / np.max(np.abs(bound)))
 
-    guesses = {"head only": read(head, before[1]), "LoRA": read(lora_head, after[1])}
+    logits = {"head only": score(head, before[1]), "LoRA": score(lora_head, after)}
+    guesses = {name: np.argmax(x, axis=1) for name, x in logits.items()}
     scores = {name: float(np.mean(g == test.labels)) for name, g in guesses.items()}
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree) if eqx.is_array(x))
     head_numbers = count(head)
     lora_numbers = head_numbers + count(lrjax.partition(adapters)[0])
-    _plot(before, after, train.labels, test.labels, guesses, texts[1], out / "text.png")
+    _plot(logits, guesses, test.labels, texts[1].texts, out / "text.png")
     return Report(
         title=TITLE,
         rows=(
@@ -203,9 +202,9 @@ def run(out: Path, quick: bool) -> Report:
         checks=(
             Check("embeddings against PyTorch, largest difference", embedding_error, 1e-4),
             Check(
-                "LoRA's accuracy above that of the head alone",
+                "LoRA's accuracy minus that of the head alone",
                 scores["LoRA"] - scores["head only"],
-                0.0 if quick else 0.02,
+                -0.03 if quick else 0.01,
                 at_most=False,
             ),
             Check("merged against bound embeddings, relative", gap, 1e-5),
@@ -219,57 +218,39 @@ def run(out: Path, quick: bool) -> Report:
     )
 
 
-def _separating_plane(features, labels, others):
-    """Coordinates of ``others`` in the plane that separates the classes of ``features``."""
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
-    plane = LinearDiscriminantAnalysis(solver="eigen", shrinkage=0.5, n_components=2)
-    return plane.fit(features, labels).transform(others)
-
-
-def _plot(before, after, train_labels, labels, guesses, texts, path: Path) -> None:
+def _plot(logits, guesses, labels, sentences, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(12, 6.8), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 1))
-    axes = top.subplots(1, 3, width_ratios=(1, 1, 0.9))
-    panels = zip(axes, (before, after), guesses.items(), strict=False)
-    for panel, features, (name, guess) in panels:
-        points = _separating_plane(features[0], train_labels, features[1])
-        for k, library in enumerate(docstrings.LIBRARIES):
-            mine = points[labels == k]
-            panel.scatter(*mine.T, s=12, color=COLORS[k], alpha=0.7, label=library)
-        accuracy = np.mean(guess == labels)
+    figure = plt.figure(figsize=(11, 6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(2.2, 1))
+    panels = top.subplots(1, 2, sharey=True)
+    for panel, (name, scores) in zip(panels, logits.items(), strict=True):
+        margin = scores[:, 1] - scores[:, 0]
+        bins = np.linspace(-8, 8, 41)
+        for kind, (word, color) in enumerate(zip(docstrings.KINDS, COLORS, strict=True)):
+            mine = np.clip(margin[labels == kind], -8, 8)
+            panel.hist(mine, bins, color=color, alpha=0.6, label=f"docstring of a {word}")
+        panel.axvline(0, color="0.3", lw=1)
+        accuracy = np.mean(guesses[name] == labels)
         panel.set(
-            title=f"{name}: {accuracy:.1%} of held-back sentences", xticks=[], yticks=[]
+            title=f"{name}: {accuracy:.1%} of {len(labels)} held-back sentences",
+            xlabel="← class      log-odds (cut at ±8)      function →",
         )
-    axes[0].legend(frameon=False, fontsize=8, markerscale=1.5)
-    positions = np.arange(CLASSES)
-    for shift, (name, guess), shade in zip(
-        (-0.2, 0.2), guesses.items(), (0.35, 1.0), strict=True
-    ):
-        right = [np.mean(guess[labels == k] == k) for k in range(CLASSES)]
-        axes[2].barh(positions + shift, right, 0.38, color=COLORS, alpha=shade, label=name)
-    axes[2].set(
-        yticks=positions,
-        yticklabels=docstrings.LIBRARIES,
-        xlim=(0, 1),
-        title="read right (pale: head only, full: LoRA)",
-    )
-    axes[2].invert_yaxis()
-    _plot_sentences(bottom, guesses, labels, texts)
+    panels[0].legend(frameon=False)
+    _plot_sentences(bottom, guesses, labels, sentences)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _plot_sentences(figure, guesses, labels, texts) -> None:
+def _plot_sentences(figure, guesses, labels, sentences) -> None:
     """Sentences that the head alone gets wrong and LoRA gets right."""
     gained = np.flatnonzero((guesses["head only"] != labels) & (guesses["LoRA"] == labels))
     lost = np.sum((guesses["head only"] == labels) & (guesses["LoRA"] != labels))
     lines = []
     for i in gained[:: max(1, len(gained) // 4)][:4]:
-        wrong, right = (docstrings.LIBRARIES[guesses[g][i]] for g in ("head only", "LoRA"))
-        text = textwrap.shorten(texts.texts[i], 110, placeholder=" …")
+        wrong = docstrings.KINDS[guesses["head only"][i]]
+        right = docstrings.KINDS[guesses["LoRA"][i]]
+        text = textwrap.shorten(sentences[i], 110, placeholder=" …")
         lines.append(f"“{text}”   {wrong} → {right}")
     figure.suptitle(
         f"{len(gained)} sentences that the head alone misplaces and LoRA places right "
