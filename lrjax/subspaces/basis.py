@@ -106,6 +106,8 @@ class Refresh(NamedTuple):
             of the old basis, or None if it has none.
         rank: the number of columns.
         projected: ``Pᵀ a`` with the old basis where the step has it anyway, else None.
+        rows: whether ``a`` lies in memory as it is seen here; if not it is a transposed
+            view, and a product is fast where ``a`` is its second operand.
     """
 
     key: PRNGKeyArray
@@ -113,6 +115,15 @@ class Refresh(NamedTuple):
     momentum: Float[Array, "*b r q"] | None
     rank: int
     projected: Float[Array, "*b r q"] | None = None
+    rows: bool = True
+
+
+def squares_along(x: Array, axis: int) -> Array:
+    """The sums of squares along an axis, which stays with length one.
+
+    One expression for all that need it, so that the compiler computes it once.
+    """
+    return jnp.sum(x**2, axis=axis, keepdims=True)
 
 
 def _dense_init(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from .basis import Dense, Rows
+from .basis import Dense, Rows, squares_along
 
 
 class Projected(NamedTuple):
@@ -144,13 +144,9 @@ def sign_residual(weight: ArrayLike = 1.0, scale: ArrayLike = 1.0) -> Lift:
     return Lift(apply, needs_orthonormal=True)
 
 
-def _energy(x: Array, axis: int) -> Array:
-    return jnp.sum(x**2, axis=axis, keepdims=True)
-
-
 def _scaling(x: Projected, over: str) -> Float[Array, "..."]:
     """``φ = ‖N‖/‖R‖``, one for each vector along the projected axis, or each matrix."""
-    top, bottom = (_energy(y, x.frame.axis) for y in (x.step, x.projected))
+    top, bottom = (squares_along(y, x.frame.axis) for y in (x.step, x.projected))
     if over == "tensor":
         top, bottom = (jnp.sum(y, axis=(-2, -1), keepdims=True) for y in (top, bottom))
     return jnp.where(bottom > 0, jnp.sqrt(top / jnp.where(bottom > 0, bottom, 1)), 0)
@@ -203,7 +199,7 @@ def fira(
         if growth is not None:
             # ‖a_j − P R_j‖² = ‖a_j‖² − ‖R_j‖² by orthonormality: no product with P.
             axis = x.frame.axis
-            left_out = _energy(x.gradient, axis) - _energy(x.projected, axis)
+            left_out = squares_along(x.gradient, axis) - squares_along(x.projected, axis)
             squares = phi**2 * jnp.maximum(left_out, 0)
             norm = jnp.sqrt(jnp.sum(squares, axis=(-2, -1)))
             factor = limit_growth(norm, state, growth)

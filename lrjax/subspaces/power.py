@@ -71,7 +71,7 @@ def power(
         b = target(p, a, to)
         for step in range(steps):
             r = to.projected if step == 0 and reuses else None
-            p = orthonormalize(_image(b, p, r), method=method)
+            p = orthonormalize(_image(b, p, r, to.rows), method=method)
         return p
 
     def one_block(p, a, to):
@@ -79,7 +79,7 @@ def power(
         b = target(p, a, to)
         for step in range(steps):
             r = to.projected if step == 0 and reuses else None
-            p = _turn_block(b, p, r, first, size, method)
+            p = _turn_block(b, p, r, to.rows, first, size, method)
         return p
 
     # Where the loop hands Pᵀa over, one of the two products is done.
@@ -95,11 +95,14 @@ def power(
     return Basis(rank, side, one_block, start=first, moved=moved)
 
 
-def _image(a: Array, p: Array, projected: Array | None) -> Array:
+def _image(a: Array, p: Array, projected: Array | None, rows: bool) -> Array:
     """``a aᵀ p + s p``: the shift keeps null directions where they are."""
     if projected is None:
         projected = einsum("...pr,...pq->...rq", p, a)
-    image = einsum("...pq,...rq->...pr", a, projected)
+    if rows:
+        image = einsum("...pq,...rq->...pr", a, projected)
+    else:
+        image = einsum("...rq,...pq->...rp", projected, a).mT
     largest = jnp.max(jnp.abs(image), axis=(-2, -1), keepdims=True)
     image = image / jnp.where(largest > 0, largest, 1)
     size = jnp.sqrt(jnp.sum(image**2, axis=(-2, -1), keepdims=True))
@@ -110,6 +113,7 @@ def _turn_block(
     a: Float[Array, "*b p q"],
     p: Float[Array, "*b p r"],
     projected: Float[Array, "*b r q"] | None,
+    rows: bool,
     first: Array,
     size: int,
     method,
@@ -122,7 +126,7 @@ def _turn_block(
     block = lax.dynamic_slice_in_dim(p, first, size, axis=-1)
     if projected is not None:
         projected = lax.dynamic_slice_in_dim(projected, first, size, axis=-2)
-    block = _image(a, block, projected)
+    block = _image(a, block, projected, rows)
 
     def off_others(_, block):
         inside = einsum("...pr,...ps->...rs", others, block)

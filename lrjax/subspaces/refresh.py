@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .._batching import any_member
 from .._sharding import einsum
-from .basis import Basis, Dense, Refresh, Rows
+from .basis import Basis, Dense, Refresh, Rows, squares_along
 from .carry import Carry, Change, Moments
 from .lift import Feedback, Lift
 from .schedule import Schedule, Turn
@@ -138,12 +138,12 @@ def _held_by(basis: Basis, batch: tuple[int, ...]) -> tuple[int, ...]:
     return (*batch[:axis], 1, *batch[axis + 1 :])
 
 
-def _usable(basis: Basis, a: Float[Array, "*b m n"]) -> Bool[Array, "*b"]:
+def _usable(basis: Basis, a: Float[Array, "*b m n"], rows: bool) -> Bool[Array, "*b"]:
     """Which matrices are finite and not zero: no other may set a basis.
 
-    Judged by the sums of squares of the columns, which several lifts need too.
+    Judged by the sums of squares along the projected axis, which some lifts need too.
     """
-    energy = jnp.sum(jnp.sum(a**2, axis=-2), axis=-1)
+    energy = jnp.sum(squares_along(a, -2 if rows else -1), axis=(-2, -1))
     usable = jnp.isfinite(energy) & (energy > 0)
     if basis.shared_axis is not None:
         usable = jnp.any(usable, axis=basis.shared_axis + 2, keepdims=True)
@@ -197,10 +197,10 @@ def refresh_leaf(
     basis, schedule = loop.basis, loop.schedule
     if basis.observe is not None:
         seen = basis.observe(leaf.basis, plan.orient(a))
-        leaf = leaf._replace(basis=_select(_usable(basis, a), seen, leaf.basis))
+        leaf = leaf._replace(basis=_select(_usable(basis, a, plan.rows), seen, leaf.basis))
     due = requested if schedule.external else schedule.due(leaf.schedule, turn)
     wanted = due if schedule.external else due | ~leaf.started
-    take = _usable(basis, a) & wanted
+    take = _usable(basis, a, plan.rows) & wanted
 
     def moved():
         return _move(loop, plan, a, leaf, moments, turn, key, take, projected)
@@ -228,8 +228,11 @@ def _move(loop, plan, a, leaf, moments, turn, key, take, projected) -> Refreshed
         momentum=next((plan.orient(m.first) for m in moments if m.first is not None), None),
         rank=plan.rank,
         projected=None if projected is None else plan.orient(projected),
+        rows=plan.rows,
     )
-    new = _new_basis(loop.basis, leaf, lax.stop_gradient(plan.orient(a)), to)
+    # Oriented inside the branches: a transposed view that crosses into one is copied.
+    oriented = lambda: plan.orient(lax.stop_gradient(a))
+    new = _new_basis(loop.basis, leaf, oriented, to)
     old_frame, new_frame = frame(leaf.basis), frame(new)
     if loop.carry.align and isinstance(new_frame, Dense):
         # The orthogonal polar factor; with both factors of the SVD it stays orthogonal
@@ -260,15 +263,15 @@ def _move(loop, plan, a, leaf, moments, turn, key, take, projected) -> Refreshed
     return Refreshed(leaf, carried, lost)
 
 
-def _new_basis(basis: Basis, leaf: LeafState, a: Array, to: Refresh) -> Any:
+def _new_basis(basis: Basis, leaf: LeafState, a: Callable[[], Array], to: Refresh) -> Any:
     as_held = lambda new: jax.tree.map(lambda n, o: n.astype(o.dtype), new, leaf.basis)
-    refresh = lambda: as_held(basis.refresh(leaf.basis, a, to))
+    refresh = lambda: as_held(basis.refresh(leaf.basis, a(), to))
     start: Callable | None = basis.start
     if start is None:
         return refresh()
 
     def first():
-        return _select(leaf.started, refresh(), as_held(start(leaf.basis, a, to)))
+        return _select(leaf.started, refresh(), as_held(start(leaf.basis, a(), to)))
 
     return lax.cond(any_member(jnp.any(~leaf.started)), first, refresh)
 

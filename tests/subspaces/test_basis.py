@@ -80,7 +80,7 @@ def test_power_steps_never_lose_energy_and_find_the_dominant_subspace(blocks, ge
         state = basis.refresh(state, a, sub.Refresh(key, count, None, R))
         return state, energy(state, a)
 
-    _, energies = jax.lax.scan(step, state, jnp.arange(80 * blocks))
+    _, energies = jax.lax.scan(step, state, jnp.arange(200 * blocks))
     assert jnp.all(jnp.diff(energies) > -1e-12)
     assert energies[0] < (1 - 1e-6) * energies[-1]
     assert_close(energies[-1], jnp.sum(values[:R] ** 2) / jnp.sum(values**2))
