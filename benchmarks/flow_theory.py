@@ -143,7 +143,7 @@ def rates():
 
 
 def alignment():
-    """The least 1 − cos over time is ∝ α^p, p = 4 s/(s + 2 max s), in two adapted layers."""
+    """The least 1 − cos over time is ∝ α^p with p = 4 s/(s + 2 max s), in two layers."""
     alphas = jnp.logspace(-4, -8, 5)
     width, seeds = 10, 24
 

@@ -99,6 +99,10 @@ def gradient_flow(
     (weight decay), :func:`lrjax.scale_factors` (two learning rates), or a chain. With
     ``friction`` γ it follows the heavy ball instead, ``θ'' + γ θ' = −P(∇loss)``.
 
+    Under ``vmap`` every member has its own steps and all wait for the slowest. For many
+    small flows alike it is faster to follow one flow of the summed losses of a stack,
+    whose members then share their steps.
+
     Args:
         loss: ``loss(params, *args)``, a scalar. The same function object in a second call
             saves its compilation.
@@ -157,7 +161,8 @@ def gradient_flow(
     dtype = _time_dtype(moving)
     _check_stateless(precondition, moving)
     field = Field(loss, precondition, friction, fixed)
-    data = (args, field.scales(moving, args))
+    asked = until is not None or observe is not None
+    data = (args, field.scales(moving, args) if asked else None)
     start = field.start(moving)
 
     wanted = Params() if observe is None else Observed(observe, field)
@@ -168,7 +173,8 @@ def gradient_flow(
     }
 
     rtol = (1e-8 if dtype == jnp.float64 else 1e-5) if rtol is None else rtol
-    atol = rtol * _typical_size(moving) if atol is None else atol
+    if atol is None:
+        atol = rtol * _typical_size(moving)
     # Arrays, not numbers: those would be compiled in.
     rtol, atol = jnp.asarray(rtol, dtype), jnp.asarray(atol, dtype)
     solution = diffrax.diffeqsolve(

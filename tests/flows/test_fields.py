@@ -17,14 +17,11 @@ from .conftest import Aligned, approximation
 FIELDS = {
     "plain": optax.identity(),
     "gram": lrjax.scale_by_gram(),
-    "damped gram": lrjax.scale_by_gram(0.1, relative=False),
     "tangent": lrjax.scale_by_tangent(),
     "alternating average": optax.chain(lrjax.scale_by_gram(), optax.scale(0.5)),
     "smooth spectral": lrjax.scale_by_smooth_polar(0.1),
     "sign": optax.scale_by_sign(),
     "polyak": optax.chain(lrjax.scale_by_gram(), lrjax.scale_by_polyak()),
-    "two rates": lrjax.scale_factors(left=4.0),
-    "decay": optax.add_decayed_weights(0.1),
 }
 
 
@@ -123,7 +120,6 @@ def diagonals(values):
     [
         (lrjax.scale_by_gram(), flows.scaled_modes),
         (lrjax.scale_by_tangent(), flows.tangent_modes),
-        (FIELDS["alternating average"], flows.tangent_modes),
     ],
 )
 def test_preconditioned_modes_have_one_rate(precondition, solution):

@@ -121,7 +121,7 @@ def test_weight_decay_is_a_transform(aligned):
     assert_close(solution.params, jnp.exp(-2 * (1 + decay)) * jnp.ones(3), rtol=1e-9)
 
 
-@pytest.mark.parametrize("friction", [0.5, 5.0, lambda t: 0.5 + 0 * t])
+@pytest.mark.parametrize("friction", [5.0, lambda t: 0.5 + 0 * t])
 def test_friction_is_the_damped_oscillator(friction):
     gamma = 0.5 if callable(friction) else friction
     solution = gradient_flow(
@@ -268,6 +268,14 @@ def test_bad_input_is_refused():
         gradient_flow(half_square, jnp.arange(2), 0.0, t1=1.0)
     with pytest.raises(ValueError, match="'stiff'"):
         gradient_flow(half_square, jnp.ones(2), 0.0, t1=1.0, solver="fast")
+
+
+def test_progress_is_shown(capsys):
+    solution = gradient_flow(half_square, jnp.ones(2), jnp.zeros(2), t1=1.0, progress=True)
+    jax.block_until_ready(solution)
+    jax.effects_barrier()
+    assert "100" in capsys.readouterr().err
+    assert_close(solution.params, jnp.exp(-jnp.ones(2)), rtol=1e-7)
 
 
 def test_any_diffrax_solver(aligned):

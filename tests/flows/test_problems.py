@@ -70,18 +70,19 @@ def test_every_start_reaches_the_same_loss_in_the_kernel_regime():
     m, n, r, k = 5, 4, 3, 4
     jacobian = jr.normal(jr.key(0), (k, m, n))
     residual = jr.normal(jr.key(1), (k,))
-    decay = 0.05
+    decay = 0.5
 
     def end(key):
         start = flows.small_start(key, (m, n), r, 0.5)
         x = gradient_flow(
-            flows.linearized_loss, start, jacobian, residual, decay, t1=800.0, rtol=1e-6
+            flows.linearized_loss, start, jacobian, residual, decay, t1=300.0, rtol=1e-7
         ).params
         # Decay removes the imbalance, and the loss is then the nuclear norm problem.
         nuclear = jnp.sum(metrics.singular_values(x))
         return flows.linearized_loss(x, jacobian, residual, decay), nuclear, x
 
     losses, nuclear, x = jax.jit(jax.vmap(end))(jr.split(jr.key(2), 6))
+    assert jnp.min(nuclear) > 0.1  # not the trivial solution
     assert jnp.ptp(losses) <= 1e-4 * losses[0]
     squares = jnp.sum(x.left**2, (1, 2)) + jnp.sum(x.right**2, (1, 2))
     assert_close(squares / 2, nuclear, rtol=1e-5)
