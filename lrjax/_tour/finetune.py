@@ -236,22 +236,18 @@ def _plot(rows, fits, tuned, test, before: float, path: Path) -> None:
     lowest = min(before - 0.05, min(row["0-4 kept"] for row in rows) - 0.01)
     trade.set_xlim(lowest, before + 0.02)
     for row in rows:
-        x, y = row["0-4 kept"], row["5-9 held back"]
-        trade.scatter(x, y, s=90, color=COLORS[row["method"]], zorder=3)
-        left = x > (lowest + before) / 2
-        trade.annotate(
-            f"{row['method']}\n{row['trainable']:,} trained\n"
-            f"{row['optimizer bytes'] / 1024:,.0f} KiB of Adam",
-            (x, y),
-            xytext=(-9 if left else 9, -4),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            va="top",
-            fontsize=9,
+        kib = row["optimizer bytes"] / 1024
+        trade.scatter(
+            row["0-4 kept"],
+            row["5-9 held back"],
+            s=90,
+            color=COLORS[row["method"]],
+            zorder=3,
+            label=f"{row['method']}: {row['trainable']:,} trained, {kib:,.0f} KiB of Adam",
         )
-    trade.margins(y=0.4)
+    trade.margins(y=0.2)
     trade.axvline(before, color="0.6", ls=":", lw=1.5, label="0-4 before")
-    trade.legend(frameon=False, loc="lower left")
+    trade.legend(frameon=False, loc="lower left", fontsize=9)
     trade.set(
         xlabel="accuracy kept on 0-4 (old head on the tuned body)",
         ylabel="accuracy on held-back 5-9",
