@@ -103,7 +103,8 @@ def separate(
         residual = _norm(multiplier - state.multiplier) / (mu * size)
         basis = state.basis
         if adapt_basis:
-            basis = orthonormalize(einsum("mn,md->nd", state.cleaned, image))
+            image_rows = einsum("mn,md->nd", state.cleaned, image)
+            basis = orthonormalize(image_rows, method="cholesky")
         mu = growth * mu
         cleaned = matrix - sparse + multiplier / mu
         return _State(

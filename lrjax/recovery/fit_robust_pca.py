@@ -40,7 +40,7 @@ class RobustPCAFit(eqx.Module):
     tol: Float[Array, ""]
 
     def transform(
-        self, rows: Real[Array, "k n"], mask: Bool[Array, "k n"] | None = None
+        self, rows: Real[Array, "..."], mask: Bool[Array, "..."] | None = None
     ) -> Float[Array, "k r"]:
         """The coordinates of new rows in the basis ``low_rank.right``, robustly.
 
@@ -84,9 +84,9 @@ class RobustPCAFit(eqx.Module):
 
 
 def fit_robust_pca(
-    matrix: Real[Array, "m n"],
+    matrix: Real[Array, "..."],
     *,
-    mask: Bool[Array, "m n"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
     rank: int | None = None,
     max_rank: int | None = None,
     weight: ArrayLike = WEIGHT,
@@ -199,7 +199,7 @@ def _floating(matrix: Array) -> Array:
 def _first_basis(problem: Problem, width: int) -> tuple[Array, Array]:
     """Right singular vectors of the filled matrix and its largest singular value."""
     start = spectral_init(problem, width, key=jr.key(0), power_iters=2)
-    basis = orthonormalize(start.right)
+    basis = orthonormalize(start.right, method="cholesky")
     return basis, jnp.sqrt(jnp.max(jnp.diagonal(gram(filled(problem) @ basis))))
 
 

@@ -107,7 +107,7 @@ class RankOneSensing(Operator):
     """
 
     a: Float[Array, "count m"]
-    b: Float[Array, "count n"]
+    b: Float[Array, "... n"]
 
     def __check_init__(self):
         if not (self.a.ndim == self.b.ndim and self.a.shape[:-1] == self.b.shape[:-1]):
@@ -149,8 +149,8 @@ class Entries(Operator):
         [2. 0.]
     """
 
-    rows: Int[Array, " count"]
-    cols: Int[Array, " count"]
+    rows: Int[Array, "..."]
+    cols: Int[Array, "..."]
     dims: tuple[int, int] = eqx.field(static=True)
 
     def __check_init__(self):

@@ -114,7 +114,7 @@ class matrix_sensing:
     @staticmethod
     def from_data(
         matrices: Float[Array, "count m n"],
-        y: Float[Array, " count"],
+        y: Float[Array, "..."],
         *,
         objective: Objective | None = None,
     ) -> Problem:
@@ -186,7 +186,7 @@ class phase_retrieval:
     @staticmethod
     def from_data(
         vectors: Float[Array, "count n"],
-        y: Float[Array, " count"],
+        y: Float[Array, "..."],
         *,
         objective: Objective | None = None,
     ) -> Problem:
@@ -320,7 +320,7 @@ class robust_pca:
     @staticmethod
     def from_data(
         matrix: Float[Array, "m n"],
-        mask: Bool[Array, "m n"] | None = None,
+        mask: Bool[Array, "..."] | None = None,
         *,
         truth: LowRank | Float[Array, "m n"] | None = None,
         objective: Objective | None = None,
@@ -331,7 +331,7 @@ class robust_pca:
 
 
 def observed_entries(
-    matrix: Float[Array, "m n"], mask: Bool[Array, "m n"] | None
+    matrix: Float[Array, "m n"], mask: Bool[Array, "..."] | None
 ) -> tuple[Float[Array, "m n"], Bool[Array, "m n"]]:
     """The matrix with zeros for what is not observed, and the mask of what is."""
     finite = jnp.isfinite(matrix)

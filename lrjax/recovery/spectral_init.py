@@ -139,19 +139,24 @@ def filled(problem: Problem, trim: ArrayLike | None = None) -> Array:
     return jnp.where(keep, matrix, center)
 
 
+def _basis(x: Array) -> Array:
+    return orthonormalize(x, method="cholesky")
+
+
 def _factors(products, n, rank, key, dtype, symmetric, power_iters) -> LowRank:
     """Subspace iteration on a matrix that is known by its products."""
     matmul, transposed_matmul = products
     dtype = working_dtype(dtype)
-    basis = orthonormalize(jr.normal(key, (n, rank), dtype))
+    # Householder QR of tall matrices is far slower than the products themselves.
+    basis = _basis(jr.normal(key, (n, rank), dtype))
     for _ in range(power_iters):
-        basis = orthonormalize(transposed_matmul(orthonormalize(matmul(basis))))
+        basis = _basis(transposed_matmul(_basis(matmul(basis))))
     if symmetric:
         values, vectors = jnp.linalg.eigh(einsum("nr,ns->rs", basis, matmul(basis)))
         root = jnp.sqrt(jnp.maximum(values, 0))
         left = einsum("nr,rs->ns", basis, vectors * root[None, :])
         return LowRank(left, left)
-    image = orthonormalize(matmul(basis))
+    image = _basis(matmul(basis))
     u, s, vt = jnp.linalg.svd(einsum("mr,ms->rs", image, matmul(basis)))
     root = jnp.sqrt(s)
     return LowRank(

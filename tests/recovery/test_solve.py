@@ -1,0 +1,178 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import lrjax
+from lrjax import recovery
+
+from ..helpers import all_finite, assert_close
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "steps", "tol"))
+def polyak(problem, key, rank, steps, tol=None):
+    start = lrjax.spectral_init(problem, rank, key=key)
+    tx = lrjax.scaled_subgradient(f_min=problem.loss(problem.truth))
+    return lrjax.solve(problem, tx, start, steps=steps, tol=tol)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "n", "factor", "dtype"))
+def sensing(key, *, condition=1.0, rank=2, n=20, factor=12, dtype=jnp.float32):
+    return lrjax.matrix_sensing(
+        key,
+        (n, n),
+        rank,
+        factor * n * rank,
+        outlier_fraction=0.1,
+        condition=condition,
+        dtype=dtype,
+    )
+
+
+def test_rate_is_free_of_the_condition_number(x64):
+    """Within ±15 % of 95-125 steps to 1e-8: seeds and both conditions (tests: one size)."""
+    for seed in range(5):
+        steps = []
+        for condition in (1.0, 20.0):
+            problem = lrjax.matrix_sensing(
+                jr.key(seed),
+                (40, 40),
+                4,
+                8 * 40 * 4,
+                outlier_fraction=0.1,
+                condition=condition,
+                dtype=jnp.float64,
+            )
+            errors = polyak(problem, jr.key(seed), 4, 150).history.relative_error
+            steps.append(int(np.argmax(np.asarray(errors) <= 1e-8)))
+        assert 95 * 0.85 <= min(steps) <= max(steps) <= 125 * 1.15
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_local_rate_of_scaled_gd(symmetric, x64):
+    """max(|1 − η|, |1 − 2η|) on an exact factorization."""
+    keys = jr.split(jr.key(0), 4)
+    left = jnp.linalg.qr(jr.normal(keys[0], (15, 3)))[0]
+    right = left if symmetric else jnp.linalg.qr(jr.normal(keys[1], (15, 3)))[0]
+    truth = lrjax.LowRank(left * jnp.array([[100.0, 10.0, 1.0]]), right)
+    truth = lrjax.balance(truth)
+    problem = recovery.Problem(
+        recovery.Identity((15, 15)), truth.materialize(), recovery.Squared(), truth
+    )
+    start = lrjax.LowRank(
+        truth.left + 1e-3 * jr.normal(keys[2], (15, 3)),
+        truth.right + 1e-3 * jr.normal(keys[3], (15, 3)),
+    )
+    etas = jnp.array([0.2, 0.5, 0.6, 2 / 3, 0.7, 0.8, 0.9])
+    run = lambda eta: lrjax.solve(problem, lrjax.scaled_gd(eta), start, steps=50)
+    errors = np.asarray(jax.jit(jax.vmap(run))(etas).history.relative_error)
+    for eta, error in zip(etas, errors, strict=True):
+        last = np.flatnonzero(error > 1e-12)[-1]
+        rate = (error[last] / error[last // 2]) ** (1 / (last - last // 2))
+        assert abs(rate - max(abs(1 - eta), abs(1 - 2 * eta))) < 1e-2
+
+
+def test_undamped_at_twice_the_rank_stays_finite_in_float32():
+    problem = sensing(jr.key(0), condition=20.0, rank=3, factor=24)
+    solution = polyak(problem, jr.key(0), 6, 2000)
+    assert bool(solution.history.finite.all())
+    assert float(problem.relative_error(solution.x)) <= 1e-5
+
+
+def test_early_stop_keeps_the_result_and_repeats_the_record():
+    problem = sensing(jr.key(1))
+    stopped = polyak(problem, jr.key(1), 2, 300, tol=1e-5)
+    taken = int(stopped.steps)
+    assert 10 < taken < 299
+    full = polyak(problem, jr.key(1), 2, taken)
+    assert_close(stopped.x, full.x, rtol=1e-5)
+    history = stopped.history
+    assert float(history.relative_step[taken - 1]) <= 1e-5
+    assert float(history.relative_step[taken - 2]) > 1e-5
+    assert bool(jnp.all(history.loss[taken:] == history.loss[taken - 1]))
+
+
+def test_members_of_a_batch_stop_by_themselves():
+    keys = jr.split(jr.key(2), 3)
+    conditions = jnp.array([1.0, 3.0, 30.0])
+    problems = jax.vmap(lambda k, c: sensing(k, condition=c))(keys, conditions)
+    run = lambda p, k: polyak(p, k, 2, 150, tol=1e-5)
+    batch = jax.jit(jax.vmap(run))(problems, keys)
+    assert len({int(s) for s in batch.steps}) > 1
+    for k in range(3):
+        alone = run(jax.tree.map(lambda leaf, k=k: leaf[k], problems), keys[k])
+        assert int(batch.steps[k]) == pytest.approx(int(alone.steps), abs=3)
+        assert_close(jax.tree.map(lambda a, k=k: a[k], batch.x), alone.x, rtol=1e-3)
+
+
+def test_a_member_that_diverges_leaves_the_others_alone():
+    problem = sensing(jr.key(3))
+    problem = recovery.Problem(
+        problem.operator, problem.targets, recovery.Squared(), problem.truth
+    )
+    start = lrjax.spectral_init(problem, 2, key=jr.key(0))
+    run = lambda eta: lrjax.solve(problem, optax.sgd(eta), start, steps=60)
+    batch = jax.jit(jax.vmap(run))(jnp.array([0.02, 1e6]))
+    assert not bool(batch.history.finite[1, -1])
+    assert float(batch.history.relative_error[1, -1]) == jnp.inf
+    assert bool(batch.history.finite[0].all())
+    alone = jax.jit(run)(0.02)
+    assert_close(alone.x, jax.tree.map(lambda a: a[0], batch.x), rtol=1e-4)
+    stopped = lrjax.solve(problem, optax.sgd(1e6), start, steps=60, tol=1e-9)
+    assert int(stopped.steps) < 60
+
+
+def test_relative_step_is_the_first_order_move():
+    problem = sensing(jr.key(4))
+    start = lrjax.spectral_init(problem, 2, key=jr.key(0))
+    history = lrjax.solve(problem, optax.sgd(1e-5), start, steps=2).history
+    after = lrjax.solve(problem, optax.sgd(1e-5), start, steps=1).x
+    move = jnp.linalg.norm(after.materialize() - start.materialize())
+    want = move / jnp.linalg.norm(start.materialize())
+    assert_close(history.relative_step[0], want, rtol=1e-2)
+
+
+def test_observe_and_callback_and_plot():
+    problem = sensing(jr.key(5), n=10)
+    start = lrjax.spectral_init(problem, 2, key=jr.key(0))
+    seen = []
+    solution = lrjax.solve(
+        problem,
+        lrjax.scaled_subgradient(f_min=problem.loss(problem.truth)),
+        start,
+        steps=5,
+        observe=lambda x: jnp.diag(lrjax.svd(x).core),
+        callback=lambda step, loss: seen.append((int(step), float(loss))),
+        progress=True,
+    )
+    jax.effects_barrier()
+    assert solution.history.observed.shape == (5, 2)
+    assert sorted(seen) == [(k, float(solution.history.loss[k])) for k in range(5)]
+    assert len(solution.plot().lines) == 3
+
+
+def test_gradients_pass_through_all_steps():
+    problem = sensing(jr.key(6), n=10)
+    start = lrjax.spectral_init(problem, 2, key=jr.key(0))
+    final = lambda eta: problem.loss(lrjax.solve(problem, optax.sgd(eta), start, steps=3).x)
+    slope = jax.grad(final)(1e-3)
+    assert_close(slope, (final(1.01e-3) - final(0.99e-3)) / 2e-5, rtol=0.1)
+
+
+def test_bad_arguments_are_refused():
+    problem = sensing(jr.key(7), n=10)
+    start = lrjax.spectral_init(problem, 2, key=jr.key(0))
+    with pytest.raises(ValueError, match="steps"):
+        lrjax.solve(problem, optax.sgd(1.0), start, steps=0)
+    with pytest.raises(ValueError, match="shape"):
+        lrjax.solve(
+            problem,
+            optax.sgd(1.0),
+            lrjax.LowRank(jnp.ones((3, 1)), start.left[:, :1]),
+            steps=1,
+        )
+    assert all_finite(start)
