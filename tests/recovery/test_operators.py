@@ -42,7 +42,7 @@ def dense_matrices(kind, operator):
             ]
         )
     basis = jnp.eye(M * N).reshape(-1, M, N)
-    return basis if kind == "identity" else basis * operator.mask
+    return basis if kind == "identity" else basis * operator.mask[None]
 
 
 KINDS = ("dense", "rank_one", "entries", "masked", "identity")

@@ -40,7 +40,7 @@ def test_outliers_are_trimmed_without_being_told(name):
     for seed in range(5):
         problem = MAKERS[name](jr.key(seed), 0.1)
         start = init(problem, rank=4, key=jr.key(seed))
-        assert float(problem.relative_error(start)) < 0.6
+        assert float(problem.relative_error(start)) < 0.75
         everything = init(problem, rank=4, key=jr.key(seed), trim=0.0)
         assert problem.relative_error(everything) > 2 * problem.relative_error(start)
 
