@@ -43,17 +43,17 @@ def _flat(x, weight):
     return _contract(_rows(x), weight).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _weight_gradient(cotangent, x):
+def _contract_lead(cotangent, x):
     """``Σ cotangent xᵀ`` over all leading axes, ``(m, n)``."""
     lead = tuple(range(x.ndim - 1))
-    contract = lambda c, x: lax.dot_general(c, x, ((lead, lead), ((), ())))
-    return lax.platform_dependent(cotangent, x, cpu=_thin_first, default=contract)
+    return lax.dot_general(cotangent, x, ((lead, lead), ((), ())))
 
 
 def _thin_first(cotangent, x):
     """The same on CPU, where the product with the thin matrix first is 3-7 × faster.
 
-    The barrier keeps XLA from folding the transposition back into the product.
+    The barrier keeps XLA from folding the transposition back into the product. Batched
+    products stay without one: XLA on CPU aborts on their layouts.
     """
     contract = lambda a, b: lax.dot_general(a, b, (((0,), (0,)), ((), ())))
     cotangent, x = _rows(cotangent), _rows(x)
@@ -69,18 +69,40 @@ def _batch(args, axes):
     return jax.vmap(_flat, (x_axis, weight_axis))(x, weight), 0
 
 
-_dense_p = Primitive("lrjax_dense")
-_dense_p.def_impl(jax.jit(_dense_p.bind))
-_dense_p.def_abstract_eval(
-    lambda x, weight: ShapedArray((*x.shape[:-1], weight.shape[0]), x.dtype)
+def _batch_gradient(args, axes):
+    return jax.vmap(_contract_lead, axes)(*args), 0
+
+
+def _bilinear(name, shape, lowerings, batch, transposes):
+    """A primitive linear in either of two arguments, lowered differently on CPU."""
+    primitive = Primitive(name)
+    primitive.def_impl(jax.jit(primitive.bind))
+    primitive.def_abstract_eval(lambda a, b: ShapedArray(shape(a, b), a.dtype))
+    ad.defbilinear(primitive, *transposes)
+    batching.primitive_batchers[primitive] = batch
+    for platform, function in lowerings.items():
+        rule = mlir.lower_fun(function, multiple_results=False)
+        mlir.register_lowering(primitive, rule, platform=platform)
+    return primitive
+
+
+_dense_p = _bilinear(
+    "lrjax_dense",
+    lambda x, weight: (*x.shape[:-1], weight.shape[0]),
+    {None: _contract, "cpu": _flat},
+    _batch,
+    (
+        lambda cotangent, x, weight: dense(cotangent, weight.T),
+        lambda cotangent, x, weight: _gradient_p.bind(cotangent, x),
+    ),
 )
-ad.defbilinear(
-    _dense_p,
-    lambda cotangent, x, weight: dense(cotangent, weight.T),
-    lambda cotangent, x, weight: _weight_gradient(cotangent, x),
-)
-batching.primitive_batchers[_dense_p] = _batch
-mlir.register_lowering(_dense_p, mlir.lower_fun(_contract, multiple_results=False))
-mlir.register_lowering(
-    _dense_p, mlir.lower_fun(_flat, multiple_results=False), platform="cpu"
+_gradient_p = _bilinear(
+    "lrjax_dense_gradient",
+    lambda cotangent, x: (cotangent.shape[-1], x.shape[-1]),
+    {None: _contract_lead, "cpu": _thin_first},
+    _batch_gradient,
+    (
+        lambda outer, cotangent, x: dense(x, outer),
+        lambda outer, cotangent, x: dense(cotangent, outer.T),
+    ),
 )
