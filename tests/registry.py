@@ -256,7 +256,8 @@ RECIPES |= {
     "coap": _in_subspace(lrjax.coap, refresh_every=2, recalibrate=2),
     "dion": _in_subspace(lrjax.dion, weight_decay=0.0),
     "fira": _in_subspace(lrjax.fira, refresh_every=2),
-    "flora": _in_subspace(lrjax.flora, refresh_every=2),
+    # Each change of a Gaussian basis of rank r lengthens the momentum by sqrt(8/r).
+    "flora": _in_subspace(lrjax.flora, refresh_every=20),
     "frugal": _in_subspace(lrjax.frugal, refresh_every=2),
     "galore": _in_subspace(lrjax.galore, refresh_every=2, scale=1.0),
     "golore": _in_subspace(lrjax.golore, refresh_every=2, scale=1.0),

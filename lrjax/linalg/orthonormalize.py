@@ -52,14 +52,14 @@ def orthonormalize(
             f"orthonormalize needs a tall matrix (rows >= columns), got shape {x.shape}."
         )
     a = lax.stop_gradient(x).astype(working_dtype(x.dtype))
+    # Sums of squares must neither vanish nor overflow, where LAPACK's QR never returns.
+    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
+    a = a / jnp.where(largest > 0, largest, 1)
     if method == "qr":
         q, upper = jnp.linalg.qr(a)
         diagonal = jnp.diagonal(upper, axis1=-2, axis2=-1)
         q = q * jnp.where(diagonal < 0, -1, 1).astype(q.dtype)[..., None, :]
     elif method == "cholesky":
-        # The sum of squares must neither overflow nor vanish.
-        largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
-        a = a / jnp.where(largest > 0, largest, 1)
         q = _cholesky_qr(_cholesky_qr(_cholesky_qr(a, shift=8.0), shift=8.0), shift=0.5)
     else:
         raise ValueError(f"method must be 'qr' or 'cholesky', got {method!r}.")

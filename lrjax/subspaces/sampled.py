@@ -45,7 +45,8 @@ def gaussian(rank: Rank, *, side: Side = "short") -> Basis:
         return jnp.broadcast_to(to.count, epoch.shape)
 
     def frame(epoch, key, size, rank):
-        draw = lambda e: jr.normal(jr.fold_in(key, e), (size, rank)) / rank**0.5
+        shape = (size, rank)
+        draw = lambda e: jr.normal(jr.fold_in(key, e), shape, jnp.float32) / rank**0.5
         for _ in range(epoch.ndim):
             draw = jax.vmap(draw)
         return Dense(draw(epoch))

@@ -94,17 +94,19 @@ def compress_momentum(
 
     def init(params):
         names, flags, treedef = chosen(params)
-        buffers, rights = [], []
+        buffers, rights, drawn = [], [], 0
         base = jr.key(0) if key is None else key
-        for i, ((name, x), flag) in enumerate(zip(names, flags, strict=True)):
+        for (name, x), flag in zip(names, flags, strict=True):
             if not flag:
                 buffers.append(())
                 rights.append(())
                 continue
+            # Leaves that are left alone do not count: a mask may hide them or not.
+            drawn += 1
             m, n = x.shape[-2:]
             r = resolve_rank(rank, name, m, n)
             dtype = working_dtype(x.dtype)
-            q = jr.normal(jr.fold_in(base, i), (n, r), dtype)
+            q = jr.normal(jr.fold_in(base, drawn), (n, r), dtype)
             buffers.append(jnp.zeros_like(x, dtype))
             rights.append(jnp.broadcast_to(q, (*x.shape[:-2], n, r)))
         return CompressMomentumState(treedef.unflatten(buffers), treedef.unflatten(rights))
