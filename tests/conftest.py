@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 
+# Most of the suite's time is compilation of small programs: let LLVM optimize less.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

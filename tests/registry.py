@@ -35,6 +35,8 @@ class Entry:
         transposes: whether swapping the factors of the input swaps those of the output.
         stacks: whether a stack of matrices is a loop over its layers.
         static: arguments that ``inject_hyperparams`` must not touch.
+        setting: whether it is a mere setting of a registered part that passes the whole
+            contract, so that the checks of composition need not run again.
         shards: whether tall factors stay sharded through an update.
     """
 
@@ -48,6 +50,7 @@ class Entry:
     transposes: bool = True
     stacks: bool = True
     static: tuple[str, ...] = ()
+    setting: bool = False
     shards: bool = True
 
     def make(self, **changes) -> optax.GradientTransformationExtraArgs:
@@ -214,7 +217,6 @@ RECIPES: dict[str, Entry] = {
         lrjax.opsa,
         {"learning_rate": 0.1},
         {"learning_rate": 0.02},
-        extra=True,
         descends=True,
         gauge="orthogonal",
     ),
@@ -247,7 +249,13 @@ def _in_subspace(factory, rate=0.1, **arguments):
     static = ("rank", "where", "refresh_every", "blocks", "recalibrate")
     static = tuple(set(static) & set(inspect.signature(factory).parameters))
     return Entry(
-        factory, own, {"learning_rate": 0.02}, "stack", descends=True, static=static
+        factory,
+        own,
+        {"learning_rate": 0.02},
+        "stack",
+        descends=True,
+        static=static,
+        setting=factory not in (lrjax.subspace_adam, lrjax.galore, lrjax.dion),
     )
 
 

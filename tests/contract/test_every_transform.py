@@ -107,7 +107,7 @@ def test_vmap_over_hyperparameters_is_a_loop(entry):
     assert_close(together, stacked, condition=1e3)
 
 
-@those(lambda e: e.stacks)
+@those(lambda e: e.stacks and not e.setting)
 def test_a_stack_is_a_loop_over_its_layers(entry):
     params, _, _ = problem(entry)
     tx = entry.make()
@@ -137,7 +137,7 @@ def test_inject_hyperparams_changes_nothing(entry):
     assert_close(got, jax.jit(lambda p: run(entry.make(), p)[1])(params), condition=1e3)
 
 
-@those(lambda e: "learning_rate" in e.arguments)
+@those(lambda e: "learning_rate" in e.arguments and not e.setting)
 def test_learning_rate_may_be_a_schedule(entry):
     params, _, _ = problem(entry)
     schedule = lambda count: jnp.where(count < 2, entry.arguments["learning_rate"], 0.0)
@@ -149,7 +149,7 @@ def test_learning_rate_may_be_a_schedule(entry):
         assert not any(np.any(x) for x in jax.tree.leaves(first(updates, 2)))
 
 
-@every
+@those(lambda e: not e.setting)
 def test_multi_steps_masked_and_partition(entry):
     params, value, grads = problem(entry)
     tx = entry.make()

@@ -166,7 +166,8 @@ def test_deep_linear_network_follows_its_end_to_end_flow():
 
 
 def test_balance_moves_by_the_square_of_the_step_exactly():
-    x = LowRank(jr.normal(jr.key(0), (5, 2)), jr.normal(jr.key(1), (4, 2)))
+    # Numbers of size one, so that rounding stays below the bound of 1e-14.
+    x = LowRank(0.4 * jr.normal(jr.key(0), (5, 2)), 0.4 * jr.normal(jr.key(1), (4, 2)))
     target, eta = jr.normal(jr.key(2), (5, 4)), 0.03
     g = jax.grad(approximation)(x, target)
     moved = jax.tree.map(lambda p, d: p - eta * d, x, g)
@@ -174,4 +175,4 @@ def test_balance_moves_by_the_square_of_the_step_exactly():
     dense = x.materialize() - target
     want = x.right.T @ dense.T @ dense @ x.right - x.left.T @ dense @ dense.T @ x.left
     assert_close(drift, eta**2 * want, condition=1e4)
-    assert jnp.max(jnp.abs(drift - eta**2 * want)) <= 1e-13
+    assert jnp.max(jnp.abs(drift - eta**2 * want)) <= 1e-14
