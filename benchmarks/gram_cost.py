@@ -47,7 +47,7 @@ def main():
         size = sum(x.nbytes for x in jax.tree.leaves(state))
         rows.append({"chain": name, **compiles[name](), "state_bytes": size})
     compile_seconds = {name: [] for name in chains}
-    for _ in range(10):
+    for _ in range(30):
         for name, compile_once in compiles.items():
             compile_seconds[name].append(compile_once()["compile_seconds"])
     for row in rows:

@@ -48,9 +48,8 @@ def _damped_factor(
 ) -> Float[Array, "*b r r"]:
     """The Cholesky factor of ``xᵀx + λI``, λ never below the rounding error of ``xᵀx``."""
     g = gram(x)
-    x = x.astype(g.dtype)
-    # As a dot product of x this compiles faster than as the trace of g.
-    trace = einsum("...nr,...nr->...", x, x)
+    identity = identity_like(g)
+    trace = jnp.sum(g * identity, axis=(-2, -1))  # compiles faster than jnp.trace
     damping = jnp.asarray(damping, g.dtype)
     if relative:
         damping = damping * trace / x.shape[-1]
@@ -59,7 +58,7 @@ def _damped_factor(
     damping = jnp.maximum(damping, 8 * jnp.finfo(g.dtype).eps * trace)
     # A zero factor has the pseudo-inverse zero: an infinite damping, short of overflow.
     damping = jnp.where(trace + damping > 0, damping, jnp.finfo(g.dtype).max)
-    return cholesky(g + damping[..., None, None] * identity_like(g))
+    return cholesky(g + damping[..., None, None] * identity)
 
 
 def inverse_gram(
@@ -88,9 +87,8 @@ def inverse_gram(
         >>> lrjax.linalg.inverse_gram(x).round(4).tolist()
         [[1.0, 0.0], [0.0, 0.25]]
     """
-    lower = _damped_factor(x, damping, relative)
-    half = _solve(lower, identity_like(lower))
-    return _solve(lower, half, transpose_a=True)
+    half = _inverse(_damped_factor(x, damping, relative))
+    return einsum("...kr,...ks->...rs", half, half)
 
 
 def inverse_root_gram(
@@ -116,11 +114,10 @@ def inverse_root_gram(
         >>> print((x @ lrjax.linalg.inverse_root_gram(x)).round(4).ravel())
         [0.6 0.8]
     """
-    lower = _damped_factor(x, damping, relative)
-    return _solve(lower, identity_like(lower)).mT
+    return _inverse(_damped_factor(x, damping, relative)).mT
 
 
-def _solve(lower: Array, b: Array, *, transpose_a: bool = False) -> Array:
+def _inverse(lower: Array) -> Array:
     return lax.linalg.triangular_solve(
-        lower, b, left_side=True, lower=True, transpose_a=transpose_a
+        lower, identity_like(lower), left_side=True, lower=True
     )
