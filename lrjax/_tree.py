@@ -9,20 +9,7 @@ from jaxtyping import PyTree
 from .lowrank import LowRank, is_low_rank
 
 
-def nodes_with_path(tree: PyTree) -> list[tuple[str, Any]]:
-    """The leaves of a tree with their paths, LowRank nodes counted as leaves."""
-    flat, _ = jtu.tree_flatten_with_path(tree, is_leaf=is_low_rank)
-    return [(jtu.keystr(path) or "the root", leaf) for path, leaf in flat]
-
-
-def has_factors(x: Any) -> bool:
-    """Whether ``x`` is a LowRank node that holds arrays (not bools, labels or None)."""
-    return is_low_rank(x) and eqx.is_array_like(x.left) and eqx.is_array_like(x.right)
-
-
-def map_nodes(
-    f: Callable, updates: PyTree, *rest: PyTree, others: Callable | None = None
-) -> PyTree:
+def map_nodes(f: Callable, updates: PyTree, *rest: PyTree) -> PyTree:
     """Map ``f`` over the LowRank nodes of trees and leave other leaves as they are.
 
     Args:
@@ -30,8 +17,6 @@ def map_nodes(
         updates: decides the structure. Nodes whose factors were masked out as a whole
             (``optax.MaskedNode``, ``None``) are left alone.
         *rest: further trees, of which the structure of ``updates`` is a prefix.
-        others: what to do with the leaves that are no LowRank nodes; by default the
-            leaf of ``updates`` is returned.
 
     Returns:
         A tree of the structure of ``updates``.
@@ -42,7 +27,7 @@ def map_nodes(
 
     def apply(path, update, *nodes):
         if not is_low_rank(update):
-            return update if others is None else others(update, *nodes)
+            return update
         present = [
             eqx.is_array_like(factor)
             for node in (update, *nodes)

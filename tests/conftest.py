@@ -4,7 +4,6 @@ import random
 import jax
 import jax.random as jr
 import matplotlib
-import numpy as np
 import pytest
 
 
@@ -61,8 +60,3 @@ def pytest_runtest_makereport(item):
 def _free_compiled_programs():
     yield
     jax.clear_caches()
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
