@@ -62,7 +62,7 @@ class Problem(eqx.Module):
                 "(truth=None); watch problem.loss(x) instead."
             )
         if isinstance(self.truth, LowRank):
-            # LAPACK's QR never returns from numbers whose squares overflow.
+            # Products of such numbers overflow: a NaN would hide that the run diverged.
             limit = jnp.finfo(x.dtype).max ** 0.25
             tame = jnp.all(jnp.abs(x.left) < limit) & jnp.all(jnp.abs(x.right) < limit)
             x = LowRank(jnp.where(tame, x.left, 0), jnp.where(tame, x.right, 0))
