@@ -1,9 +1,5 @@
 """Recover low-rank matrices from corrupted, partial or indirect measurements."""
 
-from .fit_robust_pca import (
-    RobustPCAFit as RobustPCAFit,
-    fit_robust_pca as fit_robust_pca,
-)
 from .losses import (
     L1 as L1,
     Huber as Huber,
@@ -25,6 +21,10 @@ from .problems import (
     matrix_sensing as matrix_sensing,
     phase_retrieval as phase_retrieval,
     robust_pca as robust_pca,
+)
+from .separation import (
+    RobustPCAFit as RobustPCAFit,
+    fit_robust_pca as fit_robust_pca,
 )
 from .solve import History as History, Solution as Solution, solve as solve
 from .spectral_init import spectral_init as spectral_init

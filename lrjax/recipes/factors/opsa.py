@@ -1,0 +1,83 @@
+import optax
+from jaxtyping import ArrayLike
+
+from ...transforms import (
+    add_nuclear_norm,
+    rebalance as rebalance_factors,
+    scale_by_gram,
+    scale_by_polyak,
+    unit_norm,
+)
+
+
+def opsa(
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    *,
+    f_min: ArrayLike | None = None,
+    reg: ArrayLike = 0.0,
+    damping: ArrayLike | optax.Schedule = 0.1,
+    relative: bool = True,
+    loss_power: ArrayLike | None = 1.0,
+    rebalance: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Overparameterized preconditioned subgradient descent, for a rank that is unknown.
+
+    With factors wider than the rank of the truth, a loss with a kink and::
+
+        P_l = (G_l + ρ left)(rightᵀright + λ_t I)⁻¹      and P_r likewise,
+
+    the step is ``η (value − f_min)/⟨G, P⟩ · P`` (Polyak) if ``f_min`` is given, else
+    ``η P / sqrt(⟨G, P⟩)``, a step of length η in the metric of the preconditioner.
+
+    Neither the rank nor the noise has to be known. On data that are only approximately
+    low rank the nuclear norm term ``reg``, not the damping, makes surplus columns
+    harmless: for the summed l1 loss ``0.4 sqrt(max(m, n))`` is a good weight, whatever
+    the scale of the data. The learning rate may start at a sixth of ``‖X‖_F`` and fall
+    by 5 % a step.
+
+    With ``f_min`` the damping is proportional to the optimality gap, ``λ_t = λ (value −
+    f_min)``: it has to be there at the start, where the surplus columns are noise, and
+    has to vanish at the end, since a constant damping of balanced factors slows linear
+    convergence to sublinear. Without ``f_min`` the gap is not known and λ is constant.
+
+    Args:
+        learning_rate: ``η``, a number or a schedule.
+        f_min: the smallest value of the loss, if it is known.
+        reg: ``ρ``, weight of the nuclear norm.
+        damping: ``λ``; see :func:`lrjax.scale_by_gram`.
+        relative: whether ``λ`` is relative to the mean squared column norm.
+        loss_power: the power of the gap in ``λ_t``, when ``f_min`` is given; ``None`` for
+            a constant damping.
+        rebalance: balance the factors after every step.
+
+    Returns:
+        An optax optimizer; with ``f_min`` its update needs ``value`` and ``grad``.
+
+    Raises:
+        ValueError: as the transforms it chains.
+
+    Example:
+        The constants of the authors' code, for a spectral start with its left factor
+        doubled and its right factor halved:
+
+        >>> import lrjax
+        >>> tx = lrjax.opsa(f_min=0.0, damping=2.0, relative=False, loss_power=None)
+
+    Reference:
+        P. Giampouras, H. Cai, R. Vidal, "OPSA" (2025), arXiv 2410.16826. Special case:
+        ``reg = damping = 0`` at the true rank is :func:`lrjax.scaled_subgradient`.
+    """
+    polyak = f_min is not None
+    return optax.chain(
+        add_nuclear_norm(reg),
+        scale_by_gram(
+            damping,
+            relative=relative,
+            phi=None if polyak else unit_norm,
+            loss_power=loss_power if polyak else None,
+            f_min=f_min if polyak else 0.0,
+        ),
+        scale_by_polyak(f_min) if polyak else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+        rebalance_factors() if rebalance else optax.identity(),
+    )

@@ -1,0 +1,3 @@
+"""Optimizers that compress the momentum, not the gradient."""
+
+from .dion import dion as dion

@@ -1,0 +1,79 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import ArrayLike
+
+from ...linalg.gram import working_dtype
+from .._checks import check_extra
+
+
+def scale_by_polyak(f_min: ArrayLike = 0.0) -> optax.GradientTransformationExtraArgs:
+    """Polyak's step size in the metric of whatever stands before it in the chain.
+
+    For the direction ``P`` that reaches it and the raw gradient ``G``::
+
+        P ← P · max(value − f_min, 0) / ⟨G, P⟩
+
+    so that the linear model of the loss along the step, ``value − ⟨G, ηP⟩``, is exactly
+    ``f_min``. ``optax.scale_by_polyak`` divides by ``‖P‖²`` instead, which is the same
+    only without a preconditioner. Place it after the preconditioner and before
+    ``optax.scale_by_learning_rate(1.0)``.
+
+    Args:
+        f_min: the smallest value of the loss. ``update(..., f_min=…)`` overrides it for
+            one step, for rules that estimate it on the way.
+
+    Returns:
+        A stateless optax transform. ``update`` needs ``value``, the loss at ``params``,
+        and ``grad``, its gradient (a tree like the updates). A direction with
+        ``⟨G, P⟩ <= 0`` gives a zero step.
+
+    Raises:
+        ValueError: in ``update``, if ``value`` or ``grad`` is missing.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> tx = lrjax.scale_by_polyak(f_min=1.0)
+        >>> grad = jnp.array([3.0, 4.0])
+        >>> step, _ = tx.update(grad, tx.init(grad), value=jnp.array(6.0), grad=grad)
+        >>> print(step.round(4))
+        [0.6 0.8]
+
+    Reference:
+        B. T. Polyak, "Introduction to Optimization" (1987); scaled: T. Tong, C. Ma,
+        Y. Chi, "Low-rank matrix recovery with scaled subgradient methods" (2021), arXiv
+        2010.13364.
+    """
+    smallest = f_min
+
+    def init(params):
+        del params
+        return optax.EmptyState()
+
+    def update(
+        updates, state, params=None, *, value: Any = None, grad=None, f_min=None, **extra
+    ):
+        del params, extra
+        check_extra("scale_by_polyak", value=value, grad=grad)
+        gap = jnp.maximum(value - (smallest if f_min is None else f_min), 0)
+        dual = _inner(grad, updates)
+        step = jnp.where(dual > 0, gap / jnp.where(dual > 0, dual, 1), 0)
+        scaled = jax.tree.map(
+            lambda u: (step.astype(working_dtype(u.dtype)) * u).astype(u.dtype), updates
+        )
+        return scaled, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _inner(x, y):
+    """The inner product of two trees, summed in float32 or wider."""
+
+    def product(a, b):
+        dtype = working_dtype(jnp.promote_types(a.dtype, b.dtype))
+        return jnp.sum(a.astype(dtype) * b.astype(dtype))
+
+    products = jax.tree.leaves(jax.tree.map(product, x, y))
+    return sum(products, start=jnp.zeros([], jnp.float32))

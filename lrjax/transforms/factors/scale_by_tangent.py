@@ -1,0 +1,81 @@
+import optax
+from jaxtyping import Array, ArrayLike
+
+from ..._sharding import einsum
+from ..._tree import check_has_nodes, check_params, like, map_nodes
+from ...linalg import inverse_gram
+from ...lowrank import LowRank
+from .._checks import check_non_negative
+
+
+def scale_by_tangent(
+    damping: ArrayLike = 0.0, *, relative: bool = True
+) -> optax.GradientTransformation:
+    """Move the product of two factors along the projected full gradient.
+
+    For a node ``X = left @ right.T`` with gradients ``G_l = G right`` and ``G_r = Gᵀ
+    left`` of the full gradient G, which is never formed::
+
+        P_l = (I − ½ Π_l) G_l (rightᵀright)⁻¹        P_r = (I − ½ Π_r) G_r (leftᵀleft)⁻¹
+
+    where ``Π_l = left (leftᵀleft)⁻¹ leftᵀ``. To first order the product then moves by
+    ``Π_l G + G Π_r − Π_l G Π_r``, the projection of G onto the tangent space of the
+    matrices of this rank: the direction closest to full fine-tuning that the factors
+    allow. :func:`scale_by_gram` counts the part in both spaces twice. Of the many
+    pairs of factors with this product the one taken here treats both sides alike and
+    does not depend on how X is split. No state, ``O((m + n) r²)``. Leaves that are no
+    LowRank nodes pass unchanged. With the scale s of a LoRA pair multiply by ``1/s²``.
+
+    Args:
+        damping: added to the Gram matrices as in :func:`scale_by_gram`.
+        relative: whether it is a multiple of their mean diagonal.
+
+    Returns:
+        A stateless optax transform; ``update`` needs ``params``.
+
+    Raises:
+        ValueError: at construction, for negative damping; in ``init``, if the tree holds
+            no LowRank node; in ``update``, without ``params``.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> x = lrjax.LowRank(jnp.array([[3.0], [4.0]]), jnp.array([[2.0]]))
+        >>> grad = lrjax.LowRank(jnp.array([[4.0], [8.0]]), jnp.array([[50.0]]))
+        >>> tx = lrjax.scale_by_tangent()
+        >>> step, _ = tx.update(grad, tx.init(x), x)
+        >>> print(step.left.ravel().round(4), step.right.round(4))
+        [0.34 1.12] [[1.]]
+
+    Reference:
+        B. Vandereycken, "Low-rank matrix completion by Riemannian optimization" (2013),
+        arXiv 1209.3834; for LoRA, with another split of the same step: Z. Wang et al.,
+        "LoRA-Pro" (2024), arXiv 2407.18242.
+    """
+    check_non_negative("scale_by_tangent", "damping", damping)
+
+    def init(params):
+        check_has_nodes("scale_by_tangent", params)
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        check_params("scale_by_tangent", params)
+
+        def project(g: LowRank, x: LowRank) -> LowRank:
+            left = inverse_gram(x.left, damping, relative=relative)
+            right = inverse_gram(x.right, damping, relative=relative)
+            return like(
+                g, _half(g.left, x.left, left, right), _half(g.right, x.right, right, left)
+            )
+
+        return map_nodes(project, updates, params), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _half(gradient: Array, factor: Array, own: Array, other: Array) -> Array:
+    """``(I − ½ factor own factorᵀ) gradient other``."""
+    gradient, factor = gradient.astype(own.dtype), factor.astype(own.dtype)
+    inside = einsum("...nr,...ns->...rs", factor, gradient)
+    inside = einsum("...rs,...st->...rt", own, inside)
+    rest = gradient - 0.5 * einsum("...nr,...rs->...ns", factor, inside)
+    return einsum("...nr,...rs->...ns", rest, other)

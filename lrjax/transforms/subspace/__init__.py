@@ -1,0 +1,10 @@
+"""Transforms that keep their state, or their update, in a low-rank subspace."""
+
+from .compress_momentum import (
+    CompressMomentumState as CompressMomentumState,
+    compress_momentum as compress_momentum,
+)
+from .project_updates import (
+    ProjectUpdatesState as ProjectUpdatesState,
+    project_updates as project_updates,
+)
