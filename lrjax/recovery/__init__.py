@@ -28,3 +28,8 @@ from .separation import (
 )
 from .solve import History as History, Solution as Solution, solve as solve
 from .spectral_init import spectral_init as spectral_init
+from .thresholds import (
+    hard_threshold as hard_threshold,
+    keep_largest as keep_largest,
+    soft_threshold as soft_threshold,
+)
