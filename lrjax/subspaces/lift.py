@@ -145,10 +145,21 @@ def sign_residual(weight: ArrayLike = 1.0, scale: ArrayLike = 1.0) -> Lift:
 
 
 def _scaling(x: Projected, over: str) -> Float[Array, "..."]:
-    """``φ = ‖N‖/‖R‖``, one for each vector along the projected axis, or each matrix."""
-    top, bottom = (squares_along(y, x.frame.axis) for y in (x.step, x.projected))
-    if over == "tensor":
-        top, bottom = (jnp.sum(y, axis=(-2, -1), keepdims=True) for y in (top, bottom))
+    """``φ = ‖N‖/‖R‖``, one for each vector along the projected axis, or each matrix.
+
+    A vector whose projection is of rounding size, because it is orthogonal to the basis,
+    has no ``φ`` of its own: it takes that of all others together, zero if there are none.
+    """
+    axis = x.frame.axis
+    top, bottom = (squares_along(y, axis) for y in (x.step, x.projected))
+    rounding = 4 * jnp.finfo(bottom.dtype).eps * x.gradient.shape[axis] ** 0.5
+    known = bottom > rounding**2 * squares_along(x.gradient, axis)
+    top, bottom = jnp.where(known, top, 0), jnp.where(known, bottom, 0)
+    whole = _root_ratio(*(jnp.sum(y, axis=(-2, -1), keepdims=True) for y in (top, bottom)))
+    return whole if over == "tensor" else jnp.where(known, _root_ratio(top, bottom), whole)
+
+
+def _root_ratio(top: Array, bottom: Array) -> Array:
     return jnp.where(bottom > 0, jnp.sqrt(top / jnp.where(bottom > 0, bottom, 1)), 0)
 
 
@@ -173,7 +184,8 @@ def fira(
 
     ``U = scale · P N + S`` with ``S = (a − P R) diag(φ)``, ``φ_j = ‖N_j‖/‖R_j‖`` for each
     vector ``j`` along the projected axis, the norm of ``S`` limited to ``growth`` times
-    that of the last step.
+    that of the last step. A vector orthogonal to the basis has ``φ_j = 0/0`` and takes
+    the ``φ`` of all others together.
 
     Args:
         scale: factor of the inner step alone.

@@ -120,6 +120,24 @@ def test_fira_is_plain_projection_at_full_rank(rollout, noisy, getkey, x64):
     assert relative_error(got, want) < 1e-7  # a norm from a difference of squares
 
 
+def test_a_column_outside_the_basis_is_scaled_like_the_others(getkey):
+    """Adam makes a unit step of any projection, even of one of rounding size."""
+    p = jnp.linalg.qr(jr.normal(getkey(), (6, 6)))[0]
+    g = jr.normal(getkey(), (6, 4))
+    outside = p[:, 2:] @ jr.normal(getkey(), (4,))
+    g = g.at[:, 1].set(outside).at[:, 3].set(0.0)
+    tx = wrap(ADAM, sub.fixed(p[:, :2]), lift=sub.fira())
+    got, _ = tx.update(g, tx.init(g))
+    r = p[:, :2].T @ g[:, ::2]
+    whole = 2 / jnp.linalg.norm(r)  # two columns of two signs each
+    left_out = lambda x: x - p[:, :2] @ (p[:, :2].T @ x)
+    assert_close(left_out(got[:, 1]), outside * whole, condition=10)
+    assert not got[:, 3].any()
+    alone = jnp.zeros_like(g).at[:, 1].set(outside)
+    got, _ = tx.update(alone, tx.init(g))
+    assert jnp.max(jnp.abs(got)) < 2  # a step of Adam in the subspace at most
+
+
 @pytest.mark.parametrize("over", ["channel", "tensor"])
 def test_apollo_is_the_dense_reference(over, rollout, noisy, getkey, x64):
     g = noisy(getkey(), 5, 6, 9, dtype=jnp.float64) * jnp.arange(1, 6.0)[:, None, None]
