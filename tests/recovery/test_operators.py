@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lrjax
 from lrjax import recovery
@@ -121,3 +122,57 @@ def test_wrong_shapes_are_refused(getkey):
         recovery.RankOneSensing(jnp.ones((2, M)), jnp.ones((3, N)))
     with pytest.raises(ValueError, match="as many"):
         recovery.Entries(jnp.ones(2, int), jnp.ones(3, int), (M, N))
+
+
+def test_entries_block_by_block_are_entries_at_once(getkey, monkeypatch):
+    operator = make("entries", getkey(), jnp.float32)
+    x, move = random_low_rank(getkey(), M, N, 2), random_low_rank(getkey(), M, N, 2)
+    y, v = jr.normal(getkey(), (COUNT,)), jr.normal(getkey(), (N, 3))
+
+    def everything(x):
+        loss = recovery.Problem(operator, y, recovery.Squared()).loss
+        return (
+            operator(x),
+            operator.adjoint_matmul(y, v),
+            jax.grad(loss)(x),
+            jax.jvp(jax.grad(loss), (x,), (move,))[1],
+        )
+
+    want = jax.jit(everything)(x)
+    monkeypatch.setattr(recovery.operators, "BLOCK", 4)
+    xs = jax.tree.map(lambda a: a[None], x)
+    got = jax.jit(jax.vmap(lambda x: everything(x)))(xs)
+    assert_close(jax.tree.map(lambda a: a[0], got), want, condition=10)
+
+
+@pytest.fixture(scope="module")
+def many_entries():
+    """A problem whose entries fill several blocks, and a start."""
+    dims, count = (2000, 1000), 5 * recovery.operators.BLOCK
+    places = jr.randint(jr.key(0), (2, count), 0, jnp.array([[2000], [1000]]))
+    operator = recovery.Entries(places[0], places[1], dims)
+    targets = jr.normal(jr.key(1), (count,))
+    problem = recovery.Problem(operator, targets, recovery.Squared())
+    return problem, random_low_rank(jr.key(2), *dims, 20)
+
+
+def test_gradients_of_entries_take_the_memory_of_the_data(many_entries):
+    problem, x = many_entries
+    compiled = jax.jit(lambda p, x: jax.grad(p.loss)(x)).lower(problem, x).compile()
+    data = sum(leaf.nbytes for leaf in jax.tree.leaves(problem))
+    gathered = problem.targets.nbytes * x.rank
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    blocks = 2 * recovery.operators.BLOCK * x.rank * 4
+    assert temporary < 2 * data + blocks < gathered
+
+
+def test_sharded_entries_are_gathered_where_they_are(many_entries):
+    problem, x = many_entries
+    mesh = jax.make_mesh((8,), ("entries",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = NamedSharding(mesh, PartitionSpec("entries"))
+    placed = jax.device_put(problem, spread)
+    here = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+    step = jax.jit(lambda p, x: jax.value_and_grad(p.loss)(x))
+    compiled = step.lower(placed, here).compile()
+    assert "all-gather" not in compiled.as_text()
+    assert_close(compiled(placed, here), step(problem, x), condition=10)
