@@ -100,7 +100,7 @@ def _environment() -> dict[str, str]:
         "device": f"{device.platform} ({device.device_kind}) x {jax.device_count()}",
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
-        "precision": "float64" if jax.config.jax_enable_x64 else "float32",
+        "precision": str(jax.numpy.result_type(float)),
     }
 
 

@@ -33,11 +33,19 @@ def _files() -> list[Path]:
     """The source files of the libraries, in a fixed random order."""
     files = []
     for library in LIBRARIES:
-        root = Path(importlib.util.find_spec(library).origin).parent
+        root = _root(library)
         inside = sorted(path.relative_to(root) for path in root.rglob("*.py"))
         files.extend(root / path for path in inside if "test" not in str(path))
     random.Random(0).shuffle(files)
     return files
+
+
+def _root(library: str) -> Path:
+    """Where a library is installed, without importing it."""
+    found = importlib.util.find_spec(library)
+    if found is None or found.origin is None:
+        raise ImportError(f"{library} is not installed: pip install 'lrjax[tour]'")
+    return Path(found.origin).parent
 
 
 def load(train_size: int, test_size: int) -> tuple[Texts, Texts]:

@@ -21,7 +21,7 @@ DEPTH, WIDTH, HEADS, FEEDFORWARD, VOCABULARY, POSITIONS = 6, 384, 12, 1536, 3052
 def model_directory() -> Path | None:
     """Where the pretrained weights and the tokenizer are, if the package is installed."""
     found = importlib.util.find_spec(PACKAGE)
-    return None if found is None else Path(found.origin).parent / "model"
+    return None if not (found and found.origin) else Path(found.origin).parent / "model"
 
 
 def rows(layer, x: Float[Array, "*lead n"]) -> Float[Array, "*lead m"]:

@@ -221,7 +221,8 @@ def _plot(rows, fits, tuned, test, before: float, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(11, 6.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.6, 1))
+    grid = figure.add_gridspec(2, 1, height_ratios=(1.6, 1))
+    top, bottom = (figure.add_subfigure(cell) for cell in grid)
     curves, trade = top.subplots(1, 2)
     for name, result in fits.items():
         steps = EVERY * np.arange(1, len(result.accuracies) + 1)

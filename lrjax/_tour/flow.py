@@ -61,7 +61,7 @@ def run(out: pathlib.Path, quick: bool) -> Report:
 
 @contextmanager
 def _float64() -> Iterator[None]:
-    before = jax.config.jax_enable_x64
+    before = jnp.result_type(float) == jnp.float64
     jax.config.update("jax_enable_x64", True)
     try:
         yield

@@ -45,7 +45,7 @@ def run(out: pathlib.Path, quick: bool) -> Report:
         if width == 20 or not quick:
             row, _ = _timed(_subgradient, problem, start, 0.03 * size**0.5, steps)
             rows.append({"method": "subgradient", "width": width, "first step": 0.03} | row)
-        row, svd_fit = _timed(_svd, problem, width)
+        row, svd_fit = _timed(_svd, problem, mask, width)
         rows.append({"method": "truncated SVD", "width": width, "first step": ""} | row)
     figure = _draw(out, scene, matrix, mask, svd_fit, fits[20])
     title = (
@@ -106,10 +106,10 @@ def _blind(problem, tx, start, steps) -> LowRank:
     return solve(blind, tx, start, steps=steps).x
 
 
-@partial(jax.jit, static_argnums=1)
-def _svd(problem: Problem, width: int) -> LowRank:
+@partial(jax.jit, static_argnums=2)
+def _svd(problem: Problem, mask: jax.Array, width: int) -> LowRank:
     """The best approximation of the observed matrix, zeros where nothing is observed."""
-    observed = problem.targets / jnp.mean(problem.operator.mask)
+    observed = problem.targets / jnp.mean(mask)
     right = jnp.linalg.eigh(gram(observed))[1][:, -width:]
     return LowRank(observed @ right, right)
 

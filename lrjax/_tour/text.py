@@ -2,7 +2,7 @@ import importlib.util
 import textwrap
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -91,7 +91,7 @@ def fit_lora(encoder, adapters, head, data, steps):
         updates, state = tx.update(jax.grad(loss)(trained), state)
         return optax.apply_updates(trained, updates), state
 
-    trained = (params, head)
+    trained: Any = (params, head)
     state, seconds = tx.init(trained), []
     random = np.random.default_rng(0)
     epochs = 1 + steps * BATCH // len(data.labels)
@@ -135,9 +135,9 @@ def missing() -> str:
 
 def run(out: Path, quick: bool) -> Report:
     """Embeddings against the reference; then head only against LoRA on real sentences."""
-    if missing():
-        return Report(TITLE, skipped=missing())
     directory = model_directory()
+    if directory is None or missing():
+        return Report(TITLE, skipped=missing())
     encoder = load_encoder(directory)
     texts, expected = reference()
     got = embed(encoder, *tokenize(load_tokenizer(directory, 64), texts))
@@ -222,7 +222,8 @@ def _plot(logits, guesses, labels, sentences, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(11, 6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(2.2, 1))
+    grid = figure.add_gridspec(2, 1, height_ratios=(2.2, 1))
+    top, bottom = (figure.add_subfigure(cell) for cell in grid)
     panels = top.subplots(1, 2, sharey=True)
     for panel, (name, scores) in zip(panels, logits.items(), strict=True):
         margin = scores[:, 1] - scores[:, 0]

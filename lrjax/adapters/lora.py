@@ -4,6 +4,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
@@ -117,7 +119,7 @@ class LoRA(AdapterKind):
     ):
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"LoRA needs a rank of at least 1 (an int), got {rank!r}.")
-        if not isinstance(dropout, jax.core.Tracer) and not 0 <= dropout < 1:
+        if not isinstance(dropout, Tracer) and not 0 <= np.asarray(dropout) < 1:
             raise ValueError(f"LoRA's dropout must be in [0, 1), got {dropout!r}.")
         self.rank, self.alpha = rank, alpha
         self.rank_stabilized, self.dropout, self.dtype = rank_stabilized, dropout, dtype

@@ -85,7 +85,7 @@ def aligned_modes(
     left, right, target = (_rows(x, t) for x in (left, right, target))
     linear, quadratic = 2 * scale * target, scale**2
     plus, minus = left + right, left - right
-    four_bc = quadratic**2 * (plus * minus) ** 2
+    four_bc = jnp.asarray(quadratic**2 * (plus * minus) ** 2)
 
     def evolve(x, other, a):
         p = _propagator(t, a, four_bc)

@@ -166,10 +166,11 @@ def gradient_flow(
     start = field.start(moving)
 
     wanted = Params() if observe is None else Observed(observe, field)
-    times = {"t1": True} if ts is None else {"ts": jnp.asarray(ts, dtype)}
     save = {
         "params": diffrax.SubSaveAt(t1=True, fn=Params()),
-        "wanted": diffrax.SubSaveAt(**times, fn=wanted),
+        "wanted": diffrax.SubSaveAt(t1=True, fn=wanted)
+        if ts is None
+        else diffrax.SubSaveAt(ts=jnp.asarray(ts, dtype), fn=wanted),
     }
 
     rtol = (1e-8 if dtype == jnp.float64 else 1e-5) if rtol is None else rtol

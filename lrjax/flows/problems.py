@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Scalar
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Scalar
 
 from .._sharding import einsum
 from ..linalg import orthonormalize
@@ -37,8 +37,8 @@ def approximation_loss(
 class TwoLayers(NamedTuple):
     """The weights of ``second @ first``: frozen matrices, or their adapters."""
 
-    first: Array | LowRank | None
-    second: Array | LowRank | None
+    first: PyTree[Array]
+    second: PyTree[Array]
 
 
 def two_layer_loss(

@@ -55,6 +55,7 @@ def small_start(
         >>> bool(abs(x.left).max() < 0.01)
         True
     """
+    alpha = jnp.asarray(alpha)
     kl, kr = jr.split(key)
     left, right = jr.normal(kl, (shape[0], rank)), jr.normal(kr, (shape[1], rank))
     return LowRank(alpha * left, alpha * right)
@@ -90,6 +91,7 @@ def orthogonal_start(
     """
     if rank % 2:
         raise ValueError(f"orthogonal_start needs an even rank, got {rank}.")
+    alpha = jnp.asarray(alpha)
     kq, kl, kr = jr.split(key, 3)
     q = orthonormalize(jr.normal(kq, (rank, rank)))
     left = jr.normal(kl, (shape[0], rank // 2)) @ q[0::2]

@@ -26,6 +26,7 @@ def crossing_time(
         >>> print(lrjax.metrics.crossing_time(ts, jnp.exp(-ts), jnp.exp(-2.5)).round(3))
         2.5
     """
+    level = jnp.asarray(level)
     below = values <= level
     index = jnp.argmax(below)
     before = jnp.maximum(index - 1, 0)
