@@ -271,6 +271,7 @@ RECIPES |= {
     "golore": _in_subspace(lrjax.golore, refresh_every=2, scale=1.0),
     "ldadam": _in_subspace(lrjax.ldadam),
     "online_subspace_descent": _in_subspace(lrjax.online_subspace_descent),
+    "power_sgd": _in_subspace(lrjax.power_sgd),
     "subspace_adam": _in_subspace(lrjax.subspace_adam, blocks=2),
     "subtrack": _in_subspace(lrjax.subtrack, refresh_every=2),
 }
@@ -278,4 +279,4 @@ RECIPES |= {
 ENTRIES = {**TRANSFORMS, **RECIPES}
 
 # Exported next to the transforms without being transforms themselves.
-NOT_TRANSFORMS = {"pairs_by_name", "unit_norm"}
+NOT_TRANSFORMS = {"data_parallel_specs", "pairs_by_name", "unit_norm"}

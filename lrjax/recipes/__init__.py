@@ -5,7 +5,7 @@ from .factors import (
     scaled_gd as scaled_gd,
     scaled_subgradient as scaled_subgradient,
 )
-from .momentum import dion as dion
+from .momentum import dion as dion, power_sgd as power_sgd
 from .projection import (
     coap as coap,
     flora as flora,

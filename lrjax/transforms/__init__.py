@@ -18,5 +18,6 @@ from .subspace import (
     CompressMomentumState as CompressMomentumState,
     ProjectUpdatesState as ProjectUpdatesState,
     compress_momentum as compress_momentum,
+    data_parallel_specs as data_parallel_specs,
     project_updates as project_updates,
 )

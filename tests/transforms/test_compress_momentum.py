@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-from jax.sharding import PartitionSpec
 
 import lrjax
 from tests.helpers import assert_close, relative_error, with_spectrum
@@ -48,33 +47,6 @@ def test_powersgd_loses_nothing(getkey, x64):
     assert_close(updates.sum(0) + state.buffer, g.sum(0))
 
 
-def test_powersgd_reduces_inside_shard_map(getkey):
-    """Eight devices with a gradient each do what one does with their mean."""
-    g = jr.normal(getkey(), (8, 3, 6, 9))
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=auto)
-    average = lambda x: jax.lax.pmean(x, "data")
-    tx = make(2, 0.0, normalize="none", reduce=average, key=jr.key(1))
-
-    def device(g):
-        state, updates = run(tx, g[0])
-        return updates[None], state.buffer[None]
-
-    spec = PartitionSpec("data")
-    mapped = jax.shard_map(
-        device, mesh=mesh, in_specs=spec, out_specs=(spec, spec), check_vma=False
-    )
-    updates, errors = jax.jit(mapped)(g)
-    assert_close(updates, jnp.broadcast_to(updates[:1], updates.shape))
-    single = make(2, 0.0, normalize="none", key=jr.key(1))
-    state, want = run(single, g.mean(0))
-    assert_close(updates[0], want, condition=100)
-    assert_close(errors.mean(0), state.buffer, condition=100)
-    text = jax.jit(mapped).lower(g).compile().as_text()
-    assert "all-reduce" in text
-    assert "all-gather" not in text
-
-
 def test_zero_and_non_finite_gradients_leave_the_warm_start(getkey):
     tx = make(2)
     g = jr.normal(getkey(), (6, 9))
@@ -83,18 +55,3 @@ def test_zero_and_non_finite_gradients_leave_the_warm_start(getkey):
         updates, new = tx.update(bad, state)
         assert not jnp.any(updates)
         assert_close(new, state)
-
-
-def test_dion_gives_the_rest_to_adam(getkey):
-    params = {"w": jr.normal(getkey(), (8, 12)), "b": jr.normal(getkey(), (5,))}
-    tx = lrjax.dion(0.1, 8, weight_decay=0.0)
-    updates, _ = tx.update(params, tx.init(params), params)
-    assert_close(updates["b"], -0.1 * jnp.sign(params["b"]), rtol=1e-5)
-    assert jnp.linalg.norm(updates["w"], 2) < 0.1 * (8 / 12) ** 0.5 * 2
-
-
-def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="True and False"):
-        lrjax.compress_momentum(
-            2, where=lambda path, shape: lrjax.subspaces.MatrixSpec()
-        ).init(jnp.ones((8, 8)))

@@ -1,3 +1,4 @@
 """Optimizers that compress the momentum, not the gradient."""
 
 from .dion import dion as dion
+from .power_sgd import power_sgd as power_sgd

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import jax.tree_util as jtu
 import optax
 from jaxtyping import ArrayLike, PRNGKeyArray
@@ -13,7 +15,7 @@ def dion(
     rank: sub.Rank = 0.25,
     *,
     decay: ArrayLike = 0.95,
-    orthonormal: bool = False,
+    normalize: Literal["columns", "qr"] = "columns",
     others: optax.GradientTransformation | None = None,
     weight_decay: ArrayLike = 0.01,
     where: Where = sub.is_hidden_matrix,
@@ -30,10 +32,13 @@ def dion(
         rank: an int, a fraction of the short side, or a callable of
             ``(path, (rows, columns))``.
         decay: of the momentum that the low rank has captured.
-        orthonormal: orthonormalize ``Q`` too, instead of its columns' lengths.
+        normalize: of ``Q``. ``"columns"`` gives its columns unit length, as Dion does;
+            ``"qr"`` makes them orthonormal, which is Orth-Dion: every update then has
+            ``r`` singular values of ``√(m/n)``, on the way to convergence too.
         others: transform of the leaves that are not chosen; Adam by default.
         weight_decay: decoupled weight decay.
-        where: ``(path, shape) -> bool``, the matrices to treat.
+        where: ``(path, shape) -> bool`` or a :class:`~lrjax.subspaces.MatrixSpec`, the
+            matrices to treat.
         key: source of the first ``Q``.
 
     Returns:
@@ -49,7 +54,8 @@ def dion(
 
     Reference:
         K. Ahn, B. Xu, N. Abreu, J. Langford, "Dion" (2025), arXiv 2504.05295. Special
-        case: a constant momentum converges to its polar factor of rank ``r``.
+        case: a constant momentum converges to its polar factor of rank ``r``. ``"qr"``:
+        "Orth-Dion" (2026), arXiv 2605.16341.
     """
 
     def rest(tree):
@@ -58,18 +64,22 @@ def dion(
 
     def outputs_over_inputs(updates, params=None):
         del params
-        scale = lambda path, u: (
-            u * (u.shape[-2] / u.shape[-1]) ** 0.5
-            if where(jtu.keystr(path), u.shape)
-            else u
-        )
+
+        def scale(path, u):
+            spec = where(jtu.keystr(path), u.shape)
+            if not spec:
+                return u
+            spec = spec if isinstance(spec, sub.MatrixSpec) else sub.MatrixSpec()
+            m, n = sub.matrix_shape(u.shape, spec)[-2:]
+            return u * (m / n) ** 0.5
+
         return jtu.tree_map_with_path(scale, updates)
 
     tx = optax.chain(
         compress_momentum(
             rank,
             decay,
-            normalize="qr" if orthonormal else "columns",
+            normalize=normalize,
             where=where,
             key=key,
         ),

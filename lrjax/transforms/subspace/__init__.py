@@ -3,6 +3,7 @@
 from .compress_momentum import (
     CompressMomentumState as CompressMomentumState,
     compress_momentum as compress_momentum,
+    data_parallel_specs as data_parallel_specs,
 )
 from .project_updates import (
     ProjectUpdatesState as ProjectUpdatesState,

@@ -1,16 +1,18 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from ..._sharding import einsum
 from ...linalg import orthonormalize
 from ...linalg.gram import working_dtype
-from ...subspaces.view import MatrixSpec, Rank, is_hidden_matrix, resolve_rank
+from ...subspaces.view import Rank, is_hidden_matrix
+from ._leaves import Where, choose
 
 
 class CompressMomentumState(NamedTuple):
@@ -33,7 +35,7 @@ def compress_momentum(
     normalize: Literal["columns", "qr", "none"] = "columns",
     reduce: Callable[[Array], Array] = lambda x: x,
     method: Literal["cholesky", "qr"] = "cholesky",
-    where: Callable[[str, tuple[int, ...]], bool] = is_hidden_matrix,
+    where: Where = is_hidden_matrix,
     key: PRNGKeyArray | None = None,
 ) -> optax.GradientTransformation:
     """Replace each matrix by a rank-``r`` step of its momentum; what is left is kept.
@@ -58,15 +60,17 @@ def compress_momentum(
         normalize: what ``Q̂`` is.
         reduce: for example ``lambda x: jax.lax.pmean(x, "data")``.
         method: how ``P`` is orthonormalized; see :func:`lrjax.linalg.orthonormalize`.
-        where: ``(path, shape) -> bool``, the leaves to compress; leading axes are a
-            batch. The others are averaged by ``reduce`` and otherwise left alone.
+        where: ``(path, shape) -> bool`` or a :class:`~lrjax.subspaces.MatrixSpec`, the
+            leaves to compress; other axes are a batch. The leaves that are not chosen
+            are averaged by ``reduce`` and otherwise left alone.
         key: of the first ``Q``; ``jax.random.key(0)`` by default.
 
     Returns:
         The transform. A zero or non-finite momentum gives a zero update and keeps ``Q``.
 
     Raises:
-        ValueError: for an unknown ``normalize``, or a rank that makes no sense.
+        ValueError: for an unknown ``normalize``; at ``init``, if no leaf is chosen, a
+            chosen leaf is no matrix, or the rank makes no sense.
 
     Example:
         >>> import jax.numpy as jnp, lrjax
@@ -84,45 +88,36 @@ def compress_momentum(
         raise ValueError(f"normalize must be 'columns', 'qr' or 'none', got {normalize!r}.")
     settings = (decay, normalize, reduce, method)
 
-    def chosen(tree):
-        flat, treedef = jtu.tree_flatten_with_path(tree)
-        names = [(jtu.keystr(path), x) for path, x in flat]
-        flags = [where(name, tuple(jnp.shape(x))) for name, x in names]
-        if any(isinstance(flag, MatrixSpec) for flag in flags):
-            raise ValueError("compress_momentum takes where= answers True and False alone.")
-        return names, flags, treedef
-
     def init(params):
-        names, flags, treedef = chosen(params)
-        buffers, rights, drawn = [], [], 0
+        chosen, leaves, treedef = choose("compress_momentum", params, where)
+        buffers, rights = [], []
         base = jr.key(0) if key is None else key
-        for (name, x), flag in zip(names, flags, strict=True):
-            if not flag:
+        for leaf, x in zip(chosen, leaves, strict=True):
+            if leaf is None:
                 buffers.append(())
                 rights.append(())
                 continue
-            # Leaves that are left alone do not count: a mask may hide them or not.
-            drawn += 1
-            m, n = x.shape[-2:]
-            r = resolve_rank(rank, name, m, n)
+            size = (leaf.sides[1], leaf.rank(rank))
             dtype = working_dtype(x.dtype)
-            q = jr.normal(jr.fold_in(base, drawn), (n, r), dtype)
+            q = jr.normal(jr.fold_in(base, leaf.index), size, dtype)
             buffers.append(jnp.zeros_like(x, dtype))
-            rights.append(jnp.broadcast_to(q, (*x.shape[:-2], n, r)))
+            rights.append(jnp.broadcast_to(q, (*leaf.batch, *size)))
         return CompressMomentumState(treedef.unflatten(buffers), treedef.unflatten(rights))
 
     def update(updates, state, params=None):
         del params
-        names, flags, treedef = chosen(updates)
+        chosen, leaves, treedef = choose("compress_momentum", updates, where)
         buffers = treedef.flatten_up_to(state.buffer)
         rights = treedef.flatten_up_to(state.right)
         out = []
-        for i, ((_, g), flag) in enumerate(zip(names, flags, strict=True)):
-            if not flag:
+        for i, (leaf, g) in enumerate(zip(chosen, leaves, strict=True)):
+            if leaf is None:
                 out.append(reduce(g))
                 continue
-            u, buffers[i], rights[i] = _compress(g, buffers[i], rights[i], *settings)
-            out.append(u.astype(g.dtype))
+            momentum = leaf.view(buffers[i])
+            u, momentum, rights[i] = _compress(leaf.view(g), momentum, rights[i], *settings)
+            buffers[i] = leaf.restore(momentum)
+            out.append(leaf.restore(u).astype(g.dtype))
         new = CompressMomentumState(treedef.unflatten(buffers), treedef.unflatten(rights))
         return treedef.unflatten(out), new
 
@@ -157,3 +152,51 @@ def _normalize(right: Array, normalize: str) -> Array:
         norms = jnp.sqrt(jnp.sum(right**2, axis=-2, keepdims=True))
         return right / jnp.where(norms > 0, norms, 1)
     return orthonormalize(right) if normalize == "qr" else right
+
+
+def data_parallel_specs(state: PyTree, axis_name: str | Sequence[str]) -> PyTree:
+    """How ``shard_map`` splits an optimizer state that holds compressed momenta.
+
+    With ``reduce`` set, each device keeps its own momentum, or error, while all else is
+    the same on all of them. The global array of a momentum is those of the devices one
+    after the other along the first axis.
+
+    Args:
+        state: an optimizer state, its shapes (``jax.eval_shape(tx.init, params)``) are
+            enough.
+        axis_name: the mesh axis, or axes, over which data are split.
+
+    Returns:
+        A tree of ``PartitionSpec``, for ``in_specs`` and ``out_specs``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lrjax
+        >>> P = jax.sharding.PartitionSpec
+        >>> mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
+        >>> tx = lrjax.power_sgd(0.1, rank=2, axis_name="data")
+        >>> params = {"weight": jnp.ones((8, 16))}
+        >>> specs = lrjax.data_parallel_specs(jax.eval_shape(tx.init, params), "data")
+        >>> init = jax.shard_map(tx.init, mesh=mesh, in_specs=P(), out_specs=specs)
+        >>> @jax.jit
+        ... @jax.shard_map(mesh=mesh, in_specs=(P(), specs, P("data")),
+        ...                out_specs=(P(), specs))
+        ... def step(params, state, batch):
+        ...     loss = lambda p: jnp.mean((batch @ p["weight"]) ** 2)
+        ...     # Of its own copy: the gradient of a shared one is summed at once.
+        ...     own = jax.lax.pcast(params, "data", to="varying")
+        ...     updates, state = tx.update(jax.grad(loss)(own), state, params)
+        ...     return updates, state
+        >>> updates, state = step(params, init(params), jnp.ones((4, 8)))
+    """
+    is_ours = lambda x: isinstance(x, CompressMomentumState)
+    axes = axis_name if isinstance(axis_name, str) else tuple(axis_name)
+
+    def split(part):
+        if not is_ours(part):
+            return PartitionSpec()
+        local = jax.tree.map(lambda _: PartitionSpec(axes), part.buffer)
+        return CompressMomentumState(
+            local, jax.tree.map(lambda _: PartitionSpec(), part.right)
+        )
+
+    return jax.tree.map(split, state, is_leaf=is_ours)

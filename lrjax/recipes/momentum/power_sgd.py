@@ -1,0 +1,100 @@
+from collections.abc import Sequence
+
+import jax
+import optax
+from jax import lax
+from jaxtyping import ArrayLike, PRNGKeyArray
+
+from ... import subspaces as sub
+from ...subspaces.view import resolve_rank
+from ...transforms import compress_momentum
+from ...transforms.subspace.project_updates import Where
+from .._finish import finish
+
+
+def power_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: sub.Rank = 4,
+    *,
+    axis_name: str | Sequence[str] | None = None,
+    momentum: ArrayLike = 0.9,
+    weight_decay: ArrayLike = 0.0,
+    where: Where | None = None,
+    key: PRNGKeyArray | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """PowerSGD: data-parallel SGD that sends two thin factors instead of a gradient.
+
+    Each device adds its own gradient to what it could not send before, ``E ← E + G``, and
+    the devices agree on one warm power step of the mean of all ``E (m, n)``::
+
+        P = orth(mean(E Q))    R = mean(Eᵀ P)    E ← E − P Rᵀ    Q ← R
+        M ← λ M + P Rᵀ         U = P Rᵀ + M
+
+    Both means are over ``axis_name`` and of ``(m + n) r`` numbers together; the full
+    gradient is never reduced. Without compression it is SGD with momentum on the mean
+    gradient; the updates ``P Rᵀ`` and the mean of ``E`` together lose nothing of it.
+
+    The parameters, the momentum and ``Q`` are the same on all devices, each ``E`` is its
+    device's own: :func:`lrjax.data_parallel_specs` tells ``shard_map`` so.
+
+    Args:
+        learning_rate: a number or a schedule.
+        rank: an int, a fraction of the short side, or a callable of
+            ``(path, (rows, columns))``.
+        axis_name: the mapped axis, or axes, over which data are split. None for a single
+            device: SGD with error feedback.
+        momentum: ``λ``.
+        weight_decay: decoupled weight decay.
+        where: ``(path, shape) -> bool`` or a :class:`~lrjax.subspaces.MatrixSpec`, the
+            leaves to compress; the others are averaged whole. By default every matrix,
+            leading axes being a batch, whose factors have at most half its numbers.
+        key: source of the first ``Q``; the same on all devices.
+
+    Returns:
+        An optax optimizer.
+
+    Raises:
+        ValueError: as :func:`lrjax.compress_momentum`.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> tx = lrjax.power_sgd(0.1, rank=2, axis_name="data")
+        >>> state = tx.init({"weight": jnp.ones((8, 16))})
+
+        A data-parallel step is written out at :func:`lrjax.data_parallel_specs`.
+
+    Reference:
+        T. Vogels, S. P. Karimireddy, M. Jaggi, "PowerSGD" (2019), arXiv 1905.13727.
+        Special case: at full rank, SGD with momentum on the mean gradient.
+    """
+
+    def pays(path, shape):
+        if len(shape) < 2:
+            return False
+        m, n = shape[-2:]
+        return 2 * (m + n) * resolve_rank(rank, path, m, n) <= m * n
+
+    reduce = (lambda x: x) if axis_name is None else (lambda x: lax.pmean(x, axis_name))
+    tx = optax.chain(
+        compress_momentum(
+            rank,
+            0.0,
+            normalize="none",
+            reduce=reduce,
+            where=pays if where is None else where,
+            key=key,
+        ),
+        _add_momentum(momentum),
+    )
+    return finish(tx, learning_rate, weight_decay)
+
+
+def _add_momentum(decay: ArrayLike) -> optax.GradientTransformation:
+    """``M ← λ M + G``, ``U = G + M``."""
+    trace = optax.trace(decay)
+
+    def update(updates, state, params=None):
+        momentum, state = trace.update(updates, state, params)
+        return jax.tree.map(lambda g, m: g + m, updates, momentum), state
+
+    return optax.GradientTransformation(trace.init, update)
