@@ -147,6 +147,19 @@ TRANSFORMS: dict[str, Entry] = {
     "scale_by_polyak": Entry(
         lrjax.scale_by_polyak, {"f_min": 0.0}, {"f_min": 0.1}, extra=True, stacks=False
     ),
+    "scale_by_level": Entry(
+        lrjax.scale_by_level,
+        {"fraction": 0.1, "patience": 3.0, "shrink": 0.5, "grow": 1.2},
+        {"fraction": 0.3, "patience": 1.0, "shrink": 0.7, "grow": 1.0},
+        extra=True,
+        stacks=False,
+    ),
+    "scale_by_gauss_newton": Entry(
+        lrjax.scale_by_gauss_newton,
+        {"damping": 0.1, "normalize": True},
+        {"damping": 0.3},
+        gauge="orthogonal",
+    ),
     "add_nuclear_norm": Entry(
         lrjax.add_nuclear_norm, {"weight": 0.1}, {"weight": 0.3}, gauge="orthogonal"
     ),
@@ -174,6 +187,22 @@ TRANSFORMS: dict[str, Entry] = {
         {"decay": 0.5},
         params="stack",
         static=("rank", "where", "normalize", "reduce"),
+    ),
+    "rotate_updates": Entry(
+        lrjax.rotate_updates,
+        {
+            "inner": optax.scale_by_adam(),
+            "decay": 0.95,
+            "refresh_every": 2,
+            # The long side of one gradient has a null space, in which Adam divides
+            # rounding errors by rounding errors.
+            "side": "short",
+            "where": lambda path, shape: len(shape) >= 2,
+        },
+        {"decay": 0.5},
+        params="stack",
+        static=("inner", "refresh_every", "max_side", "where"),
+        setting=True,
     ),
     "project_updates": Entry(
         lrjax.project_updates,
@@ -272,6 +301,20 @@ RECIPES |= {
     "ldadam": _in_subspace(lrjax.ldadam),
     "online_subspace_descent": _in_subspace(lrjax.online_subspace_descent),
     "power_sgd": _in_subspace(lrjax.power_sgd),
+    "soap": Entry(
+        lrjax.soap,
+        {
+            "learning_rate": 0.1,
+            "where": _every_matrix,
+            "refresh_every": 2,
+            "side": "short",
+        },
+        {"learning_rate": 0.02},
+        "stack",
+        descends=True,
+        static=("where", "refresh_every", "max_side"),
+        setting=True,
+    ),
     "subspace_adam": _in_subspace(lrjax.subspace_adam, blocks=2),
     "subtrack": _in_subspace(lrjax.subtrack, refresh_every=2),
 }

@@ -21,3 +21,4 @@ from .residual import (
     subspace_adam as subspace_adam,
     subtrack as subtrack,
 )
+from .rotation import soap as soap

@@ -9,3 +9,8 @@ from .project_updates import (
     ProjectUpdatesState as ProjectUpdatesState,
     project_updates as project_updates,
 )
+from .rotate_updates import (
+    RotateUpdatesState as RotateUpdatesState,
+    Rotation as Rotation,
+    rotate_updates as rotate_updates,
+)

@@ -1,0 +1,3 @@
+"""Optimizers that work in the eigenbasis of their own statistics."""
+
+from .soap import soap as soap
