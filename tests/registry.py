@@ -109,6 +109,12 @@ def pair_rule(path):
     return lrjax.pairs_by_name("left", "right", transpose_right=False)(path)
 
 
+def _project_out(side):
+    sizes = {"tall": (12, 2), "wide": (8, 2), "stack": (3, 8, 2)}
+    basis = {name: jnp.linalg.qr(jnp.ones(shape))[0] for name, shape in sizes.items()}
+    return lrjax.project_out({**basis, "bias": None, "none": None}, side=side)
+
+
 def _on_pairs(damping):
     return lrjax.on_pairs(lrjax.scale_by_gram(damping), pair_rule)
 
@@ -204,6 +210,73 @@ TRANSFORMS: dict[str, Entry] = {
         static=("inner", "refresh_every", "max_side", "where"),
         setting=True,
     ),
+    "accumulate_gradients": Entry(
+        lrjax.accumulate_gradients,
+        {
+            "inner": optax.scale_by_adam(),
+            "rank": 2,
+            "steps": 2,
+            "where": lambda path, shape: len(shape) >= 2,
+        },
+        params="stack",
+    ),
+    "amplify_slow": Entry(
+        lrjax.amplify_slow,
+        {"weight": 2.0, "decay": 0.98},
+        {"weight": 1.0, "decay": 0.5},
+        params="dense",
+        setting=True,
+    ),
+    "amplify_slow(window)": Entry(
+        lrjax.amplify_slow,
+        {"weight": 2.0, "window": 2},
+        {"weight": 1.0},
+        params="dense",
+        static=("window",),
+        setting=True,
+    ),
+    "every": Entry(lrjax.every, {"k": 2, "op": optax.scale_by_adam()}, params="dense"),
+    "limit_norm_growth": Entry(
+        lrjax.limit_norm_growth,
+        {"growth": 1.01},
+        {"growth": 0.5},
+        params="dense",
+        setting=True,
+    ),
+    "orthogonalize_updates": Entry(
+        lrjax.orthogonalize_updates,
+        {"where": lambda path, shape: len(shape) >= 2},
+        params="dense",
+        setting=True,
+    ),
+    "project_out": Entry(_project_out, {"side": "left"}, params="dense", stacks=False),
+    "quantize_state": Entry(
+        lrjax.quantize_state,
+        {"inner": optax.scale_by_adam(), "block": 4, "min_size": 1},
+        params="dense",
+    ),
+    "scale_by_layer_trust": Entry(
+        lrjax.scale_by_layer_trust,
+        {"coefficient": 0.1, "max_norm": 10.0},
+        {"coefficient": 0.3, "max_norm": 1.0},
+        params="dense",
+        setting=True,
+    ),
+    "scale_by_lion_k": Entry(
+        lrjax.scale_by_lion_k,
+        {"norm": "nuclear", "b1": 0.9, "b2": 0.99},
+        {"b1": 0.8, "b2": 0.9},
+        params="dense",
+        static=("norm",),
+        setting=True,
+    ),
+    "scale_by_subset_norm": Entry(
+        lrjax.scale_by_subset_norm,
+        {"b2": 0.999, "eps": 1e-8, "numerator": optax.ema(0.9)},
+        {"b2": 1.0, "eps": 1e-3},
+        params="dense",
+        static=("numerator",),
+    ),
     "project_updates": Entry(
         lrjax.project_updates,
         {
@@ -242,6 +315,33 @@ RECIPES: dict[str, Entry] = {
         gauge="any",
         stacks=False,
     ),
+    "prec_gd": Entry(
+        lrjax.prec_gd,
+        {"learning_rate": 0.5},
+        {"learning_rate": 0.1},
+        extra=True,
+        descends=True,
+        gauge="orthogonal",
+        setting=True,
+    ),
+    "levenberg_marquardt": Entry(
+        lrjax.levenberg_marquardt,
+        {"learning_rate": 1.0, "f_min": 0.0},
+        {"learning_rate": 0.1, "f_min": 0.1},
+        extra=True,
+        descends=True,
+        gauge="orthogonal",
+        stacks=False,
+        setting=True,
+    ),
+    "subgm": Entry(
+        lrjax.subgm,
+        {"learning_rate": 0.02},
+        {"learning_rate": 0.01},
+        descends=True,
+        gauge="orthogonal",
+        setting=True,
+    ),
     "opsa": Entry(
         lrjax.opsa,
         {"learning_rate": 0.1},
@@ -276,6 +376,7 @@ def _in_subspace(factory, rate=0.1, **arguments):
     """An entry of an optimizer that works in subspaces of rank 2."""
     own = {"learning_rate": rate, "rank": 2, "where": _every_matrix, **arguments}
     static = ("rank", "where", "refresh_every", "blocks", "recalibrate")
+    static += ("fraction", "block", "min_size")
     static = tuple(set(static) & set(inspect.signature(factory).parameters))
     return Entry(
         factory,
@@ -289,6 +390,24 @@ def _in_subspace(factory, rate=0.1, **arguments):
 
 
 RECIPES |= {
+    "adam_sn": Entry(
+        lrjax.adam_sn,
+        {"learning_rate": 0.5},
+        {"learning_rate": 0.02},
+        "stack",
+        descends=True,
+        setting=True,
+    ),
+    "galore_plus": _in_subspace(
+        lrjax.galore_plus, refresh_every=2, scale=1.0, fraction=0.1
+    ),
+    "grass": _in_subspace(lrjax.grass, refresh_every=2, scale=1.0),
+    "q_galore": _in_subspace(
+        lrjax.q_galore, refresh_every=2, scale=1.0, block=8, min_size=1
+    ),
+    "sara": _in_subspace(lrjax.sara, refresh_every=2, scale=1.0),
+    "snsm": _in_subspace(lrjax.snsm, 0.5, refresh_every=2),
+    "sumo": _in_subspace(lrjax.sumo, 0.3, refresh_every=2),
     "apollo": _in_subspace(lrjax.apollo),
     "coap": _in_subspace(lrjax.coap, refresh_every=2, recalibrate=2),
     "dion": _in_subspace(lrjax.dion, weight_decay=0.0),

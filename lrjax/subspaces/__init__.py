@@ -39,6 +39,12 @@ from .lift import (
     sign_residual as sign_residual,
 )
 from .power import power as power
+from .quantized import (
+    Codes as Codes,
+    decode as decode,
+    encode as encode,
+    quantized as quantized,
+)
 from .sampled import (
     gaussian as gaussian,
     random_orthonormal as random_orthonormal,
@@ -53,6 +59,8 @@ from .schedule import (
     every as every,
     external as external,
 )
+from .shared import shared as shared
+from .sparse import sparse_residual as sparse_residual
 from .tracking import (
     coap as coap,
     ema_gram as ema_gram,

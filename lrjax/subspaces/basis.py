@@ -161,7 +161,8 @@ class Basis(NamedTuple):
         moved: ``(count, rank) -> (first row, number of rows)`` when one refresh turns
             only these columns of the basis, so that only their moments are carried.
         orthonormal: whether ``PᵀP = I``, so that ``a − P Pᵀ a`` is what was left out.
-        shared_axis: batch axis of ``a`` (negative) along which one basis serves all.
+        shared_axis: batch axis of ``a`` (negative) along which one basis serves all, in
+            leaves that have it.
     """
 
     rank: Rank

@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from .._sharding import einsum
+from .quantized import Codes, decode, encode_like
 
 
 class Moments(NamedTuple):
@@ -280,13 +281,17 @@ def _with_moments(state: PyTree) -> Iterator[Any]:
 
 
 def read_moments(state: PyTree, treedef: Any) -> list[list[Moments]]:
-    """The moments of every leaf: one entry for each state that keeps some of it."""
+    """The moments of every leaf: one entry for each state that keeps some of it.
+
+    Moments that are stored as codes are decoded, and encoded again when written.
+    """
     out: list[list[Moments]] = [[] for _ in range(treedef.num_leaves)]
 
     def column(part, name):
         if name is None:
             return [None] * treedef.num_leaves
-        return treedef.flatten_up_to(getattr(part, name))
+        leaves = treedef.flatten_up_to(getattr(part, name))
+        return [decode(x) if isinstance(x, Codes) else x for x in leaves]
 
     for part in _with_moments(state):
         roles = _ROLES[type(part)]
@@ -306,27 +311,64 @@ def write_moments(state: PyTree, treedef: Any, moments: list[list[Moments]]) -> 
 
     def put(field, values):
         old = treedef.flatten_up_to(field)
-        new = [o if v is None else v for o, v in zip(old, values, strict=True)]
-        return treedef.unflatten(new)
+        return treedef.unflatten(map(restore, old, values))
 
-    def visit(part):
-        if type(part) in _ROLES:
-            roles, k = _ROLES[type(part)], next(position)
-            for name, role in ((roles.first, 0), (roles.second, 1)):
-                if name is not None:
-                    values = [leaf[k][role] for leaf in moments]
-                    part = part._replace(**{name: put(getattr(part, name), values)})
-            return part
-        if isinstance(part, dict):
-            new = {key: visit(part[key]) for key in sorted(part)}
-            return type(part)({key: new[key] for key in part})
-        if isinstance(part, tuple) and hasattr(part, "_fields"):
-            return type(part)(*(visit(x) for x in part))
-        if isinstance(part, tuple | list):
-            return type(part)(visit(x) for x in part)
+    def restore(old, new):
+        if new is None:
+            return old
+        return encode_like(new, old) if isinstance(old, Codes) else new
+
+    def write(part):
+        roles, k = _ROLES[type(part)], next(position)
+        for name, role in ((roles.first, 0), (roles.second, 1)):
+            if name is not None:
+                values = [leaf[k][role] for leaf in moments]
+                part = part._replace(**{name: put(getattr(part, name), values)})
         return part
 
-    return visit(state)
+    return _map_states(write, state)
+
+
+def _map_states(f: Callable[[Any], Any], state: PyTree) -> PyTree:
+    """Replace the states with known moments inside an inner state, in tree order."""
+    visit = lambda part: _map_states(f, part)
+    if type(state) in _ROLES:
+        return f(state)
+    if isinstance(state, dict):
+        new = {key: visit(state[key]) for key in sorted(state)}
+        return type(state)({key: new[key] for key in state})
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        return type(state)(*map(visit, state))
+    if isinstance(state, tuple | list):
+        return type(state)(map(visit, state))
+    return state
+
+
+def map_moments(f: Callable[[Any, bool], Any], state: PyTree) -> PyTree:
+    """Apply ``f(leaf, signed)`` to all moments of known role inside a state.
+
+    First moments are signed; leaves are arrays, or the codes of some.
+    """
+
+    def apply(part):
+        roles = _ROLES[type(part)]
+        for name, signed in ((roles.first, True), (roles.second, False)):
+            if name is not None:
+                new = jax.tree.map(
+                    lambda leaf, signed=signed: f(leaf, signed),
+                    getattr(part, name),
+                    is_leaf=lambda leaf: isinstance(leaf, Codes),
+                )
+                part = part._replace(**{name: new})
+        return part
+
+    return _map_states(apply, state)
+
+
+def has_moments(state: PyTree) -> bool:
+    """Whether a state holds moments of known role."""
+    roles = (_ROLES[type(part)] for part in _with_moments(state))
+    return any(role.first is not None or role.second is not None for role in roles)
 
 
 def check_roles(state: PyTree) -> None:

@@ -33,12 +33,12 @@ class Lift(NamedTuple):
 
     Attributes:
         apply: ``(Projected, state) -> (update (*b, m, n), state)``.
-        init: ``(batch shape, dtype) -> state``, a pytree of arrays.
+        init: ``(shape (*b, m, n), dtype) -> state``, a pytree of arrays.
         needs_orthonormal: whether it takes ``a − P Pᵀ a`` for the part left out.
     """
 
     apply: Callable[[Projected, Any], tuple[Array, Any]]
-    init: Callable[[tuple[int, ...], Any], Any] = lambda batch, dtype: ()
+    init: Callable[[tuple[int, ...], Any], Any] = lambda shape, dtype: ()
     needs_orthonormal: bool = False
 
 
@@ -224,8 +224,8 @@ def fira(
 
 def _init_norm(growth: ArrayLike | None) -> Callable[[tuple[int, ...], Any], Any]:
     if growth is None:
-        return lambda batch, dtype: ()
-    return lambda batch, dtype: jnp.zeros(batch, dtype)
+        return lambda shape, dtype: ()
+    return lambda shape, dtype: jnp.zeros(shape[:-2], dtype)
 
 
 def apollo(

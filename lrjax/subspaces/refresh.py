@@ -112,7 +112,7 @@ def init_leaf(loop: Loop, plan: Plan, a: Array, key: PRNGKeyArray) -> LeafState:
         basis=loop.basis.init((*held, *plan.orient(a).shape[-2:]), plan.rank, a.dtype, key),
         started=jnp.zeros(held, bool),
         schedule=loop.schedule.init(held),
-        lift=loop.lift.init(batch, a.dtype),
+        lift=loop.lift.init(a.shape, a.dtype),
         error=error,
     )
 
@@ -126,16 +126,16 @@ def use_frame(loop: Loop, plan: Plan, state: Any, key: PRNGKeyArray) -> Dense | 
 
 def _held_by(basis: Basis, batch: tuple[int, ...]) -> tuple[int, ...]:
     """The batch shape of the basis: one along an axis that shares it."""
+    axis = _shared_axis(basis, len(batch))
+    return batch if axis is None else (*batch[:axis], 1, *batch[axis + 1 :])
+
+
+def _shared_axis(basis: Basis, batch_ndim: int) -> int | None:
+    """The batch axis along which one basis serves all, where a leaf has it."""
     if basis.shared_axis is None:
-        return batch
-    axis = basis.shared_axis + 2
-    if not -len(batch) <= axis < 0:
-        raise ValueError(
-            f"shared_axis {basis.shared_axis} is no batch axis of matrices with batch "
-            f"shape {batch}: name it from the end, -3 for the last batch axis."
-        )
-    axis += len(batch)
-    return (*batch[:axis], 1, *batch[axis + 1 :])
+        return None
+    axis = basis.shared_axis + 2 + batch_ndim
+    return axis if axis >= 0 else None
 
 
 def _usable(basis: Basis, a: Float[Array, "*b m n"], rows: bool) -> Bool[Array, "*b"]:
@@ -145,8 +145,9 @@ def _usable(basis: Basis, a: Float[Array, "*b m n"], rows: bool) -> Bool[Array, 
     """
     energy = jnp.sum(squares_along(a, -2 if rows else -1), axis=(-2, -1))
     usable = jnp.isfinite(energy) & (energy > 0)
-    if basis.shared_axis is not None:
-        usable = jnp.any(usable, axis=basis.shared_axis + 2, keepdims=True)
+    axis = _shared_axis(basis, usable.ndim)
+    if axis is not None:
+        usable = jnp.any(usable, axis=axis, keepdims=True)
     return usable
 
 

@@ -23,6 +23,8 @@ class MatrixSpec(NamedTuple):
     Args:
         rows: axes that together index the rows.
         cols: axes that together index the columns.
+        blocks: into how many blocks the rows are cut, each a matrix of its own: the
+            heads of a fused projection. They become the last batch axis.
 
     Example:
         >>> import lrjax
@@ -33,6 +35,7 @@ class MatrixSpec(NamedTuple):
 
     rows: tuple[int, ...] = (-2,)
     cols: tuple[int, ...] = (-1,)
+    blocks: int = 1
 
 
 def is_hidden_matrix(path: str, shape: tuple[int, ...]) -> bool:
@@ -76,7 +79,14 @@ def _axes(ndim: int, spec: MatrixSpec) -> tuple[list[int], list[int], list[int]]
 def matrix_shape(shape: tuple[int, ...], spec: MatrixSpec) -> tuple[int, ...]:
     """The shape ``(batch…, m, n)`` of the matrices of a leaf."""
     batch, rows, cols = _axes(len(shape), spec)
-    return (*(shape[a] for a in batch), _product(shape, rows), _product(shape, cols))
+    heads = () if spec.blocks == 1 else (spec.blocks,)
+    m, rest = divmod(_product(shape, rows), spec.blocks)
+    if rest:
+        raise ValueError(
+            f"{spec} cannot cut the {_product(shape, rows)} rows of a leaf of shape "
+            f"{shape} into {spec.blocks} equal blocks."
+        )
+    return (*(shape[a] for a in batch), *heads, m, _product(shape, cols))
 
 
 def _product(shape: tuple[int, ...], axes: list[int]) -> int:
@@ -86,21 +96,20 @@ def _product(shape: tuple[int, ...], axes: list[int]) -> int:
 def as_matrices(x: Array, spec: MatrixSpec) -> Array:
     """View a leaf as matrices ``(batch…, m, n)``; a no-op where it already is one."""
     batch, rows, cols = _axes(x.ndim, spec)
+    shape = matrix_shape(x.shape, spec)
     order = batch + rows + cols
     if order != list(range(x.ndim)):
         x = x.transpose(order)
-    if len(rows) == len(cols) == 1:
+    if len(rows) == len(cols) == spec.blocks == 1:
         return x
-    shape = [x.shape[k] for k in range(len(batch))]
-    m = _product(x.shape, list(range(len(batch), len(batch) + len(rows))))
-    return x.reshape(*shape, m, -1)
+    return x.reshape(shape)
 
 
 def from_matrices(x: Array, spec: MatrixSpec, shape: tuple[int, ...]) -> Array:
     """Undo :func:`as_matrices` for a leaf of the given shape."""
     batch, rows, cols = _axes(len(shape), spec)
     order = batch + rows + cols
-    x = x.reshape([shape[axis] for axis in order]) if len(order) != x.ndim else x
+    x = x.reshape([shape[axis] for axis in order])
     if order == list(range(len(shape))):
         return x
     return x.transpose([order.index(axis) for axis in range(len(shape))])

@@ -1,8 +1,26 @@
 """Optax gradient transformations that know about factors; one public name a file."""
 
-from .dense import scale_by_smooth_polar as scale_by_smooth_polar
+from .dense import (
+    AmplifySlowState as AmplifySlowState,
+    AmplifySlowWindowState as AmplifySlowWindowState,
+    EveryState as EveryState,
+    LimitNormGrowthState as LimitNormGrowthState,
+    QuantizeStateState as QuantizeStateState,
+    ScaleByLayerTrustState as ScaleByLayerTrustState,
+    ScaleBySubsetNormState as ScaleBySubsetNormState,
+    amplify_slow as amplify_slow,
+    every as every,
+    limit_norm_growth as limit_norm_growth,
+    orthogonalize_updates as orthogonalize_updates,
+    quantize_state as quantize_state,
+    scale_by_layer_trust as scale_by_layer_trust,
+    scale_by_lion_k as scale_by_lion_k,
+    scale_by_smooth_polar as scale_by_smooth_polar,
+    scale_by_subset_norm as scale_by_subset_norm,
+)
 from .factors import (
     Pair as Pair,
+    RebalanceState as RebalanceState,
     ScaleByGramState as ScaleByGramState,
     ScaleByLevelState as ScaleByLevelState,
     add_nuclear_norm as add_nuclear_norm,
@@ -18,10 +36,15 @@ from .factors import (
     unit_norm as unit_norm,
 )
 from .subspace import (
+    AccumulateGradientsState as AccumulateGradientsState,
     CompressMomentumState as CompressMomentumState,
+    ProjectOutState as ProjectOutState,
     ProjectUpdatesState as ProjectUpdatesState,
+    accumulate_gradients as accumulate_gradients,
     compress_momentum as compress_momentum,
     data_parallel_specs as data_parallel_specs,
+    factored_momentum as factored_momentum,
+    project_out as project_out,
     project_updates as project_updates,
     rotate_updates as rotate_updates,
 )

@@ -1,9 +1,18 @@
 """Transforms that keep their state, or their update, in a low-rank subspace."""
 
+from .accumulate_gradients import (
+    AccumulateGradientsState as AccumulateGradientsState,
+    accumulate_gradients as accumulate_gradients,
+)
 from .compress_momentum import (
     CompressMomentumState as CompressMomentumState,
     compress_momentum as compress_momentum,
     data_parallel_specs as data_parallel_specs,
+)
+from .project_out import ProjectOutState as ProjectOutState, project_out as project_out
+from .factored_momentum import (
+    FactoredMomentumState as FactoredMomentumState,
+    factored_momentum as factored_momentum,
 )
 from .project_updates import (
     ProjectUpdatesState as ProjectUpdatesState,

@@ -1,0 +1,48 @@
+from collections.abc import Callable
+from typing import Literal
+
+import optax
+
+from ...linalg import polar
+from ...subspaces.view import MatrixSpec, is_hidden_matrix
+from ._layers import map_matrices
+
+
+def orthogonalize_updates(
+    method: Literal["cubic", "muon", "polar_express", "gram", "svd"] = "polar_express",
+    *,
+    steps: int | None = None,
+    where: Callable[[str, tuple[int, ...]], bool | MatrixSpec] = is_hidden_matrix,
+) -> optax.GradientTransformation:
+    """Replace each matrix by its polar factor: all of its singular values become one.
+
+    ``G = U Σ Vᵀ (m, n)`` becomes ``U Vᵀ``. No momentum and no scale: Muon is this between
+    ``optax.trace(0.95, nesterov=True)`` and a learning rate times ``√max(1, m/n)``.
+
+    Args:
+        method: how; see :func:`lrjax.linalg.polar`. ``"muon"`` is cheaper and leaves the
+            singular values in ``[0.68, 1.13]``.
+        steps: iterations, where the method has any and not its own number.
+        where: ``(path, shape) -> bool`` or a :class:`~lrjax.subspaces.MatrixSpec`, the
+            leaves to treat; leading axes are a stack of matrices. By default matrices
+            but embeddings and heads. The others pass unchanged.
+
+    Returns:
+        A stateless optax transform.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> tx = lrjax.orthogonalize_updates("svd", where=lambda path, shape: True)
+        >>> g = jnp.array([[3.0, 0.0], [0.0, -0.1]])
+        >>> print(tx.update(g, tx.init(g))[0])
+        [[ 1.  0.]
+         [ 0. -1.]]
+
+    Reference:
+        K. Jordan et al., "Muon" (2024). Special case: :func:`lrjax.scale_by_smooth_polar`
+        with ``beta=0``.
+    """
+    orthogonalize = lambda x: polar(x, method=method, steps=steps)
+    return optax.stateless(
+        lambda updates, params: map_matrices(orthogonalize, updates, where)
+    )
