@@ -23,8 +23,14 @@ from .problems import (
     robust_pca as robust_pca,
 )
 from .separation import (
+    ProjectionState as ProjectionState,
+    PursuitState as PursuitState,
     RobustPCAFit as RobustPCAFit,
+    Separation as Separation,
+    alternating_projections as alternating_projections,
     fit_robust_pca as fit_robust_pca,
+    principal_component_pursuit as principal_component_pursuit,
+    scaled_descent as scaled_descent,
 )
 from .solve import History as History, Solution as Solution, solve as solve
 from .spectral_init import spectral_init as spectral_init

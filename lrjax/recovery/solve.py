@@ -154,7 +154,7 @@ def solve(
     if tol is None:
         end, history = lax.scan(step, start, jnp.arange(steps))
     else:
-        end, history = _scan_until_stopped(step, start, steps)
+        end, history = scan_until_stopped(step, start, steps)
     return Solution(end.x, end.state, history, end.taken)
 
 
@@ -165,8 +165,8 @@ class _Carry(eqx.Module):
     taken: Array
 
 
-def _scan_until_stopped(step: Callable, start: _Carry, steps: int):
-    """Scan a step; members that have stopped keep their values and their last record."""
+def scan_until_stopped(step: Callable, start: PyTree, steps: int):
+    """Scan a step; members no longer ``running`` keep their values and last record."""
 
     def guarded(carry, index):
         def advance(old):
