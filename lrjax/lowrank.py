@@ -314,6 +314,64 @@ def balance(x: LowRank) -> LowRank:
     return truncate(x, x.rank)
 
 
+def refactor(
+    x: LowRank,
+    mode: Literal["balanced", "left", "right"] = "balanced",
+    *,
+    scale: ArrayLike = 1.0,
+) -> LowRank:
+    """The same value with other factors: balanced, or all of the spectrum on one side.
+
+    - ``"balanced"``: ``left = c U Σ^½``, ``right = V Σ^½ / c``, with ``c = scale``;
+    - ``"left"``: ``left = c Q`` with orthonormal columns Q that span those of the old
+      left factor; the right factor takes the rest;
+    - ``"right"``: the other way around.
+
+    Imbalance can be a good thing: factors that are wider than the rank slow gradient
+    descent down the more, the better they are balanced. One ``"left"`` step with ``c``
+    about the root of a singular value, when the error is small, makes it linear.
+
+    Args:
+        x: ``(*batch, m, n)``.
+        mode: which factorization.
+        scale: ``c``, a positive number.
+
+    Returns:
+        A :class:`LowRank` of the same width.
+
+    Raises:
+        ValueError: for another mode, or factors wider than the side that they span.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> x = lrjax.LowRank(jnp.array([[8.0], [0.0]]), jnp.array([[0.5]]))
+        >>> print(lrjax.refactor(x, "left", scale=0.5).right.round(4))
+        [[8.]]
+
+    Reference:
+        N. Xiong, L. Ding, S. Du, "How over-parameterization slows down gradient descent in
+        matrix sensing" (2024), arXiv 2310.01769.
+    """
+    if mode == "balanced":
+        even = balance(x)
+        return LowRank(even.left * scale, even.right / scale)
+    if mode == "right":
+        return refactor(x.T, "left", scale=scale).T
+    if mode != "left":
+        raise ValueError(f"mode must be 'balanced', 'left' or 'right', got {mode!r}.")
+    if x.rank > x.shape[-2]:
+        raise ValueError(
+            f"refactor needs a {mode} factor with no more columns than rows, got "
+            f"{x.rank} columns and {x.shape[-2]} rows."
+        )
+    dtype = working_dtype(x.dtype)
+    left, right = x.left.astype(dtype), x.right.astype(dtype)
+    basis = orthonormalize(left)
+    small = einsum("...mr,...ms->...rs", basis, left)
+    right = einsum("...ns,...rs->...nr", right, small) / scale
+    return LowRank((scale * basis).astype(x.dtype), right.astype(x.dtype))
+
+
 def inner(x: LowRank, y: LowRank) -> Float[Array, "*batch"]:
     """The Frobenius inner product ``tr(xᵀy)``, in O((m + n) r²).
 

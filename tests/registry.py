@@ -194,6 +194,14 @@ TRANSFORMS: dict[str, Entry] = {
         params="stack",
         static=("rank", "where", "normalize", "reduce"),
     ),
+    "factored_momentum": Entry(
+        lrjax.factored_momentum,
+        {"rank": 2, "where": lambda path, shape: len(shape) >= 2, "decay": 0.9},
+        {"decay": 0.5},
+        params="stack",
+        static=("rank", "where"),
+        setting=True,
+    ),
     "rotate_updates": Entry(
         lrjax.rotate_updates,
         {
@@ -418,6 +426,7 @@ RECIPES |= {
     "galore": _in_subspace(lrjax.galore, refresh_every=2, scale=1.0),
     "golore": _in_subspace(lrjax.golore, refresh_every=2, scale=1.0),
     "ldadam": _in_subspace(lrjax.ldadam),
+    "mofasgd": _in_subspace(lrjax.mofasgd),
     "online_subspace_descent": _in_subspace(lrjax.online_subspace_descent),
     "power_sgd": _in_subspace(lrjax.power_sgd),
     "soap": Entry(

@@ -32,6 +32,7 @@ from .separation import (
     principal_component_pursuit as principal_component_pursuit,
     scaled_descent as scaled_descent,
 )
+from .small_init import small_init as small_init
 from .solve import History as History, Solution as Solution, solve as solve
 from .spectral_init import spectral_init as spectral_init
 from .thresholds import (

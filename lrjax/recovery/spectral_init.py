@@ -147,14 +147,16 @@ def _factors(products, n, rank, key, dtype, symmetric, power_iters) -> LowRank:
     """Subspace iteration on a matrix that is known by its products."""
     matmul, transposed_matmul = products
     dtype = working_dtype(dtype)
+    # Half of the eigenvalues of noise are negative: look at twice as many as are kept.
+    width = min(2 * rank, n) if symmetric else rank
     # Householder QR of tall matrices is far slower than the products themselves.
-    basis = _basis(jr.normal(key, (n, rank), dtype))
+    basis = _basis(jr.normal(key, (n, width), dtype))
     for _ in range(power_iters):
         basis = _basis(transposed_matmul(_basis(matmul(basis))))
     if symmetric:
         values, vectors = jnp.linalg.eigh(einsum("nr,ns->rs", basis, matmul(basis)))
         root = jnp.sqrt(jnp.maximum(values, 0))
-        left = einsum("nr,rs->ns", basis, vectors * root[None, :])
+        left = einsum("nr,rs->ns", basis, (vectors * root[None, :])[:, width - rank :])
         return LowRank(left, left)
     image = _basis(matmul(basis))
     u, s, vt = jnp.linalg.svd(einsum("mr,ms->rs", image, matmul(basis)))

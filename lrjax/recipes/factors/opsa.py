@@ -5,15 +5,15 @@ from ...transforms import (
     add_nuclear_norm,
     rebalance as rebalance_factors,
     scale_by_gram,
-    scale_by_polyak,
     unit_norm,
 )
+from ._step import Minimum, step_size
 
 
 def opsa(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
-    f_min: ArrayLike | None = None,
+    f_min: Minimum = None,
     reg: ArrayLike = 0.0,
     damping: ArrayLike | optax.Schedule = 0.1,
     relative: bool = True,
@@ -26,8 +26,9 @@ def opsa(
 
         P_l = (G_l + ρ left)(rightᵀright + λ_t I)⁻¹      and P_r likewise,
 
-    the step is ``η (value − f_min)/⟨G, P⟩ · P`` (Polyak) if ``f_min`` is given, else
-    ``η P / sqrt(⟨G, P⟩)``, a step of length η in the metric of the preconditioner.
+    the step is ``η (value − f_min)/⟨G, P⟩ · P`` (Polyak) if ``f_min`` is given or
+    searched, else ``η P / sqrt(⟨G, P⟩)``, a step of length η in the metric of the
+    preconditioner.
 
     Neither the rank nor the noise has to be known. On data that are only approximately
     low rank the nuclear norm term ``reg``, not the damping, makes surplus columns
@@ -38,11 +39,13 @@ def opsa(
     With ``f_min`` the damping is proportional to the optimality gap, ``λ_t = λ (value −
     f_min)``: it has to be there at the start, where the surplus columns are noise, and
     has to vanish at the end, since a constant damping of balanced factors slows linear
-    convergence to sublinear. Without ``f_min`` the gap is not known and λ is constant.
+    convergence to sublinear. Without ``f_min`` the gap is not known and λ is a constant
+    or your schedule: a geometric one has the same effect.
 
     Args:
         learning_rate: ``η``, a number or a schedule.
-        f_min: the smallest value of the loss, if it is known.
+        f_min: the smallest value of the loss, if it is known; ``"search"`` finds it on
+            the way, :func:`lrjax.scale_by_level`.
         reg: ``ρ``, weight of the nuclear norm.
         damping: ``λ``; see :func:`lrjax.scale_by_gram`.
         relative: whether ``λ`` is relative to the mean squared column norm.
@@ -57,27 +60,51 @@ def opsa(
         ValueError: as the transforms it chains.
 
     Example:
-        The constants of the authors' code, for a spectral start with its left factor
-        doubled and its right factor halved:
+        The authors' code: constant damping, and a spectral start of which the left
+        factor is doubled and the right one halved. That imbalance is what keeps the
+        convergence linear under a constant damping:
 
-        >>> import lrjax
-        >>> tx = lrjax.opsa(f_min=0.0, damping=2.0, relative=False, loss_power=None)
+        >>> import jax, lrjax
+        >>> key = jax.random.key(0)
+        >>> problem = lrjax.matrix_sensing(key, (9, 7), 1, 300, outlier_fraction=0.1)
+        >>> start = lrjax.refactor(lrjax.spectral_init(problem, 2, key=key), scale=2.0)
+        >>> tx = lrjax.opsa(
+        ...     f_min=problem.loss(problem.truth),
+        ...     damping=0.1,
+        ...     relative=False,
+        ...     loss_power=None,
+        ... )
+        >>> solution = lrjax.solve(problem, tx, start, steps=200)
+        >>> bool(problem.relative_error(solution.x) < 1e-4)
+        True
+
+        The regularized form of the paper has one weight λ in both places and balances:
+
+        >>> weight = 0.1
+        >>> tx = lrjax.opsa(
+        ...     reg=weight,
+        ...     damping=weight,
+        ...     relative=False,
+        ...     loss_power=None,
+        ...     rebalance=True,
+        ... )
 
     Reference:
         P. Giampouras, H. Cai, R. Vidal, "OPSA" (2025), arXiv 2410.16826. Special case:
         ``reg = damping = 0`` at the true rank is :func:`lrjax.scaled_subgradient`.
     """
     polyak = f_min is not None
+    known = polyak and not isinstance(f_min, str)
     return optax.chain(
         add_nuclear_norm(reg),
         scale_by_gram(
             damping,
             relative=relative,
             phi=None if polyak else unit_norm,
-            loss_power=loss_power if polyak else None,
-            f_min=f_min if polyak else 0.0,
+            loss_power=loss_power if known else None,
+            f_min=f_min if known else 0.0,
         ),
-        scale_by_polyak(f_min) if polyak else optax.identity(),
+        step_size(f_min),
         optax.scale_by_learning_rate(learning_rate),
         rebalance_factors() if rebalance else optax.identity(),
     )

@@ -1,13 +1,14 @@
 import optax
 from jaxtyping import ArrayLike
 
-from ...transforms import scale_by_gram, scale_by_polyak, unit_norm
+from ...transforms import scale_by_gram, unit_norm
+from ._step import Minimum, step_size
 
 
 def scaled_subgradient(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
-    f_min: ArrayLike | None = None,
+    f_min: Minimum = None,
     damping: ArrayLike | optax.Schedule = 0.0,
     relative: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -17,13 +18,16 @@ def scaled_subgradient(
     kink, so its length is, with ``P`` the direction and ``G`` the subgradient,
 
     - ``f_min`` given: Polyak's, ``η (value − f_min) / ⟨G, P⟩``;
+    - ``f_min="search"``: the same with a level that is searched on the way,
+      :func:`lrjax.scale_by_level`. Needs to be told nothing, and hardly more steps;
     - else: ``η / sqrt(⟨G, P⟩)``, a step of length ``η`` in the metric of the
       preconditioner, about the Frobenius distance that the matrix moves. Pass a
-      decaying schedule such as ``optax.exponential_decay(0.1 * norm, 1, 0.95)``.
+      geometric schedule such as ``optax.exponential_decay(0.5 * norm, 1, 0.95)``: the
+      error then falls by the same factor a step, if that is not too ambitious.
 
     Args:
         learning_rate: ``η``, a number or a schedule.
-        f_min: the smallest value of the loss.
+        f_min: the smallest value of the loss, or ``"search"``.
         damping: see :func:`lrjax.scale_by_gram`.
         relative: see :func:`lrjax.scale_by_gram`.
 
@@ -54,6 +58,6 @@ def scaled_subgradient(
     polyak = f_min is not None
     return optax.chain(
         scale_by_gram(damping, relative=relative, phi=None if polyak else unit_norm),
-        scale_by_polyak(f_min) if polyak else optax.identity(),
+        step_size(f_min),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -3,7 +3,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import ArrayLike
+from jaxtyping import ArrayLike, PyTree
 
 from ...linalg.gram import working_dtype
 from .._checks import check_extra
@@ -58,14 +58,18 @@ def scale_by_polyak(f_min: ArrayLike = 0.0) -> optax.GradientTransformationExtra
         del params, extra
         check_extra("scale_by_polyak", value=value, grad=grad)
         gap = jnp.maximum(value - (smallest if f_min is None else f_min), 0)
-        dual = _inner(grad, updates)
-        step = jnp.where(dual > 0, gap / jnp.where(dual > 0, dual, 1), 0)
-        scaled = jax.tree.map(
-            lambda u: (step.astype(working_dtype(u.dtype)) * u).astype(u.dtype), updates
-        )
-        return scaled, state
+        return polyak_step(updates, grad, gap), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def polyak_step(updates: PyTree, grad: PyTree, gap: ArrayLike) -> PyTree:
+    """Scale a direction so that the linear model of the loss falls by ``gap``."""
+    dual = _inner(grad, updates)
+    step = jnp.where(dual > 0, gap / jnp.where(dual > 0, dual, 1), 0)
+    return jax.tree.map(
+        lambda u: (step.astype(working_dtype(u.dtype)) * u).astype(u.dtype), updates
+    )
 
 
 def _inner(x, y):
