@@ -8,4 +8,5 @@ from .gram import (
 )
 from .orthonormalize import orthonormalize as orthonormalize
 from .polar import polar as polar
+from .product_svd import product_svd as product_svd
 from .truncated_svd import TruncatedSVD as TruncatedSVD, truncated_svd as truncated_svd

@@ -1,4 +1,4 @@
-"""Optimizers that compress the momentum: Dion, Orth-Dion, PowerSGD."""
+"""Optimizers that compress the momentum: Dion, Orth-Dion, PowerSGD, MoFaSGD."""
 
 import math
 import re
@@ -122,6 +122,17 @@ def test_orth_dion_updates_are_scaled_isometries(getkey, x64):
     values = jnp.linalg.svd(updates, compute_uv=False)
     want = 0.1 * (8 / 12) ** 0.5 * jnp.where(jnp.arange(8) < 3, 1.0, 0.0)
     assert_close(values, jnp.broadcast_to(want, values.shape))
+
+
+def test_mofasgd_is_factored_momentum_and_adam_elsewhere(getkey):
+    params = {"w": jr.normal(getkey(), (8, 12)), "b": jr.normal(getkey(), (5,))}
+    tx = lrjax.mofasgd(0.1, 3, weight_decay=0.5)
+    updates, _ = tx.update(params, tx.init(params), params)
+    u, _, vt = jnp.linalg.svd(params["w"], full_matrices=False)
+    want = -0.1 * (u[:, :3] @ vt[:3]) - 0.05 * params["w"]
+    assert_close(updates["w"], want, condition=1e3)
+    want = -0.1 * jnp.sign(params["b"]) - 0.05 * params["b"]
+    assert_close(updates["b"], want, rtol=1e-5)
 
 
 def test_kernels_of_a_convolution_are_matrices(getkey):

@@ -8,6 +8,7 @@ from ... import subspaces as sub
 from ...transforms import compress_momentum
 from ...transforms.subspace.project_updates import Where
 from .._finish import finish
+from ._others import elsewhere
 
 
 def dion(
@@ -58,10 +59,6 @@ def dion(
         "Orth-Dion" (2026), arXiv 2605.16341.
     """
 
-    def rest(tree):
-        skip = lambda path, x: not where(jtu.keystr(path), x.shape)
-        return jtu.tree_map_with_path(skip, tree)
-
     def outputs_over_inputs(updates, params=None):
         del params
 
@@ -84,6 +81,6 @@ def dion(
             key=key,
         ),
         optax.stateless(outputs_over_inputs),
-        optax.masked(optax.scale_by_adam() if others is None else others, rest),
+        elsewhere(others, where),
     )
     return finish(tx, learning_rate, weight_decay)
