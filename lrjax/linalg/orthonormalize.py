@@ -2,10 +2,14 @@ from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from .._sharding import einsum
 from .gram import cholesky, gram, identity_like, working_dtype
+
+
+# The shifts of the three passes, in units of the rounding error of the Gram matrix.
+CHOLESKY_SHIFTS = (8.0, 8.0, 0.5)
 
 
 def orthonormalize(
@@ -60,14 +64,16 @@ def orthonormalize(
         diagonal = jnp.diagonal(upper, axis1=-2, axis2=-1)
         q = q * jnp.where(diagonal < 0, -1, 1).astype(q.dtype)[..., None, :]
     elif method == "cholesky":
-        q = _cholesky_qr(_cholesky_qr(_cholesky_qr(a, shift=8.0), shift=8.0), shift=0.5)
+        q = a
+        for shift in CHOLESKY_SHIFTS:
+            q = cholesky_pass(q, shift)
     else:
         raise ValueError(f"method must be 'qr' or 'cholesky', got {method!r}.")
     return q.astype(x.dtype)
 
 
-def _cholesky_qr(x: Array, shift: float) -> Array:
-    """One pass ``x C⁻ᵀ``, ``C Cᵀ = xᵀx + shift·eps·tr(xᵀx) I``."""
+def cholesky_pass(x: Array, shift: ArrayLike) -> Array:
+    """One pass ``x C⁻ᵀ``, ``C Cᵀ = xᵀx + shift·eps·tr(xᵀx) I``, of Cholesky QR."""
     g = gram(x)
     trace = jnp.trace(g, axis1=-2, axis2=-1)
     s = shift * jnp.finfo(g.dtype).eps * jnp.where(trace > 0, trace, 1)

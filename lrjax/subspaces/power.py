@@ -6,6 +6,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from .._sharding import einsum
 from ..linalg import orthonormalize
+from ..linalg.orthonormalize import CHOLESKY_SHIFTS, cholesky_pass
 from .basis import Basis
 from .view import Rank, Side
 
@@ -128,12 +129,18 @@ def _turn_block(
         projected = lax.dynamic_slice_in_dim(projected, first, size, axis=-2)
     block = _image(a, block, projected, rows)
 
-    def off_others(_, block):
+    def off_others(block):
         inside = einsum("...pr,...ps->...rs", others, block)
-        block = block - einsum("...pr,...rs->...ps", others, inside)
-        return orthonormalize(block, method=method)
+        return block - einsum("...pr,...rs->...ps", others, inside)
 
-    # Twice is enough: the first pass leaves rounding errors of the size of what it
-    # removed, the second those of what remains.
-    block = lax.fori_loop(0, 2, off_others, block)
+    # Twice is enough for the projection: the first one leaves rounding errors of the size
+    # of what it removed, the second those of what remains. Cholesky QR needs three passes,
+    # which take turns with it.
+    if method == "cholesky":
+        shifts = jnp.array(CHOLESKY_SHIFTS, block.dtype)
+        one_round = lambda k, x: cholesky_pass(off_others(x), shifts[k])
+        block = lax.fori_loop(0, len(CHOLESKY_SHIFTS), one_round, block)
+    else:
+        again = lambda _, x: orthonormalize(off_others(x), method=method)
+        block = lax.fori_loop(0, 2, again, block)
     return lax.dynamic_update_slice_in_dim(p, block, first, axis=-1)

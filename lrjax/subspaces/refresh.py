@@ -138,12 +138,13 @@ def _shared_axis(basis: Basis, batch_ndim: int) -> int | None:
     return axis if axis >= 0 else None
 
 
-def _usable(basis: Basis, a: Float[Array, "*b m n"], rows: bool) -> Bool[Array, "*b"]:
-    """Which matrices are finite and not zero: no other may set a basis.
+def _usable(basis: Basis, a: Float[Array, "*b m n"], rows: bool) -> Bool[Array, "*h"]:
+    """Which bases have a gradient that is finite and not zero: no other may set one.
 
     Judged by the sums of squares along the projected axis, which some lifts need too.
     """
-    energy = jnp.sum(squares_along(a, -2 if rows else -1), axis=(-2, -1))
+    # Their maximum, not their sum: XLA would make that a second pass over the gradient.
+    energy = jnp.max(squares_along(a, -2 if rows else -1), axis=(-2, -1))
     usable = jnp.isfinite(energy) & (energy > 0)
     axis = _shared_axis(basis, usable.ndim)
     if axis is not None:
@@ -223,17 +224,22 @@ def _loses(loop: Loop, moments: list[Moments]) -> bool:
 
 def _move(loop, plan, a, leaf, moments, turn, key, take, projected) -> Refreshed:
     frame = lambda state: use_frame(loop, plan, state, key)
-    to = Refresh(
-        key=jr.fold_in(key, turn.count),
-        count=turn.count,
-        momentum=next((plan.orient(m.first) for m in moments if m.first is not None), None),
-        rank=plan.rank,
-        projected=None if projected is None else plan.orient(projected),
-        rows=plan.rows,
-    )
-    # Oriented inside the branches: a transposed view that crosses into one is copied.
-    oriented = lambda: plan.orient(lax.stop_gradient(a))
-    new = _new_basis(loop.basis, leaf, oriented, to)
+    momentum = next((m.first for m in moments if m.first is not None), None)
+    oriented = lambda x: None if x is None else plan.orient(lax.stop_gradient(x))
+
+    def inputs():
+        # Oriented inside the branches: a transposed view that crosses into one is copied.
+        to = Refresh(
+            key=jr.fold_in(key, turn.count),
+            count=turn.count,
+            momentum=oriented(momentum),
+            rank=plan.rank,
+            projected=oriented(projected),
+            rows=plan.rows,
+        )
+        return oriented(a), to
+
+    new = _new_basis(loop.basis, leaf, inputs)
     old_frame, new_frame = frame(leaf.basis), frame(new)
     if loop.carry.align and isinstance(new_frame, Dense):
         # The orthogonal polar factor; with both factors of the SVD it stays orthogonal
@@ -264,15 +270,15 @@ def _move(loop, plan, a, leaf, moments, turn, key, take, projected) -> Refreshed
     return Refreshed(leaf, carried, lost)
 
 
-def _new_basis(basis: Basis, leaf: LeafState, a: Callable[[], Array], to: Refresh) -> Any:
+def _new_basis(basis: Basis, leaf: LeafState, inputs: Callable[[], tuple]) -> Any:
     as_held = lambda new: jax.tree.map(lambda n, o: n.astype(o.dtype), new, leaf.basis)
-    refresh = lambda: as_held(basis.refresh(leaf.basis, a(), to))
+    refresh = lambda: as_held(basis.refresh(leaf.basis, *inputs()))
     start: Callable | None = basis.start
     if start is None:
         return refresh()
 
     def first():
-        return _select(leaf.started, refresh(), as_held(start(leaf.basis, a(), to)))
+        return _select(leaf.started, refresh(), as_held(start(leaf.basis, *inputs())))
 
     return lax.cond(any_member(jnp.any(~leaf.started)), first, refresh)
 
