@@ -86,7 +86,8 @@ class Rows(NamedTuple):
 
         for _ in range(x.ndim - 2):
             put = jax.vmap(put)
-        return put(self.index, self._scaled(x))
+        index = jnp.broadcast_to(self.index, (*x.shape[:-2], self.index.shape[-1]))
+        return put(index, self._scaled(x))
 
     def overlap(self, old: "Rows") -> Float[Array, "*b r r"]:
         """``Pᵀ P_old``: one where both hold the same row."""
