@@ -23,12 +23,15 @@ from .problems import (
     robust_pca as robust_pca,
 )
 from .separation import (
+    DescentLayers as DescentLayers,
     ProjectionState as ProjectionState,
     PursuitState as PursuitState,
     RobustPCAFit as RobustPCAFit,
     Separation as Separation,
     alternating_projections as alternating_projections,
     fit_robust_pca as fit_robust_pca,
+    geometric_layers as geometric_layers,
+    learned_descent as learned_descent,
     principal_component_pursuit as principal_component_pursuit,
     scaled_descent as scaled_descent,
 )

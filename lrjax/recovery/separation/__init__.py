@@ -9,6 +9,11 @@ from .fit_robust_pca import (
     RobustPCAFit as RobustPCAFit,
     fit_robust_pca as fit_robust_pca,
 )
+from .learned_descent import (
+    DescentLayers as DescentLayers,
+    geometric_layers as geometric_layers,
+    learned_descent as learned_descent,
+)
 from .principal_component_pursuit import (
     PursuitState as PursuitState,
     principal_component_pursuit as principal_component_pursuit,
