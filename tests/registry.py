@@ -185,6 +185,7 @@ TRANSFORMS: dict[str, Entry] = {
         {"beta": 0.3},
         params="dense",
     ),
+    "retract": Entry(lrjax.retract, gauge="orthogonal", setting=True),
     "rebalance": Entry(lrjax.rebalance, gauge="orthogonal"),
     "on_pairs": Entry(_on_pairs, {"damping": 0.1}, {"damping": 0.3}, gauge="orthogonal"),
     "compress_momentum": Entry(
@@ -348,6 +349,20 @@ RECIPES: dict[str, Entry] = {
         {"learning_rate": 0.01},
         descends=True,
         gauge="orthogonal",
+        setting=True,
+    ),
+    "loro": Entry(
+        lrjax.loro,
+        {
+            "learning_rate": 0.5,
+            "damping": 0.0,
+            "exact_every": 1,
+            "inner": optax.identity(),
+        },
+        {"learning_rate": 0.1, "damping": 0.3},
+        descends=True,
+        gauge="any",
+        static=("exact_every", "inner"),
         setting=True,
     ),
     "opsa": Entry(

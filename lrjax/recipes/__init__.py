@@ -2,6 +2,7 @@
 
 from .factors import (
     levenberg_marquardt as levenberg_marquardt,
+    loro as loro,
     opsa as opsa,
     prec_gd as prec_gd,
     scaled_gd as scaled_gd,

@@ -27,6 +27,7 @@ from .factors import (
     on_pairs as on_pairs,
     pairs_by_name as pairs_by_name,
     rebalance as rebalance,
+    retract as retract,
     scale_by_gauss_newton as scale_by_gauss_newton,
     scale_by_gram as scale_by_gram,
     scale_by_level as scale_by_level,

@@ -1,0 +1,58 @@
+import optax
+from jaxtyping import ArrayLike
+
+from ...transforms import every, retract, scale_by_tangent
+
+
+def loro(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    exact_every: int = 500,
+    inner: optax.GradientTransformation | None = None,
+    damping: ArrayLike = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """LORO: training on the manifold of low-rank matrices, exactly every so often.
+
+    With ``(A, B)`` the directions that ``inner`` makes of the gradients ``G right``,
+    ``Gᵀ left`` of the factors, most steps are plain, ``left − η A``, ``right − η B``.
+    Every ``exact_every``-th one moves the product ``X = left @ right.T`` of rank ``r``
+    along the tangent space and back::
+
+        X ← SVD_r(X − η (A K_r rightᵀ + left K_l Bᵀ − left K_l C K_r rightᵀ))
+        K_l = (leftᵀ left)⁻¹    K_r = (rightᵀ right)⁻¹    C = ½ (leftᵀ A + Bᵀ right)
+
+    which for the gradients themselves is the projection of ``G`` onto the tangent space.
+    The factors are balanced afterwards. With ``inner=optax.identity()`` and
+    ``exact_every=1`` this is Riemannian gradient descent with matrices of fixed rank.
+    Everything costs ``O((m + n) r²)``; ``G`` is never formed.
+
+    Args:
+        learning_rate: a number or a schedule.
+        exact_every: the period of the exact steps.
+        inner: transform of the gradients of the factors, and of all other leaves; Adam by
+            default.
+        damping: of the two inverses, relative to the mean diagonal of what is inverted.
+
+    Returns:
+        An optax optimizer of trees with LowRank nodes; ``update`` needs ``params``.
+
+    Raises:
+        ValueError: for ``exact_every`` below one or a negative damping; as
+            :func:`lrjax.retract`.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> tx = lrjax.loro(1e-3)
+        >>> state = tx.init(lrjax.LowRank(jnp.ones((8, 2)), jnp.ones((16, 2))))
+
+    Reference:
+        Z. Mo, L.-K. Huang, S. J. Pan, "Parameter and memory efficient pretraining via
+        low-rank Riemannian optimization" (2025), ICLR. Special case: exact steps of the
+        raw gradient are ``SVD_r(X − η P(G))`` with the tangent projection ``P``, whatever
+        the factors.
+    """
+    return optax.chain(
+        optax.scale_by_adam() if inner is None else inner,
+        optax.scale_by_learning_rate(learning_rate),
+        every(exact_every, optax.chain(scale_by_tangent(damping), retract())),
+    )
