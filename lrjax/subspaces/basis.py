@@ -32,7 +32,9 @@ class Dense(NamedTuple):
     def down(self, g: Float[Array, "*b m n"]) -> Float[Array, "*b m2 n2"]:
         """The projection ``Pᵀ G`` or ``G P``."""
         if self.rows:
-            return einsum("...pr,...pq->...rq", self.matrix, g)
+            # Transposed in memory, which is small: XLA on CPU is then a third faster.
+            rows = lax.optimization_barrier(self.matrix.mT)
+            return einsum("...rp,...pq->...rq", rows, g)
         return einsum("...qp,...pr->...qr", g, self.matrix)
 
     def up(self, x: Float[Array, "*b m2 n2"]) -> Float[Array, "*b m n"]:

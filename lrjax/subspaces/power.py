@@ -103,11 +103,12 @@ def _image(a: Array, p: Array, projected: Array | None, rows: bool) -> Array:
     if rows:
         image = einsum("...pq,...rq->...pr", a, projected)
     else:
-        image = einsum("...rq,...pq->...rp", projected, a).mT
+        # The thin factor first; without the barrier XLA turns the product round again.
+        image = lax.optimization_barrier(einsum("...rq,...pq->...rp", projected, a)).mT
     largest = jnp.max(jnp.abs(image), axis=(-2, -1), keepdims=True)
-    image = image / jnp.where(largest > 0, largest, 1)
-    size = jnp.sqrt(jnp.sum(image**2, axis=(-2, -1), keepdims=True))
-    return image + 8 * jnp.finfo(image.dtype).eps * size * p
+    # The columns of what is left are no longer than the root of their length.
+    shift = 8 * jnp.finfo(image.dtype).eps * image.shape[-2] ** 0.5
+    return image / jnp.where(largest > 0, largest, 1) + shift * p
 
 
 def _turn_block(
@@ -130,8 +131,9 @@ def _turn_block(
     block = _image(a, block, projected, rows)
 
     def off_others(block):
-        inside = einsum("...pr,...ps->...rs", others, block)
-        return block - einsum("...pr,...rs->...ps", others, inside)
+        # The thin factor first: XLA on CPU is several times slower the other way round.
+        inside = einsum("...ps,...pr->...sr", block, others)
+        return block - einsum("...pr,...sr->...ps", others, inside)
 
     # Twice is enough for the projection: the first one leaves rounding errors of the size
     # of what it removed, the second those of what remains. Cholesky QR needs three passes,
