@@ -1,11 +1,29 @@
 """Recover low-rank matrices from corrupted, partial or indirect measurements."""
 
+from .isometry import (
+    MixedNormRIP as MixedNormRIP,
+    SignRIP as SignRIP,
+    mixed_norm_rip as mixed_norm_rip,
+    sign_rip as sign_rip,
+)
+from .completion import (
+    CompletionFit as CompletionFit,
+    fit_completion as fit_completion,
+)
 from .losses import (
     L1 as L1,
     Huber as Huber,
     Objective as Objective,
     Quantile as Quantile,
     Squared as Squared,
+)
+from .observe import (
+    Spectrum as Spectrum,
+    Staircase as Staircase,
+    plot_success as plot_success,
+    spectrum as spectrum,
+    staircase as staircase,
+    success_rate as success_rate,
 )
 from .operators import (
     DenseSensing as DenseSensing,

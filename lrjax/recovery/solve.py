@@ -4,6 +4,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
@@ -51,26 +52,53 @@ class Solution(eqx.Module):
     def plot(self, ax: Any = None) -> Any:
         """Draw loss, relative error and step size against the steps, logarithmically.
 
+        What ``observe`` returned goes to a second panel: every number, and every entry
+        of a vector, is a curve.
+
         Args:
-            ax: matplotlib axes; by default those of a new figure.
+            ax: matplotlib axes for the first panel alone; by default a new figure.
 
         Returns:
-            The axes.
+            The axes of the first panel; those of the second are ``ax.figure.axes[1]``.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ImportError("plots need matplotlib: pip install 'lrjax[plot]'") from error
+        curves = _curves(self.history.observed)
+        panels = [ax]
         if ax is None:
-            ax = plt.figure(layout="constrained").add_subplot()
+            figure = pyplot().figure(layout="constrained")
+            panels = figure.subplots(1, 1 + bool(curves), squeeze=False)[0]
         taken = int(self.steps)
-        for name in ("loss", "relative_error", "relative_step"):
-            values = getattr(self.history, name)
-            if values is not None:
-                ax.semilogy(values[:taken], label=name.replace("_", " "))
-        ax.set_xlabel("step")
-        ax.legend()
-        return ax
+        measured = {
+            name.replace("_", " "): getattr(self.history, name)
+            for name in ("loss", "relative_error", "relative_step")
+        }
+        for panel, named in zip(panels, (measured, curves), strict=False):
+            for name, values in named.items():
+                if values is not None:
+                    panel.semilogy(values[:taken], label=name)
+            panel.set_xlabel("step")
+            panel.legend(fontsize="small")
+        return panels[0]
+
+
+def _curves(observed: PyTree) -> dict[str, Array]:
+    """The numbers and the entries of vectors in what was observed, by name."""
+    curves = {}
+    for path, leaf in jtu.tree_flatten_with_path(observed)[0]:
+        name = jtu.keystr(path, simple=True, separator=" ").replace("_", " ")
+        if leaf.ndim == 1:
+            curves[name or "observed"] = leaf
+        elif leaf.ndim == 2:
+            curves |= {f"{name} {k + 1}".strip(): leaf[:, k] for k in range(leaf.shape[1])}
+    return curves
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot; if it is missing, an error that names the extra."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'lrjax[plot]'") from error
+    return plt
 
 
 def solve(
@@ -100,7 +128,8 @@ def solve(
             by something that is not finite. ``None`` takes all steps, and only then can
             the result be differentiated in reverse mode.
         observe: called with the factors in every step; what it returns is stacked in
-            ``history.observed``.
+            ``history.observed``. Ready ones: :func:`lrjax.recovery.spectrum`,
+            :func:`lrjax.recovery.staircase`.
         callback: called on the host with the step and the loss, about a hundred times.
         progress: show a progress bar (needs tqdm).
 
