@@ -203,6 +203,15 @@ TRANSFORMS: dict[str, Entry] = {
         static=("rank", "where"),
         setting=True,
     ),
+    "scale_by_low_rank_curvature": Entry(
+        lrjax.scale_by_low_rank_curvature,
+        {"rank": 2, "rate": 0.1},
+        {"rate": 0.2},
+        params="dense",
+        stacks=False,
+        static=("rank",),
+        setting=True,
+    ),
     "rotate_updates": Entry(
         lrjax.rotate_updates,
         {
@@ -262,7 +271,7 @@ TRANSFORMS: dict[str, Entry] = {
     "quantize_state": Entry(
         lrjax.quantize_state,
         {"inner": optax.scale_by_adam(), "block": 4, "min_size": 1},
-        params="dense",
+        params="stack",
     ),
     "scale_by_layer_trust": Entry(
         lrjax.scale_by_layer_trust,
@@ -444,6 +453,16 @@ RECIPES |= {
     "mofasgd": _in_subspace(lrjax.mofasgd),
     "online_subspace_descent": _in_subspace(lrjax.online_subspace_descent),
     "power_sgd": _in_subspace(lrjax.power_sgd),
+    "psgd": Entry(
+        lrjax.psgd,
+        {"learning_rate": 0.03, "rank": 2, "rate": 0.1},
+        {"learning_rate": 0.1, "rate": 0.2},
+        "dense",
+        descends=True,
+        stacks=False,
+        static=("rank",),
+        setting=True,
+    ),
     "soap": Entry(
         lrjax.soap,
         {

@@ -38,20 +38,25 @@ def _block_axis(shape: tuple[int, ...]) -> int:
 
 def _spread(scale: Array, shape: tuple[int, ...]) -> Array:
     """The scale of the block of every number."""
-    axis = _block_axis(shape)
-    length = -(-shape[axis] // scale.shape[axis])
-    wide = jnp.repeat(scale, length, axis=axis)
-    return lax.slice_in_dim(wide, 0, shape[axis], axis=axis)
+    axis = len(shape) + _block_axis(shape)
+    size, blocks = shape[axis], scale.shape[axis]
+    length = -(-size // blocks)
+    cut = (*scale.shape[: axis + 1], length, *scale.shape[axis + 1 :])
+    # Broadcast and merged, not repeated: that keeps the sharding on Explicit meshes too.
+    wide = jnp.broadcast_to(jnp.expand_dims(scale, axis + 1), cut)
+    wide = wide.reshape(*shape[:axis], blocks * length, *shape[axis + 1 :])
+    return wide if blocks * length == size else lax.slice_in_dim(wide, 0, size, axis=axis)
 
 
 def _largest(x: Array, blocks: int) -> Array:
-    axis = _block_axis(x.shape)
+    axis = x.ndim + _block_axis(x.shape)
     length = -(-x.shape[axis] // blocks)
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, length * blocks - x.shape[axis])
-    cut = list(x.shape)
-    cut[axis : axis + 1 or None] = [blocks, length]
-    return jnp.max(jnp.pad(jnp.abs(x), pad).reshape(cut), axis=axis)
+    missing = length * blocks - x.shape[axis]
+    size = jnp.abs(x)
+    if missing:
+        size = jnp.pad(size, [(0, missing if a == axis else 0) for a in range(x.ndim)])
+    cut = (*x.shape[:axis], blocks, length, *x.shape[axis + 1 :])
+    return jnp.max(size.reshape(cut), axis=axis + 1)
 
 
 def _growth(codes_dtype: str) -> float:

@@ -1,0 +1,1 @@
+from ..subspaces.conftest import noisy as noisy, rollout as rollout
