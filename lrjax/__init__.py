@@ -65,6 +65,7 @@ from .recipes import (
 from .recovery import (
     Problem as Problem,
     Solution as Solution,
+    fit_completion as fit_completion,
     fit_robust_pca as fit_robust_pca,
     matrix_completion as matrix_completion,
     matrix_sensing as matrix_sensing,

@@ -1,0 +1,152 @@
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+T = TypeVar("T")
+Reduce = Callable[[Array], Array]
+
+ROWS = 256  # rows of the matrix that are regressed at a time
+SLABS = (8, 64)  # the least and the most entries of each row that are gathered at a time
+
+
+def identity(x: Array) -> Array:
+    """The reduction where one device holds everything."""
+    return x
+
+
+class Grouped(NamedTuple):
+    """Observed entries, grouped by row: what is needed to regress every row.
+
+    Rows are worked on in the order of their number of entries, so that those of one
+    block have about the same.
+
+    Attributes:
+        cols: ``(count,)``, the columns of the entries, row by row.
+        values: ``(count,)``.
+        starts: ``(m + 1,)``, where the entries of each row start.
+        order: ``(m,)``, rows by their number of entries.
+        places: ``(m,)``, where a row stands in that order.
+        used: ``(m,)``, which rows have entries, here or on another device.
+    """
+
+    cols: Int[Array, " count"]
+    values: Float[Array, " count"]
+    starts: Int[Array, " m1"]
+    order: Int[Array, " m"]
+    places: Int[Array, " m"]
+    used: Bool[Array, " m"]
+
+
+class Slab(NamedTuple):
+    """The same few entries of every row of a block.
+
+    Attributes:
+        vectors: ``(rows, width, r)``, what the columns are regressed on; zero where
+            nothing is observed.
+        values: ``(rows, width)``, zero where nothing is observed.
+        seen: ``(rows, width)``, which entries there are.
+        index: the number of the slab.
+    """
+
+    vectors: Float[Array, "rows width r"]
+    values: Float[Array, "rows width"]
+    seen: Bool[Array, "rows width"]
+    index: Int[Array, ""]
+
+
+class Block(NamedTuple):
+    """Some rows of a matrix, with access to their entries.
+
+    Attributes:
+        rows: their indices; ``m`` for a place without a row.
+        first: where the entries of each row start.
+        counts: how many entries each row has.
+        fold: ``fold(body, start)`` calls ``body(carry, slab) -> carry`` on all entries.
+    """
+
+    rows: Int[Array, " rows"]
+    first: Int[Array, " rows"]
+    counts: Int[Array, " rows"]
+    fold: Callable[[Callable[[T, Slab], T], T], T]
+
+
+def group_by_row(
+    rows: Int[Array, " count"],
+    cols: Int[Array, " count"],
+    values: Float[Array, " count"],
+    m: int,
+    reduce: Reduce = identity,
+) -> Grouped:
+    """Sort entries by row; those with a row index of ``m`` are left out.
+
+    ``reduce`` sums over devices that hold other entries of the same rows: all must work
+    on the rows in one order.
+    """
+    counts = jnp.zeros(m, jnp.int32).at[rows].add(1, mode="drop")
+    starts = jnp.pad(jnp.cumsum(counts), (1, 0))
+    _, cols, values = lax.sort((rows, cols, values), num_keys=1)
+    everywhere = reduce(counts)
+    order = jnp.argsort(everywhere).astype(jnp.int32)
+    places = jnp.zeros(m, jnp.int32).at[order].set(jnp.arange(m, dtype=jnp.int32))
+    return Grouped(cols, values, starts, order, places, everywhere > 0)
+
+
+def scan_rows(
+    work: Callable[[T, Block], tuple[T, Array]],
+    start: T,
+    entries: Grouped,
+    vectors: Float[Array, "n r"],
+) -> tuple[T, Array]:
+    """Call ``work(carry, block) -> (carry, (rows, k))`` on every block of rows.
+
+    Needs the memory of one block: ``rows × slab × r`` numbers, whatever the number of
+    entries, and whatever ``work`` makes of them.
+
+    Returns:
+        The last carry, and what was made of each row, in the order of the matrix.
+    """
+    m, count = len(entries.order), len(entries.cols)
+    size = min(ROWS, m)
+    width = min(max(SLABS[0], 1 << (count // (2 * m)).bit_length()), SLABS[1])
+    padded = jnp.pad(entries.order, (0, -m % size), constant_values=m)
+    starts = jnp.pad(entries.starts, (0, 1), mode="edge")
+
+    def step(carry, rows):
+        first, last = starts[rows], starts[rows + 1]
+
+        def fold(body, start):
+            def one(index, carry):
+                place = first[:, None] + index * width + jnp.arange(width)[None, :]
+                seen = place < last[:, None]
+                place = jnp.where(seen, place, 0)
+                slab = Slab(
+                    jnp.where(seen[..., None], vectors[entries.cols[place]], 0),
+                    jnp.where(seen, entries.values[place], 0),
+                    seen,
+                    index,
+                )
+                return body(carry, slab)
+
+            return lax.fori_loop(0, -(-jnp.max(last - first) // width), one, start)
+
+        return work(carry, Block(rows, first, last - first, fold))
+
+    carry, made = lax.scan(step, start, padded.reshape(-1, size))
+    return carry, made.reshape(-1, made.shape[-1])[entries.places]
+
+
+def back_project(entries: Grouped, vectors: Float[Array, "n r"]) -> Float[Array, "m r"]:
+    """The product of the sparse matrix of the entries with a thin matrix."""
+
+    def work(_, block):
+        def add(total, slab):
+            return total + jnp.einsum("bwr,bw->br", slab.vectors, slab.values)
+
+        zeros = jnp.zeros((len(block.rows), vectors.shape[-1]), vectors.dtype)
+        return None, block.fold(add, zeros)
+
+    return scan_rows(work, None, entries, vectors)[1]

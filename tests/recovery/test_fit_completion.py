@@ -1,0 +1,269 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import lrjax
+from lrjax.recovery.completion.grouped import back_project, group_by_row, scan_rows
+
+from ..helpers import all_finite, assert_close
+
+
+M, N, RANK, WIDTH = 64, 64, 3, 6
+STATIC = ("shape", "rank", "robust", "max_steps", "reduce")
+fit = jax.jit(lrjax.fit_completion, static_argnames=STATIC)
+transform = jax.jit(lrjax.recovery.CompletionFit.transform, static_argnums=4)
+
+
+@jax.jit
+def problem(seed=0, noise=0.0, outliers=0.0):
+    return lrjax.matrix_completion(
+        jr.key(seed),
+        (M, N),
+        RANK,
+        observed=0.5,
+        condition=5.0,
+        noise=noise,
+        outlier_fraction=outliers,
+    )
+
+
+def complete(p, **options):
+    at = p.operator
+    return fit(at.rows, at.cols, p.targets, (M, N), rank=WIDTH, **options)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_clean_data_give_matrix_and_rank(seed):
+    p = problem(seed)
+    result = complete(p)
+    assert float(p.relative_error(result.low_rank)) < 3e-5
+    assert int(result.rank) == RANK
+    right = result.low_rank.right[:, :RANK]
+    assert_close(right.T @ right, jnp.eye(RANK), rtol=1e-5)
+    sizes = jnp.linalg.norm(result.low_rank.left, axis=0)
+    assert bool(jnp.all(sizes[:-1] >= sizes[1:]))
+    assert float(sizes[RANK:].max()) == 0
+    at = p.operator
+    assert_close(result.predict(at.rows, at.cols), p.targets, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_is_estimated_and_not_fitted(seed):
+    p = problem(seed, 0.1)
+    result = complete(p)
+    size = jnp.sqrt(jnp.mean(p.operator(p.truth) ** 2))
+    np.testing.assert_allclose(result.noise, 0.1 * size, rtol=0.15)
+    # The error of the best rank-3 fit that knows the singular vectors' dimension.
+    free = RANK * (M + N - RANK) / len(p.targets)
+    assert float(p.relative_error(result.low_rank)) < 1.3 * 0.1 * free**0.5
+    assert int(result.rank) == RANK
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gross_errors(seed):
+    p = problem(seed, 0.0, 0.1)
+    robust = p.relative_error(complete(p, robust=True).low_rank)
+    plain = p.relative_error(complete(p).low_rank)
+    assert float(robust) < 1e-4 < 0.1 < float(plain)
+
+
+def test_the_scale_of_the_data_and_their_order_do_not_matter():
+    p = problem()
+    want = complete(p)
+    at = p.operator
+    shuffled = jr.permutation(jr.key(1), len(p.targets))
+    for scale in (1e-6, 1e6):
+        rows, cols, values = (x[shuffled] for x in (at.rows, at.cols, scale * p.targets))
+        got = fit(rows, cols, values, (M, N), rank=WIDTH)
+        image = got.low_rank.materialize() / scale
+        assert_close(image, want.low_rank.materialize(), rtol=1e-4)
+
+
+def test_the_transpose_gives_the_transpose():
+    p = problem(0, 0.1)
+    at = p.operator
+    got = fit(at.cols, at.rows, p.targets, (N, M), rank=WIDTH)
+    want = complete(p).low_rank.materialize()
+    assert_close(got.low_rank.materialize().T, want, rtol=1e-2)
+
+
+def test_several_matrices_with_different_numbers_of_entries():
+    problems = [problem(seed, 0.1) for seed in range(3)]
+    padded = [p.targets.at[: 40 * k].set(jnp.nan) for k, p in enumerate(problems)]
+    stack = lambda xs: jnp.stack(list(xs))
+    rows, cols = (stack(getattr(p.operator, s) for p in problems) for s in ("rows", "cols"))
+    run = lambda i, j, y: lrjax.fit_completion(i, j, y, (M, N), rank=WIDTH)
+    batch = jax.jit(jax.vmap(run))(rows, cols, stack(padded))
+    for k in range(3):
+        one = fit(rows[k], cols[k], padded[k], (M, N), rank=WIDTH)
+        got = lrjax.LowRank(batch.low_rank.left[k], batch.low_rank.right[k])
+        assert_close(got.materialize(), one.low_rank.materialize(), rtol=1e-4)
+        assert int(batch.steps[k]) == int(one.steps)
+
+
+def test_new_rows():
+    p = problem(0, 0.01)
+    result = complete(p)
+    at = p.operator
+    values = jnp.where(at.rows == 5, jnp.nan, p.targets)
+    again = transform(result, at.rows, at.cols, values, M)
+    others = jnp.delete(again, 5, axis=0)
+    assert_close(others, jnp.delete(result.low_rank.left, 5, axis=0), rtol=1e-2)
+    mean = jnp.mean(result.low_rank.left, axis=0)
+    assert_close(again[5], mean, rtol=0.2)  # without any entry: the mean row
+    with pytest.raises(ValueError, match=r"\[0, 21\)"):
+        result.transform(at.rows, at.cols, values, 21)
+
+
+def test_new_rows_with_gross_errors():
+    result = complete(problem(0, 0.01), robust=True)
+    rows = jr.normal(jr.key(1), (M, RANK)) @ problem().truth.right.T
+    at = problem().operator
+    values = rows[at.rows, at.cols]
+    wrong = jr.bernoulli(jr.key(3), 0.1, values.shape)
+    values = jnp.where(wrong, 20 * rows.max(), values)
+    scores = transform(result, at.rows, at.cols, values, M)
+    assert_close(scores @ result.low_rank.right.T, rows, rtol=0.1)
+
+
+def test_a_repeated_entry_is_a_repeated_observation():
+    p = problem(0, 0.3)
+    i, j, y = p.operator.rows, p.operator.cols, p.targets
+    half = len(y) // 2
+    missing = jnp.full(half, jnp.nan)
+    once = fit(i, j, jnp.concatenate([y[:half], missing]), (M, N), rank=WIDTH)
+    doubled = (jnp.concatenate([x[:half], x[:half]]) for x in (i, j, y))
+    twice = fit(*doubled, (M, N), rank=WIDTH)
+    # Twice the evidence: less is taken for noise.
+    left = lambda f: float(jnp.linalg.norm((f.predict(i, j) - y)[:half]))
+    assert left(twice) < left(once)
+    # Two values of one entry count as their mean.
+    clean = problem()
+    values = clean.targets
+    values = values.at[-1].set(values[0] - 1e-3).at[0].add(1e-3)
+    i, j = i.at[-1].set(i[0]), j.at[-1].set(j[0])
+    both = fit(i, j, values, (M, N), rank=WIDTH)
+    assert float(clean.relative_error(both.low_rank)) < 1e-3
+
+
+def rows_on_devices(p, devices=8):
+    """Entries by the device that holds their row, as many for each, and local rows."""
+    local = M // devices
+    at = p.operator
+    owner = np.asarray(at.rows) // local
+    most = np.bincount(owner, minlength=devices).max()
+    parts = np.zeros((3, devices, most))
+    parts[2] = np.nan
+    for device in range(devices):
+        mine = owner == device
+        entries = (np.asarray(at.rows)[mine] % local, at.cols[mine], p.targets[mine])
+        for part, values in zip(parts, entries, strict=True):
+            part[device, : mine.sum()] = values
+    rows, cols, values = (jnp.asarray(part.reshape(-1)) for part in parts)
+    return rows.astype(jnp.int32), cols.astype(jnp.int32), values.astype(jnp.float32)
+
+
+def test_rows_on_eight_devices_give_the_same():
+    p = problem(0, 0.1, 0.05)
+    want = complete(p, robust=True)
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(rows, cols, values):
+        result = lrjax.fit_completion(
+            rows,
+            cols,
+            values,
+            (M // 8, N),
+            rank=WIDTH,
+            robust=True,
+            reduce=lambda x: jax.lax.psum(x, "rows"),
+        )
+        return result.low_rank.left, result.low_rank.right, result.rank, result.noise
+
+    spread = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P("rows"),) * 3,
+        out_specs=(P("rows"), P(), P(), P()),
+        check_vma=False,
+    )
+    left, right, rank, noise = jax.jit(spread)(*rows_on_devices(p))
+    assert_close(left @ right.T, want.low_rank.materialize(), rtol=1e-3)
+    assert int(rank) == int(want.rank)
+    np.testing.assert_allclose(noise, want.noise, rtol=1e-3)
+
+
+BAD = {
+    "a row of NaN": lambda i, j, y: jnp.where(i == 3, jnp.nan, y),
+    "a column of NaN": lambda i, j, y: jnp.where(j == 3, jnp.nan, y),
+    "an infinite entry": lambda i, j, y: y.at[7].set(jnp.inf),
+    "a zero matrix": lambda i, j, y: 0 * y,
+    "nothing observed": lambda i, j, y: jnp.full_like(y, jnp.nan),
+    "one entry observed": lambda i, j, y: y.at[1:].set(jnp.nan),
+}
+
+
+@pytest.mark.parametrize("robust", [False, True])
+@pytest.mark.parametrize("name", BAD)
+def test_degenerate_data_give_finite_numbers(name, robust):
+    p = problem()
+    at = p.operator
+    values = BAD[name](at.rows, at.cols, p.targets)
+    result = fit(at.rows, at.cols, values, (M, N), rank=WIDTH, robust=robust)
+    assert all_finite((result.low_rank, result.noise, result.prior))
+    image = result.low_rank.materialize()
+    if name in ("a zero matrix", "nothing observed"):
+        assert float(jnp.abs(image).max()) == 0
+        assert int(result.rank) == 0
+    if name == "an infinite entry":
+        assert float(p.relative_error(result.low_rank)) < 1e-4
+    if name == "a row of NaN":
+        others = jnp.delete(image, 3, axis=0)
+        assert_close(others, jnp.delete(p.truth.materialize(), 3, axis=0), rtol=1e-4)
+        assert_close(image[3], others.mean(axis=0), rtol=0.3)
+
+
+def test_integers_and_the_rank_of_the_short_side():
+    matrix = jnp.outer(jnp.arange(1, 10), jnp.arange(1, 7))
+    i, j = jnp.nonzero(matrix != 24)
+    result = fit(i, j, matrix[i, j], matrix.shape)
+    assert result.low_rank.rank == 6
+    assert int(result.rank) == 1
+    assert_close(result.low_rank.materialize(), matrix.astype(jnp.float32), rtol=1e-3)
+
+
+def test_bad_arguments_are_refused():
+    i, y = jnp.array([0, 1]), jnp.ones(2)
+    run = lrjax.fit_completion
+    with pytest.raises(ValueError, match="one length"):
+        run(i, i, jnp.ones(3), (4, 3))
+    with pytest.raises(ValueError, match="one length"):
+        run(i[None], i[None], y[None], (4, 3))
+    with pytest.raises(ValueError, match=r"rows in \[0, 4\).*-1 to 4"):
+        run(jnp.array([-1, 4]), i, y, (4, 3))
+    with pytest.raises(ValueError, match=r"cols in \[0, 3\)"):
+        run(i, i + 2, y, (4, 3))
+    with pytest.raises(ValueError, match="at least one"):
+        run(i[:0], i[:0], y[:0], (4, 3))
+    with pytest.raises(ValueError, match="rank must be between 1 and 3"):
+        run(i, i, y, (4, 3), rank=4)
+    with pytest.raises(ValueError, match=r"shape \(m, n\)"):
+        run(i, i, y, (4, 0))
+
+
+def test_rows_are_visited_in_blocks_of_slabs(monkeypatch):
+    monkeypatch.setattr(lrjax.recovery.completion.grouped, "ROWS", 5)
+    key_place, key_value, key_vector = jr.split(jr.key(0), 3)
+    places = jr.randint(key_place, (60,), 0, 13 * 7)  # with repetitions
+    rows, cols, values = places // 7, places % 7, jr.normal(key_value, (60,))
+    vectors = jr.normal(key_vector, (7, 2))
+    dense = jnp.zeros((13, 7)).at[rows, cols].add(values)
+    entries = group_by_row(rows, cols, values, 13)
+    assert_close(back_project(entries, vectors), dense @ vectors)
+    count = lambda carry, block: (carry + 1, block.counts[:, None])
+    blocks, counts = scan_rows(count, 0, entries, vectors)
+    assert int(blocks) == 3
+    assert_close(counts[:, 0], jnp.bincount(rows, length=13))
