@@ -320,6 +320,13 @@ def test_a_vmapped_schedule_stays_a_branch(basis):
     assert all(inside for _, inside in found)
 
 
+def test_the_default_factorizes_small_matrices_alone():
+    tx = lrjax.subspace_adam(1e-3, 4, where=anything)
+    g = jnp.ones((20, 30))
+    jaxpr = jax.make_jaxpr(tx.update)(g, tx.init(g), g).jaxpr
+    assert {name for name, _ in _primitives(jaxpr)} & FACTORIZATIONS == {"cholesky"}
+
+
 def test_an_external_schedule_compiles_no_decomposition_until_asked(getkey):
     tx = optax.chain(wrap(ADAM, sub.svd(2), schedule=sub.external()), optax.scale(-1.0))
     g = jr.normal(getkey(), (6, 9))

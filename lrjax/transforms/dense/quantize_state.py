@@ -58,7 +58,7 @@ def quantize_state(
         >>> for tx in (tx, lrjax.quantize_state(tx)):
         ...     print(round(lrjax.metrics.memory_report(params, tx).ratio, 3))
         0.156
-        0.064
+        0.063
 
     Reference:
         T. Dettmers, M. Lewis, S. Shleifer, L. Zettlemoyer, "8-bit optimizers via
