@@ -50,6 +50,7 @@ from .recipes import (
     online_subspace_descent as online_subspace_descent,
     opsa as opsa,
     power_sgd as power_sgd,
+    psgd as psgd,
     prec_gd as prec_gd,
     q_galore as q_galore,
     sara as sara,
@@ -65,6 +66,7 @@ from .recipes import (
 from .recovery import (
     Problem as Problem,
     Solution as Solution,
+    alternating_least_squares as alternating_least_squares,
     fit_completion as fit_completion,
     fit_robust_pca as fit_robust_pca,
     matrix_completion as matrix_completion,
@@ -99,11 +101,13 @@ from .transforms import (
     scale_by_layer_trust as scale_by_layer_trust,
     scale_by_level as scale_by_level,
     scale_by_lion_k as scale_by_lion_k,
+    scale_by_low_rank_curvature as scale_by_low_rank_curvature,
     scale_by_polyak as scale_by_polyak,
     scale_by_smooth_polar as scale_by_smooth_polar,
     scale_by_subset_norm as scale_by_subset_norm,
     scale_by_tangent as scale_by_tangent,
     scale_factors as scale_factors,
+    state_specs as state_specs,
     unit_norm as unit_norm,
 )
 

@@ -207,7 +207,7 @@ TRANSFORMS: dict[str, Entry] = {
         lrjax.scale_by_low_rank_curvature,
         {"rank": 2, "rate": 0.1},
         {"rate": 0.2},
-        params="dense",
+        params="stack",
         stacks=False,
         static=("rank",),
         setting=True,
@@ -457,7 +457,7 @@ RECIPES |= {
         lrjax.psgd,
         {"learning_rate": 0.03, "rank": 2, "rate": 0.1},
         {"learning_rate": 0.1, "rate": 0.2},
-        "dense",
+        "stack",
         descends=True,
         stacks=False,
         static=("rank",),
@@ -484,4 +484,4 @@ RECIPES |= {
 ENTRIES = {**TRANSFORMS, **RECIPES}
 
 # Exported next to the transforms without being transforms themselves.
-NOT_TRANSFORMS = {"data_parallel_specs", "pairs_by_name", "unit_norm"}
+NOT_TRANSFORMS = {"data_parallel_specs", "pairs_by_name", "state_specs", "unit_norm"}

@@ -32,4 +32,4 @@ from .residual import (
     subspace_adam as subspace_adam,
     subtrack as subtrack,
 )
-from .rotation import soap as soap
+from .rotation import psgd as psgd, soap as soap

@@ -48,4 +48,6 @@ from .subspace import (
     project_out as project_out,
     project_updates as project_updates,
     rotate_updates as rotate_updates,
+    scale_by_low_rank_curvature as scale_by_low_rank_curvature,
+    state_specs as state_specs,
 )

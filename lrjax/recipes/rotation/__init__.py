@@ -1,3 +1,4 @@
-"""Optimizers that work in the eigenbasis of their own statistics."""
+"""Optimizers whose preconditioner is fitted: rotated bases, low-rank curvature."""
 
+from .psgd import psgd as psgd
 from .soap import soap as soap

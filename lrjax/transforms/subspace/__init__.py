@@ -23,3 +23,8 @@ from .rotate_updates import (
     Rotation as Rotation,
     rotate_updates as rotate_updates,
 )
+from .scale_by_low_rank_curvature import (
+    ScaleByLowRankCurvatureState as ScaleByLowRankCurvatureState,
+    scale_by_low_rank_curvature as scale_by_low_rank_curvature,
+)
+from .state_specs import state_specs as state_specs
