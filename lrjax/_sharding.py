@@ -64,3 +64,36 @@ def einsum(subscripts: str, *operands: Array) -> Array:
         precision=lax.Precision.HIGHEST,
         out_sharding=_out_sharding(subscripts, operands),
     )
+
+
+def gathered(x: Array) -> Array:
+    """Matrices ``(*b, m, n)`` whole on every device, for what cannot run on a part.
+
+    On an Explicit mesh JAX refuses to decompose a sharded matrix. Batch axes keep their
+    sharding. Elsewhere a no-op: on Auto meshes the compiler gathers by itself.
+    """
+    if not _is_explicit(x):
+        return x
+    spec = jax.typeof(x).sharding.spec
+    return _reshard(x, PartitionSpec(*spec[:-2], None, None))
+
+
+def placed_like(x: Array, like: Array) -> Array:
+    """``x`` in the sharding of an array of the same shape, on an Explicit mesh."""
+    if not _is_explicit(like) and not _is_explicit(x):
+        return x
+    return _reshard(x, jax.typeof(like).sharding.spec)
+
+
+def placed_along(x: Array, like: Array, axes: tuple[int | None, ...]) -> Array:
+    """``x`` with its axis ``k`` sharded as axis ``axes[k]`` of ``like``, or not at all."""
+    if not _is_explicit(like):
+        return x
+    spec = jax.typeof(like).sharding.spec
+    return _reshard(x, PartitionSpec(*(None if a is None else spec[a] for a in axes)))
+
+
+def _reshard(x: Array, spec: PartitionSpec) -> Array:
+    mesh = jax.typeof(x).sharding.mesh
+    same = not mesh.empty and jax.typeof(x).sharding.spec == spec
+    return x if same else jax.sharding.reshard(x, spec)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from .._sharding import einsum
+from .._sharding import einsum, gathered
 from .gram import cholesky, gram, identity_like, working_dtype
 
 
@@ -60,7 +60,7 @@ def orthonormalize(
     largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
     a = a / jnp.where(largest > 0, largest, 1)
     if method == "qr":
-        q, upper = jnp.linalg.qr(a)
+        q, upper = jnp.linalg.qr(gathered(a))
         diagonal = jnp.diagonal(upper, axis1=-2, axis2=-1)
         q = q * jnp.where(diagonal < 0, -1, 1).astype(q.dtype)[..., None, :]
     elif method == "cholesky":

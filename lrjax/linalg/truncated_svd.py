@@ -5,7 +5,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._sharding import einsum
+from .._sharding import einsum, gathered
 from .gram import working_dtype
 from .orthonormalize import orthonormalize
 
@@ -73,7 +73,7 @@ def truncated_svd(
         )
     a = lax.stop_gradient(x).astype(working_dtype(x.dtype))
     if method == "exact":
-        u, s, vt = jnp.linalg.svd(a, full_matrices=False)
+        u, s, vt = jnp.linalg.svd(gathered(a), full_matrices=False)
         return TruncatedSVD(u[..., :rank], s[..., :rank], vt[..., :rank, :].mT)
     if method == "randomized":
         width = min(rank + oversample, m, n)
@@ -89,7 +89,8 @@ def truncated_svd(
         image = orthonormalize(einsum("...mn,...nr->...mr", a, basis))
         basis = orthonormalize(einsum("...mn,...mr->...nr", a, image))
     image = orthonormalize(einsum("...mn,...nr->...mr", a, basis))
-    u, s, vt = jnp.linalg.svd(einsum("...mr,...mn->...rn", image, a), full_matrices=False)
+    small = gathered(einsum("...mr,...mn->...rn", image, a))
+    u, s, vt = jnp.linalg.svd(small, full_matrices=False)
     left = einsum("...mr,...rk->...mk", image, u)
     return TruncatedSVD(left[..., :rank], s[..., :rank], vt[..., :rank, :].mT)
 

@@ -7,7 +7,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._sharding import einsum
+from .._sharding import einsum, gathered
 from ..linalg import orthonormalize, truncated_svd
 from .view import Rank, Side
 
@@ -231,7 +231,7 @@ def gram_eigh(rank: Rank, *, side: Side = "short") -> Basis:
 
 def leading_eigenvectors(g: Array, rank: int) -> Array:
     """The eigenvectors ``(*b, p, r)`` of the largest eigenvalues, in falling order."""
-    return jnp.linalg.eigh(lax.stop_gradient(g))[1][..., ::-1][..., :rank]
+    return jnp.linalg.eigh(lax.stop_gradient(gathered(g)))[1][..., ::-1][..., :rank]
 
 
 def randomized_svd(

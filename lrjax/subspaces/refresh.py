@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .._batching import any_member
-from .._sharding import einsum
+from .._sharding import einsum, placed_along, placed_like
 from .basis import Basis, Dense, Refresh, Rows, squares_along
 from .carry import Carry, Change, Moments
 from .lift import Feedback, Lift
@@ -108,13 +108,30 @@ def init_leaf(loop: Loop, plan: Plan, a: Array, key: PRNGKeyArray) -> LeafState:
     error = ()
     if loop.feedback is not None:
         error = plan.restore(jnp.zeros_like(a, loop.feedback.dtype or a.dtype))
+    oriented = plan.orient(a)
+    basis = loop.basis.init((*held, *oriented.shape[-2:]), plan.rank, a.dtype, key)
     return LeafState(
-        basis=loop.basis.init((*held, *plan.orient(a).shape[-2:]), plan.rank, a.dtype, key),
-        started=jnp.zeros(held, bool),
-        schedule=loop.schedule.init(held),
-        lift=loop.lift.init(a.shape, a.dtype),
+        basis=jax.tree.map(lambda x: _placed(x, oriented, rows=True), basis),
+        started=_placed(jnp.zeros(held, bool), a),
+        schedule=jax.tree.map(lambda x: _placed(x, a), loop.schedule.init(held)),
+        lift=jax.tree.map(lambda x: _placed(x, a), loop.lift.init(a.shape, a.dtype)),
         error=error,
     )
+
+
+def _placed(x: Array, a: Float[Array, "*b p q"], *, rows: bool = False) -> Array:
+    """A state array sharded as steps will leave it, where the mesh is Explicit.
+
+    Batch axes follow those of the gradient, the ``rows`` of a basis the projected axis,
+    and what has the shape of the gradient follows it altogether.
+    """
+    if x.shape == a.shape and not rows:
+        return placed_like(x, a)
+    same = lambda k: k < a.ndim - 2 and x.shape[k] == a.shape[k]
+    axes: list[int | None] = [k if same(k) else None for k in range(x.ndim)]
+    if rows and x.ndim == a.ndim and x.shape[-2] == a.shape[-2]:
+        axes[-2] = a.ndim - 2
+    return placed_along(x, a, tuple(axes))
 
 
 def use_frame(loop: Loop, plan: Plan, state: Any, key: PRNGKeyArray) -> Dense | Rows:
@@ -156,8 +173,10 @@ def _select(mask: Bool[Array, "*b"], new: Any, old: Any) -> Any:
     """``new`` where the mask of the leading axes is true, in the dtype of ``old``."""
 
     def pick(n, o):
-        wide = mask.reshape(*mask.shape, *(1,) * (o.ndim - mask.ndim))
-        return jnp.where(wide, n.astype(o.dtype), o)
+        wide = jnp.broadcast_to(
+            mask.reshape(*mask.shape, *(1,) * (o.ndim - mask.ndim)), o.shape
+        )
+        return jnp.where(placed_like(wide, o), placed_like(n.astype(o.dtype), o), o)
 
     return jax.tree.map(pick, new, old)
 
@@ -271,7 +290,8 @@ def _move(loop, plan, a, leaf, moments, turn, key, take, projected) -> Refreshed
 
 
 def _new_basis(basis: Basis, leaf: LeafState, inputs: Callable[[], tuple]) -> Any:
-    as_held = lambda new: jax.tree.map(lambda n, o: n.astype(o.dtype), new, leaf.basis)
+    like = lambda n, o: placed_like(n.astype(o.dtype), o)
+    as_held = lambda new: jax.tree.map(like, new, leaf.basis)
     refresh = lambda: as_held(basis.refresh(leaf.basis, *inputs()))
     start: Callable | None = basis.start
     if start is None:
