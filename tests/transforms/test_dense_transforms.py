@@ -130,8 +130,10 @@ def test_orthogonal_updates_have_singular_values_one(getkey):
     assert_close(got["head"], g["head"], rtol=0)
     spec = sub.MatrixSpec(rows=(2,), cols=(0, 1))
     tx = lrjax.orthogonalize_updates("svd", where=lambda path, shape: spec)
-    kernel = tx.update(g["w"], tx.init(g))[0].reshape(16, 12)
+    kernel = tx.update(g["w"], tx.init(g["w"]))[0].reshape(16, 12)
     assert_close(kernel, lrjax.linalg.polar(g["w"].reshape(16, 12)), condition=10)
+    with pytest.raises(ValueError, match=r"found no matrix to treat among \['head'\]"):
+        lrjax.orthogonalize_updates().init({"head": g["head"]})
 
 
 def test_orthogonal_updates_after_momentum_are_muon(rollout, noisy, getkey):

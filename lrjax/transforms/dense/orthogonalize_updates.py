@@ -1,18 +1,17 @@
-from collections.abc import Callable
 from typing import Literal
 
 import optax
 
 from ...linalg import polar
-from ...subspaces.view import MatrixSpec, is_hidden_matrix
-from ._layers import map_matrices
+from ...subspaces.view import is_hidden_matrix
+from ..subspace._leaves import Where, choose
 
 
 def orthogonalize_updates(
     method: Literal["cubic", "muon", "polar_express", "gram", "svd"] = "polar_express",
     *,
     steps: int | None = None,
-    where: Callable[[str, tuple[int, ...]], bool | MatrixSpec] = is_hidden_matrix,
+    where: Where = is_hidden_matrix,
 ) -> optax.GradientTransformation:
     """Replace each matrix by its polar factor: all of its singular values become one.
 
@@ -30,6 +29,9 @@ def orthogonalize_updates(
     Returns:
         A stateless optax transform.
 
+    Raises:
+        ValueError: if ``where`` chooses no leaf, or one that is no matrix.
+
     Example:
         >>> import jax.numpy as jnp, lrjax
         >>> tx = lrjax.orthogonalize_updates("svd", where=lambda path, shape: True)
@@ -42,7 +44,21 @@ def orthogonalize_updates(
         K. Jordan et al., "Muon" (2024). Special case: :func:`lrjax.scale_by_smooth_polar`
         with ``beta=0``.
     """
-    orthogonalize = lambda x: polar(x, method=method, steps=steps)
-    return optax.stateless(
-        lambda updates, params: map_matrices(orthogonalize, updates, where)
-    )
+    find = lambda tree: choose("orthogonalize_updates", tree, where)
+
+    def init(params):
+        find(params)
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        del params
+        leaves, values, treedef = find(updates)
+
+        def one(leaf, g):
+            if leaf is None:
+                return g
+            return leaf.restore(polar(leaf.view(g), method=method, steps=steps))
+
+        return treedef.unflatten(map(one, leaves, values)), state
+
+    return optax.GradientTransformation(init, update)

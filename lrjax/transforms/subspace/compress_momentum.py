@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 from ..._sharding import einsum
 from ...linalg import orthonormalize
 from ...linalg.gram import working_dtype
+from ...subspaces.carry import register_roles
 from ...subspaces.view import Rank, is_hidden_matrix
 from ._leaves import Where, choose
 
@@ -26,6 +27,9 @@ class CompressMomentumState(NamedTuple):
 
     buffer: PyTree
     right: PyTree
+
+
+register_roles(CompressMomentumState, first="buffer")
 
 
 def compress_momentum(
