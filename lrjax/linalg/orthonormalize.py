@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from .._sharding import einsum, gathered
+from .._sharding import einsum, gathered, placed_like
 from .gram import cholesky, gram, identity_like, working_dtype
 
 
@@ -63,6 +63,7 @@ def orthonormalize(
         q, upper = jnp.linalg.qr(gathered(a))
         diagonal = jnp.diagonal(upper, axis1=-2, axis2=-1)
         q = q * jnp.where(diagonal < 0, -1, 1).astype(q.dtype)[..., None, :]
+        q = placed_like(q, a)
     elif method == "cholesky":
         q = a
         for shift in CHOLESKY_SHIFTS:

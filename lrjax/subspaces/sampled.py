@@ -6,6 +6,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from .._sharding import gathered
 from ..linalg import orthonormalize
 from .basis import Basis, Dense, Rows
 from .view import Rank, Side
@@ -101,7 +102,8 @@ def rows(
 
     ``"topk"``: the rows of largest norm. ``"uniform"``: any rows, without replacement.
     ``"sampled"``: drawn with replacement with probability ``q_j ∝ ‖a_j‖²`` and scaled by
-    ``1/√(r q_j)``, so that ``E[P Pᵀ] = I``; this one is not orthonormal.
+    ``1/√(r q_j)``, so that ``E[P Pᵀ] = I``; this one is not orthonormal. On Explicit
+    meshes the projected axis must not be sharded: there is no rule for picking from it.
 
     Args:
         rank: see :class:`Basis`.
@@ -193,7 +195,7 @@ def sampled_svd(rank: Rank, *, side: Side = "short") -> Basis:
 
     def refresh(state, a, to):
         del state
-        u, s, _ = jnp.linalg.svd(lax.stop_gradient(a), full_matrices=False)
+        u, s, _ = jnp.linalg.svd(gathered(lax.stop_gradient(a)), full_matrices=False)
         noise = jr.gumbel(to.key, s.shape[-1:], s.dtype)
         noise = noise.reshape((1,) * (s.ndim - 1) + noise.shape)
         tiny = jnp.finfo(s.dtype).tiny

@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
 from .._batching import any_member
-from .._sharding import einsum
+from .._sharding import einsum, gathered, placed_like
 from ..linalg import orthonormalize
 from .basis import Basis, Dense, _dense_init, svd
 from .view import Rank, Side
@@ -203,7 +203,8 @@ def coap(
     def sketch(p, a, to):
         del to
         q = orthonormalize(einsum("...pq,...pr->...qr", a, p))
-        return jnp.linalg.svd(einsum("...pq,...qr->...pr", a, q), full_matrices=False)[0]
+        image = gathered(einsum("...pq,...qr->...pr", a, q))
+        return placed_like(jnp.linalg.svd(image, full_matrices=False)[0], p)
 
     def objective(p, a, momentum):
         error = jnp.mean((_up(p, _down(p, a)) - a) ** 2, axis=(-2, -1))
@@ -274,7 +275,7 @@ def ema_gram(rank: Rank, decay: ArrayLike = 0.95, *, side: Side = "short") -> Ba
 
     def begin(state, a, to):
         del a
-        vectors = jnp.linalg.eigh(state.gram)[1][..., ::-1][..., : to.rank]
+        vectors = jnp.linalg.eigh(gathered(state.gram))[1][..., ::-1][..., : to.rank]
         return state._replace(matrix=vectors)
 
     return Basis(

@@ -4,7 +4,9 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -51,3 +53,47 @@ def test_collectives_move_a_small_part_of_the_gradient(shape, spec, limit):
     assert "all-gather" not in text
     if limit:
         assert collective_bytes(text) > 0
+
+
+sub = lrjax.subspaces
+BASES = {
+    "power": sub.power(4),
+    "power(blocks)": sub.power(4, blocks=2),
+    "power(qr)": sub.power(4, blocks=2, method="qr"),
+    "svd": sub.svd(4),
+    "gram_eigh": sub.gram_eigh(4),
+    "randomized_svd": sub.randomized_svd(4),
+    "range_finder": sub.range_finder(4),
+    "random_orthonormal": sub.random_orthonormal(4),
+    "gaussian": sub.gaussian(4),
+    "sampled_svd": sub.sampled_svd(4),
+    "oja": sub.oja(4),
+    "coap": sub.coap(4),
+    "geodesic": sub.geodesic(4),
+    "ema_gram": sub.ema_gram(4),
+}
+
+
+@pytest.mark.parametrize("basis", BASES.values(), ids=BASES.keys())
+def test_every_basis_lives_on_explicit_meshes(basis):
+    """Types tell: JAX tracks shardings in them, so that nothing need be compiled."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    tx = lrjax.project_updates(
+        optax.scale_by_adam(), basis, schedule=sub.every(2, when="after")
+    )
+    specs = {"rows": P("x", None), "both": P("y", "x"), "stack": P("x", None, None)}
+    shapes = {"rows": (16, 32), "both": (32, 16), "stack": (4, 8, 12)}
+    with jax.set_mesh(mesh):
+        grads = {
+            name: jax.ShapeDtypeStruct(
+                shape, jnp.float32, sharding=NamedSharding(mesh, specs[name])
+            )
+            for name, shape in shapes.items()
+        }
+        state = jax.eval_shape(tx.init, grads)
+        updates, after = jax.eval_shape(tx.update, grads, state)
+    shardings = lambda tree: jax.tree.map(
+        lambda x: P(*[None] * x.ndim) if x.sharding is None else x.sharding.spec, tree
+    )
+    assert shardings(after) == shardings(state)
+    assert shardings(updates) == specs

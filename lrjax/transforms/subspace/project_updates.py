@@ -7,6 +7,7 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray, PyTree
 
+from ..._sharding import placed_like
 from ...linalg.gram import working_dtype
 from ...subspaces.basis import Basis
 from ...subspaces.carry import Carry, check_roles, keep, read_moments, write_moments
@@ -211,7 +212,7 @@ def project_updates(
                 error = error + _momentum_error(feedback, losses[i])
                 error = plans[i].restore(error).astype(states[i].error.dtype)
                 states[i] = states[i]._replace(error=error)
-            out[i] = plans[i].restore(steps[i])
+            out[i] = plans[i].restore(placed_like(steps[i], gradients[i]))
         out = [
             u.astype(g.dtype) if hasattr(u, "astype") else u
             for u, g in zip(out, leaves, strict=True)
