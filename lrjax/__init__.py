@@ -45,6 +45,7 @@ from .recipes import (
     grass as grass,
     ldadam as ldadam,
     levenberg_marquardt as levenberg_marquardt,
+    lora_muon as lora_muon,
     loro as loro,
     mofasgd as mofasgd,
     online_subspace_descent as online_subspace_descent,

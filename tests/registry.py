@@ -360,6 +360,14 @@ RECIPES: dict[str, Entry] = {
         gauge="orthogonal",
         setting=True,
     ),
+    "lora_muon": Entry(
+        lrjax.lora_muon,
+        {"learning_rate": 0.1, "damping": 0.0},
+        {"learning_rate": 0.02, "damping": 0.3},
+        descends=True,
+        gauge="any",
+        setting=True,
+    ),
     "loro": Entry(
         lrjax.loro,
         {

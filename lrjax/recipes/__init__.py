@@ -2,6 +2,7 @@
 
 from .factors import (
     levenberg_marquardt as levenberg_marquardt,
+    lora_muon as lora_muon,
     loro as loro,
     opsa as opsa,
     prec_gd as prec_gd,

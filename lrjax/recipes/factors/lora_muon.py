@@ -1,0 +1,72 @@
+import jax
+import optax
+from jaxtyping import ArrayLike
+
+from ..._tree import map_nodes
+from ...linalg import polar
+from ...lowrank import LowRank, is_low_rank
+from ...transforms import scale_by_gram
+
+
+def lora_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    decay: ArrayLike = 0.95,
+    damping: ArrayLike = 1e-3,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon for factor pairs: momentum, whitened by the partner and orthogonalized.
+
+    With the momenta ``M_l (m, r)``, ``M_r (n, r)`` of the gradients of the factors::
+
+        left ← left − ½ η polar(M_l K_r) K_rᵀ       K_r K_rᵀ = (rightᵀright + λI)⁻¹
+        right ← right − ½ η polar(M_r K_l) K_lᵀ     K_l K_lᵀ = (leftᵀleft + λI)⁻¹
+
+    Without damping both halves move the product by matrices with singular values ``η/2``,
+    so that its step has a spectral norm of at most ``η`` to first order, whatever the
+    size of the factors and of the gradient: the learning rate means what it means for
+    Muon on the full matrix. The momenta are those of the factors as they come; without
+    them (``decay=0``) the step does not depend on how the product is split. The steps do
+    not shrink by themselves: let the learning rate fall to zero.
+
+    Args:
+        learning_rate: a number or a schedule.
+        decay: of the momenta.
+        damping: ``λ``, relative to the mean diagonal of the Gram matrix.
+        others: transform of the leaves that are no LowRank nodes; Adam by default.
+
+    Returns:
+        An optax optimizer; ``update`` needs ``params``.
+
+    Raises:
+        ValueError: as :func:`lrjax.scale_by_gram`.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> x = lrjax.LowRank(jnp.array([[3.0], [4.0]]), jnp.array([[2.0]]))
+        >>> grad = lrjax.LowRank(jnp.array([[4.0], [8.0]]), jnp.array([[50.0]]))
+        >>> tx = lrjax.lora_muon(0.1, damping=0.0)
+        >>> step, _ = tx.update(grad, tx.init(x), x)
+        >>> print(jnp.linalg.norm(step.left @ x.right.T, 2).round(4))
+        0.05
+
+    Reference:
+        "LoRA-Muon" (2026), arXiv 2606.12921; K. Jordan et al., "Muon" (2024). Special
+        case: with the identity for ``polar``, :func:`lrjax.scaled_gd`.
+    """
+    pairs = lambda tree: jax.tree.map(is_low_rank, tree, is_leaf=is_low_rank)
+    rest = lambda tree: jax.tree.map(lambda is_pair: not is_pair, pairs(tree))
+    return optax.chain(
+        # The momentum would refuse a node without one of its factors in other words.
+        optax.stateless(lambda updates, _: map_nodes(lambda node: node, updates)),
+        optax.masked(optax.trace(decay), pairs),
+        scale_by_gram(damping, phi=_half_polar),
+        optax.masked(optax.scale_by_adam() if others is None else others, rest),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _half_polar(x: LowRank) -> LowRank:
+    # By r × r matrices alone, so that tall factors may be sharded.
+    half = lambda factor: 0.5 * polar(factor, method="gram")
+    return LowRank(half(x.left), half(x.right))
