@@ -8,6 +8,7 @@ from .isometry import (
 )
 from .completion import (
     CompletionFit as CompletionFit,
+    alternating_least_squares as alternating_least_squares,
     fit_completion as fit_completion,
 )
 from .losses import (

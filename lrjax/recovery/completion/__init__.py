@@ -1,3 +1,6 @@
 """Complete a low-rank matrix from some of its entries."""
 
+from .alternating_least_squares import (
+    alternating_least_squares as alternating_least_squares,
+)
 from .fit_completion import CompletionFit as CompletionFit, fit_completion as fit_completion

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from ..._sharding import einsum
 from .grouped import Block, Grouped, Reduce, identity, scan_rows
+from .normal_equations import Weigh, contract, inverse_root, normal_equations
 
 
 FREEDOM = 2.0  # degrees of freedom of the robust noise: it stands a third of gross errors
@@ -50,16 +51,9 @@ class Regression(NamedTuple):
     weight: Float[Array, ""]
 
 
-def contract(subscripts: str, *operands: Array) -> Array:
-    """An einsum of blocks, which are local to their device."""
-    return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST)
-
-
-def weights(residual: Array, noise: Array, robust: bool) -> Array:
-    """How much residuals count: Student's t discounts those far beyond the noise."""
-    if not robust:
-        return jnp.ones_like(residual)
-    return (FREEDOM + 1) / (FREEDOM + residual * residual / noise)
+def student_weights(noise: Float[Array, ""]) -> Weigh:
+    """How much residuals count if some are far beyond the noise: as Student's t has it."""
+    return lambda residual: (FREEDOM + 1) / (FREEDOM + residual * residual / noise)
 
 
 def regress(
@@ -70,7 +64,7 @@ def regress(
     spread: Float[Array, "d d"],
     noise: Float[Array, ""],
     *,
-    robust: bool,
+    weigh: Weigh | None,
     combine: Reduce = identity,
 ) -> tuple[Float[Array, "m d"], Regression]:
     """The posterior of every row of a factor, its prior covariance being the identity.
@@ -82,22 +76,16 @@ def regress(
     """
     m, d = old.shape
     dtype = old.dtype
-    jitter = 4 * d * jnp.finfo(dtype).eps
     one = jnp.eye(d, dtype=dtype)
     padded = jnp.pad(old, ((0, 1), (0, 0)))
 
     def work(sums: Regression, block: Block):
         start = padded[block.rows]
-        sums_of_rows = _normal_equations(block, start, noise, robust)
+        sums_of_rows = normal_equations(block, start, weigh)
         g, b, weight, squares = jax.tree.map(combine, sums_of_rows)
         a = g + weight[:, None, None] * spread[None] + noise * one[None]
         shrink = weight[:, None] * (start @ spread) + noise * (start - mean[None, :])
-        scale = lax.rsqrt(jnp.diagonal(a, axis1=1, axis2=2))
-        a = a * scale[:, :, None] * scale[:, None, :] + jitter * one[None]
-        eye = jnp.broadcast_to(one[None], a.shape)
-        lower = lax.linalg.cholesky(a)
-        root = lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
-        root = root * scale[:, None, :]
+        root = inverse_root(a)
         change = contract("bkr,bk->br", root, contract("bkr,br->bk", root, b - shrink))
         real = ((block.rows < m) & (weight > 0)).astype(dtype)
         new = start + change
@@ -119,27 +107,6 @@ def regress(
     start = Regression(square, square, zero, zero, zero)
     sums, new = scan_rows(work, start, entries, vectors)
     return new, sums
-
-
-def _normal_equations(block: Block, start: Array, noise: Array, robust: bool):
-    """``Σ w v vᵀ``, ``Σ w e v``, ``Σ w`` and ``Σ w e²`` of each row of a block."""
-    size, d = start.shape
-    dtype = start.dtype
-
-    def add(sums, slab):
-        e = slab.values - contract("bwr,br->bw", slab.vectors, start)
-        w = jnp.where(slab.seen, weights(e, noise, robust), 0)
-        weighted = slab.vectors * w[..., None] if robust else slab.vectors
-        new = (
-            contract("bwr,bws->brs", weighted, slab.vectors),
-            contract("bwr,bw->br", weighted, e),
-            jnp.sum(w, axis=1),
-            jnp.sum(w * e * e, axis=1),
-        )
-        return tuple(a + b for a, b in zip(sums, new, strict=True))
-
-    shapes = ((size, d, d), (size, d), (size,), (size,))
-    return block.fold(add, tuple(jnp.zeros(shape, dtype) for shape in shapes))
 
 
 def whiten(this: Side, other: Side, moment: Float[Array, "d d"]) -> tuple[Side, Side]:

@@ -15,7 +15,7 @@ from ...linalg import gram, orthonormalize
 from ...linalg.gram import working_dtype
 from ...lowrank import LowRank
 from ..operators import Entries
-from .bayes import Side, regress, weights, whiten
+from .bayes import Side, regress, student_weights, whiten
 from .grouped import Grouped, Reduce, back_project, group_by_row, identity
 
 
@@ -107,7 +107,8 @@ class CompletionFit(eqx.Module):
         def step(_, u):
             mean, spread = self.prior.mean, self.prior.spread
             noise = self.noise**2
-            return regress(entries, u, mean, basis, spread, noise, robust=self.robust)[0]
+            weigh = student_weights(noise) if self.robust else None
+            return regress(entries, u, mean, basis, spread, noise, weigh=weigh)[0]
 
         start = jnp.broadcast_to(self.prior.mean[None, :], (count, basis.shape[1]))
         u = lax.fori_loop(0, NEW_ROW_STEPS if self.robust else 2, step, start)
@@ -270,7 +271,8 @@ def _scale(values: Array, seen: Array, robust: bool, reduce: Reduce) -> Array:
 
     def step(_, square):
         # Without the floor, mostly zeros would have the scale zero.
-        w = jnp.where(seen, weights(values, jnp.maximum(square, floor), robust), 0)
+        w = student_weights(jnp.maximum(square, floor))(values)
+        w = jnp.where(seen, w, 0)
         return reduce(jnp.sum(w * values * values)) / jnp.maximum(reduce(jnp.sum(w)), 1)
 
     count = jnp.maximum(reduce(jnp.sum(seen, dtype=values.dtype)), 1)
@@ -328,7 +330,7 @@ def _half(entries, this, other, noise, robust, over_this, over_other):
         other.factor,
         other.spread,
         noise,
-        robust=robust,
+        weigh=student_weights(noise) if robust else None,
         combine=over_other,
     )
     sums = jax.tree.map(over_this, sums)

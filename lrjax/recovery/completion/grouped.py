@@ -100,18 +100,23 @@ def scan_rows(
     start: T,
     entries: Grouped,
     vectors: Float[Array, "n r"],
+    *,
+    width: int | None = None,
 ) -> tuple[T, Array]:
     """Call ``work(carry, block) -> (carry, (rows, k))`` on every block of rows.
 
     Needs the memory of one block: ``rows × slab × r`` numbers, whatever the number of
     entries, and whatever ``work`` makes of them.
 
+    ``width`` is the number of entries of each row in a slab.
+
     Returns:
         The last carry, and what was made of each row, in the order of the matrix.
     """
     m, count = len(entries.order), len(entries.cols)
     size = min(ROWS, m)
-    width = min(max(SLABS[0], 1 << (count // (2 * m)).bit_length()), SLABS[1])
+    if width is None:
+        width = min(max(SLABS[0], 1 << (count // (2 * m)).bit_length()), SLABS[1])
     padded = jnp.pad(entries.order, (0, -m % size), constant_values=m)
     starts = jnp.pad(entries.starts, (0, 1), mode="edge")
 
