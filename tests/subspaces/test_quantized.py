@@ -136,7 +136,7 @@ def test_codes_take_a_byte_and_a_scale_for_each_block(pair):
 
 
 def test_carries_see_through_codes(getkey):
-    """Inside the subspace loop, where both moments turn with the basis."""
+    """Inside the subspace loop, where both moments turn with each new basis."""
     g = 1 + jr.normal(getkey(), (4, 6, 40))
     settings = {
         "schedule": sub.always(),
@@ -149,7 +149,7 @@ def test_carries_see_through_codes(getkey):
         coded = lrjax.quantize_state(optax.scale_by_adam(), min_size=1)
         out = []
         for inner in (optax.scale_by_adam(), coded):
-            tx = lrjax.project_updates(inner, sub.power(3, blend=0.9), **settings)
+            tx = lrjax.project_updates(inner, sub.random_orthonormal(5), **settings)
             step = lambda state, g, tx=tx: tx.update(g, state)[::-1]
             out.append(jax.lax.scan(step, tx.init(g[0]), g)[1])
         return out
