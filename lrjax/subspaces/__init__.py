@@ -24,6 +24,7 @@ from .carry import (
     rotate_variance as rotate_variance,
     seeded_reset as seeded_reset,
 )
+from .grow import grow_basis as grow_basis
 from .lift import (
     Feedback as Feedback,
     Lift as Lift,

@@ -10,7 +10,7 @@ import pytest
 import lrjax
 from lrjax import subspaces as sub
 
-from ..helpers import assert_close
+from ..helpers import assert_close, with_spectrum
 from ..subspaces.conftest import noisy as noisy, rollout as rollout
 from ..subspaces.test_loop import FACTORIZATIONS, _primitives
 
@@ -168,6 +168,24 @@ def test_what_is_projected_out_does_nothing_to_its_inputs(getkey):
     free, _ = update(g, optax.tree.set(state, basis=bases(0 * m)))
     assert_close(free, adam)
     assert update._cache_size() == traces
+
+
+def test_grown_bases_hold_the_least_that_is_asked_for(getkey, x64):
+    first = with_spectrum(getkey(), 20, 8, jnp.array([4.0, 2.0, 1.0, 0.1]), jnp.float64)
+    grow = jax.jit(sub.grow_basis)
+    m = grow(jnp.zeros((8, 4)), first, 20.5 / 21.02)
+    assert int(jnp.sum(jnp.any(m != 0, axis=0))) == 3  # two hold 20 of 21.01
+    v = jnp.linalg.svd(first, full_matrices=False)[2][:3].T
+    assert_close(m[:, :3] @ m[:, :3].T, v @ v.T, condition=10)
+    # What is there already counts, and is not touched; no room is no error.
+    assert_close(grow(m, first, 0.9), m, rtol=0)
+    second = with_spectrum(getkey(), 20, 8, jnp.array([3.0, 2.0]), jnp.float64)
+    full = grow(m, jnp.concatenate([first, second]), 1.0)
+    assert_close(full[:, :3], m[:, :3], rtol=0)
+    assert_close(full.T @ full, jnp.eye(4))
+    layer = lrjax.project_out(m)
+    update, _ = layer.update(jnp.ones((5, 8)), layer.init(jnp.ones((5, 8))))
+    assert jnp.max(jnp.abs(update @ m)) < 1e-14
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from .compress_momentum import (
     compress_momentum as compress_momentum,
     data_parallel_specs as data_parallel_specs,
 )
-from .project_out import ProjectOutState as ProjectOutState, project_out as project_out
 from .factored_momentum import (
     FactoredMomentumState as FactoredMomentumState,
     factored_momentum as factored_momentum,
 )
+from .project_out import ProjectOutState as ProjectOutState, project_out as project_out
 from .project_updates import (
     ProjectUpdatesState as ProjectUpdatesState,
     project_updates as project_updates,

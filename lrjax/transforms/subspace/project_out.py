@@ -27,7 +27,8 @@ def project_out(
 
     The bases are part of the state. When a task ends, give the run new ones with
     ``optax.tree.set(state, basis=…)``; zero columns do nothing, so that room for later
-    tasks can be kept and nothing compiles anew.
+    tasks can be kept and nothing compiles anew. :func:`lrjax.subspaces.grow_basis` adds
+    the directions of a task to them.
 
     Args:
         basis: a tree like the parameters, ``None`` where nothing is to be removed; leading
