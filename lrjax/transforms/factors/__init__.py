@@ -3,8 +3,8 @@
 from .add_nuclear_norm import add_nuclear_norm as add_nuclear_norm
 from .on_pairs import Pair as Pair, on_pairs as on_pairs, pairs_by_name as pairs_by_name
 from .rebalance import RebalanceState as RebalanceState, rebalance as rebalance
-from .scale_by_gauss_newton import scale_by_gauss_newton as scale_by_gauss_newton
 from .retract import retract as retract
+from .scale_by_gauss_newton import scale_by_gauss_newton as scale_by_gauss_newton
 from .scale_by_gram import (
     ScaleByGramState as ScaleByGramState,
     scale_by_gram as scale_by_gram,

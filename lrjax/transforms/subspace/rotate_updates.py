@@ -144,13 +144,13 @@ def rotate_updates(
         chosen, leaves, treedef = choose("rotate_updates", updates, where)
         lefts = treedef.flatten_up_to(state.left)
         rights = treedef.flatten_up_to(state.right)
-        mine = [i for i, leaf in enumerate(chosen) if leaf is not None]
+        mine = [(i, leaf) for i, leaf in enumerate(chosen) if leaf is not None]
         gradients = [
             _working(x if leaf is None else leaf.view(x))
             for leaf, x in zip(chosen, leaves, strict=True)
         ]
         rotated = list(gradients)
-        for i in mine:
+        for i, _ in mine:
             rotated[i] = _to_basis(gradients[i], lefts[i], rights[i])
         steps, inner_state = inner.update(
             treedef.unflatten(rotated), state.inner, None, **extra
@@ -161,8 +161,7 @@ def rotate_updates(
         inner_state = jax.tree.map(keep_old, inner_state, state.inner)
         out = [jnp.where(first, 0, u) for u in treedef.flatten_up_to(steps)]
         moments = read_moments(inner_state, treedef)
-        for i in mine:
-            leaf = chosen[i]
+        for i, leaf in mine:
             out[i] = leaf.restore(_from_basis(out[i], lefts[i], rights[i]))
             due = schedule.due((), Turn(state.count, leaf.index, len(mine)))
             lefts[i], rights[i], moments[i] = _refresh(
@@ -171,7 +170,7 @@ def rotate_updates(
         return treedef.unflatten(
             [u.astype(x.dtype) for u, x in zip(out, leaves, strict=True)]
         ), RotateUpdatesState(
-            optax.safe_increment(state.count),
+            jnp.asarray(optax.safe_increment(state.count)),
             write_moments(inner_state, treedef, moments),
             treedef.unflatten(lefts),
             treedef.unflatten(rights),
@@ -192,16 +191,20 @@ def _start(a: Float[Array, "*b p q"]) -> Rotation:
 
 def _to_basis(a: Array, left: Rotation | tuple, right: Rotation | tuple) -> Array:
     """``Q_lᵀ a Q_r``, without the side that is not rotated."""
-    if left:
+    if isinstance(left, Rotation):
         a = einsum("...mk,...mn->...kn", left.basis, a)
-    return einsum("...mn,...nk->...mk", a, right.basis) if right else a
+    return (
+        einsum("...mn,...nk->...mk", a, right.basis) if isinstance(right, Rotation) else a
+    )
 
 
 def _from_basis(a: Array, left: Rotation | tuple, right: Rotation | tuple) -> Array:
     """``Q_l a Q_rᵀ``."""
-    if left:
+    if isinstance(left, Rotation):
         a = einsum("...mk,...kn->...mn", left.basis, a)
-    return einsum("...mk,...nk->...mn", a, right.basis) if right else a
+    return (
+        einsum("...mk,...nk->...mn", a, right.basis) if isinstance(right, Rotation) else a
+    )
 
 
 class _Side(NamedTuple):
@@ -219,16 +222,16 @@ def _refresh(
     moments: list[Moments],
     decay: ArrayLike,
     first: Bool[Array, ""],
-    due: Bool[Array, ""],
+    due: Bool[Array, ""] | bool,
 ) -> tuple[Rotation | tuple, Rotation | tuple, list[Moments]]:
     """Average the Gram matrices and, on a turn of this leaf, move the bases."""
     a = lax.stop_gradient(a)
     finite = jnp.isfinite(jnp.sum(a, axis=(-2, -1), keepdims=True))
     average = lambda old, new: jnp.where(finite, decay * old + (1 - decay) * new, old)
-    if left:
+    if isinstance(left, Rotation):
         gram = einsum("...mn,...kn->...mk", a, a)
         left = left._replace(gram=average(left.gram, gram))
-    if right:
+    if isinstance(right, Rotation):
         gram = einsum("...mn,...mk->...nk", a, a)
         right = right._replace(gram=average(right.gram, gram))
 
@@ -236,7 +239,10 @@ def _refresh(
         return left, right, moments
 
     def move():
-        sides = [_move(x, first, first | due) if x else _Side(()) for x in (left, right)]
+        turn = lambda x: (
+            _move(x, first, first | due) if isinstance(x, Rotation) else _Side(())
+        )
+        sides = [turn(left), turn(right)]
         carried = [_carry(m, *sides) for m in moments]
         return sides[0].rotation, sides[1].rotation, carried
 

@@ -1,3 +1,5 @@
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -171,7 +173,7 @@ def scale_by_low_rank_curvature(
             for u, x in zip(out, leaves, strict=True)
         ]
         return treedef.unflatten(out), ScaleByLowRankCurvatureState(
-            optax.safe_increment(state.count),
+            jnp.asarray(optax.safe_increment(state.count)),
             *(treedef.unflatten(x) for x in fitted),
             limits=limits,
         )
@@ -217,7 +219,7 @@ def _first_scale(v: list[Array], h: list[Array]) -> Array:
     """The number ``c`` for which ``c² h`` is of the size of ``v``, by fourth moments."""
     largest = _largest(h)
     largest = jnp.where(largest > 0, largest, 1)
-    fourth = lambda x: sum(jnp.sum(y**4) for y in x)
+    fourth = lambda x: _total([jnp.sum(y**4) for y in x])
     ratio = fourth(v) / fourth(_scale(h, 1 / largest))
     return (ratio**0.25 / largest) ** 0.5
 
@@ -246,6 +248,10 @@ def _keys(key: PRNGKeyArray, leaves: list[Any]) -> list[PRNGKeyArray]:
 # Vectors and tall matrices are lists of leaves, so that no leaf is reshaped or moved.
 
 
+def _total(parts: list[Array]) -> Array:
+    return functools.reduce(operator.add, parts)
+
+
 def _axes(x: Array) -> str:
     return "abcdefghijkl"[: x.ndim]
 
@@ -253,14 +259,14 @@ def _axes(x: Array) -> str:
 def _inner(tall: list[Array], x: list[Array]) -> Array:
     """``Tᵀ x (r,)``."""
     pairs = zip(tall, x, strict=True)
-    return sum(einsum(f"{_axes(y)}r,{_axes(y)}->r", t, y) for t, y in pairs)
+    return _total([einsum(f"{_axes(y)}r,{_axes(y)}->r", t, y) for t, y in pairs])
 
 
 def _gram(s: list[Array], t: list[Array]) -> Array:
     """``Sᵀ T (r, r)``."""
     axes = [_axes(x)[1:] for x in s]
     triples = zip(axes, s, t, strict=True)
-    return sum(einsum(f"{axis}r,{axis}s->rs", x, y) for axis, x, y in triples)
+    return _total([einsum(f"{axis}r,{axis}s->rs", x, y) for axis, x, y in triples])
 
 
 def _apply(tall: list[Array], small: Array) -> list[Array]:
@@ -301,7 +307,7 @@ def _scale(x: list[Array], factor: Array) -> list[Array]:
 
 
 def _squares(x: list[Array]) -> Array:
-    return sum(jnp.sum(y**2) for y in x)
+    return _total([jnp.sum(y**2) for y in x])
 
 
 def _norm(x: list[Array]) -> Array:
