@@ -237,6 +237,7 @@ TRANSFORMS: dict[str, Entry] = {
             "where": lambda path, shape: len(shape) >= 2,
         },
         params="stack",
+        setting=True,
     ),
     "amplify_slow": Entry(
         lrjax.amplify_slow,

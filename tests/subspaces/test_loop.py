@@ -127,15 +127,15 @@ def test_a_column_outside_the_basis_is_scaled_like_the_others(getkey):
     outside = p[:, 2:] @ jr.normal(getkey(), (4,))
     g = g.at[:, 1].set(outside).at[:, 3].set(0.0)
     tx = wrap(ADAM, sub.fixed(p[:, :2]), lift=sub.fira())
-    got, _ = tx.update(g, tx.init(g))
+    step = jax.jit(lambda g: tx.update(g, tx.init(g))[0])
+    got = step(g)
     r = p[:, :2].T @ g[:, ::2]
     whole = 2 / jnp.linalg.norm(r)  # two columns of two signs each
     left_out = lambda x: x - p[:, :2] @ (p[:, :2].T @ x)
     assert_close(left_out(got[:, 1]), outside * whole, condition=10)
     assert not got[:, 3].any()
     alone = jnp.zeros_like(g).at[:, 1].set(outside)
-    got, _ = tx.update(alone, tx.init(g))
-    assert jnp.max(jnp.abs(got)) < 2  # a step of Adam in the subspace at most
+    assert jnp.max(jnp.abs(step(alone))) < 2  # a step of Adam in the subspace at most
 
 
 @pytest.mark.parametrize("over", ["channel", "tensor"])

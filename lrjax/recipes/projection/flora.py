@@ -22,7 +22,8 @@ def flora(
     The gradient is divided by Adafactor's factored root mean square and clipped to RMS 1.
     Its momentum lives in a Gaussian subspace drawn from the key, ``C ← b1 C + (1−b1) Pᵀ
     G``, moved to the next one by ``C ← P_newᵀ P_old C``; the update is ``b1 · P C_old +
-    (1−b1) · G``.
+    (1−b1) · G``. The paper's compressed accumulation of microbatches is
+    :func:`lrjax.accumulate_gradients`, around this or any other optimizer.
 
     Args:
         learning_rate: a number or a schedule.

@@ -38,7 +38,7 @@ def galore(
             ``(path, (rows, columns))``.
         refresh_every: the period of the basis.
         scale: factor of the update of projected leaves.
-        method: a full SVD, or the randomized one of GaLore 2.
+        method: a full SVD, or the randomized one: with ``"randomized"`` this is GaLore 2.
         side: the projected axis; see :class:`lrjax.subspaces.Basis`.
         stagger: spread the refreshes of the leaves over the period.
         b1: decay of the first moment.
