@@ -110,14 +110,18 @@ def factored_momentum(
 
 
 def _zero(x: Array, rank: int, key: PRNGKeyArray) -> TruncatedSVD:
-    """A zero momentum with any orthonormal factors."""
+    """A zero momentum with any orthonormal factors, sharded like the rows and columns."""
     *batch, m, n = x.shape
     dtype = working_dtype(x.dtype)
     draw = lambda key, size: jnp.broadcast_to(
         orthonormalize(jr.normal(key, (size, rank), dtype)), (*batch, size, rank)
     )
     left, right = jr.split(key)
-    return TruncatedSVD(draw(left, m), jnp.zeros((*batch, rank), dtype), draw(right, n))
+    zeros = jnp.zeros_like(x, dtype)
+    rows = jnp.sum(zeros, axis=-1, keepdims=True)
+    columns = jnp.sum(zeros, axis=-2, keepdims=True).mT
+    values = jnp.sum(rows, axis=-2) + jnp.zeros((*batch, rank), dtype)
+    return TruncatedSVD(draw(left, m) + rows, values, draw(right, n) + columns)
 
 
 def _step(

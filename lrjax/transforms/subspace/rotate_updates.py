@@ -185,7 +185,9 @@ def _working(x: ArrayLike) -> Array:
 
 
 def _start(a: Float[Array, "*b p q"]) -> Rotation:
-    gram = jnp.zeros_like(a, shape=(*a.shape[:-1], a.shape[-2]))
+    # By a sum, which keeps a sharding of the stack.
+    stack = jnp.sum(a, axis=(-2, -1), keepdims=True)
+    gram = stack + jnp.zeros((*a.shape[:-1], a.shape[-2]), a.dtype)
     return Rotation(gram, identity_like(gram))
 
 

@@ -125,18 +125,18 @@ def scale_by_low_rank_curvature(
     """
     if rank < 1:
         raise ValueError(f"scale_by_low_rank_curvature needs rank >= 1, got {rank}.")
-    base = jr.key(0) if key is None else key
+    base = lambda: jr.key(0) if key is None else key
 
     def init(params):
         leaves, treedef = jax.tree.flatten(params)
         dtypes = [working_dtype(x.dtype) for x in leaves]
         draw = lambda key: [
-            jr.normal(k, (*x.shape, rank), dtype)
+            jr.normal(k, (*x.shape, rank), dtype) + jnp.zeros_like(x, dtype)[..., None]
             for k, x, dtype in zip(_keys(key, leaves), leaves, dtypes, strict=True)
         ]
         # Norms of √0.1: the low-rank part starts small, and not at its fixed point zero.
         start = lambda x: _scale(x, jnp.sqrt(0.1 / _squares(x))) if x else x
-        left, right = (start(draw(k)) for k in jr.split(jr.fold_in(base, 0)))
+        left, right = (start(draw(k)) for k in jr.split(jr.fold_in(base(), 0)))
         ones = [jnp.ones_like(x, t) for x, t in zip(leaves, dtypes, strict=True)]
         return ScaleByLowRankCurvatureState(
             jnp.zeros((), jnp.int32),
@@ -150,7 +150,7 @@ def scale_by_low_rank_curvature(
         g = [x.astype(working_dtype(x.dtype)) for x in leaves]
         factor = Factor(*(treedef.flatten_up_to(x) for x in state[1:4]))
         if pair is None:
-            at = jr.fold_in(jr.fold_in(base, 1), state.count)
+            at = jr.fold_in(jr.fold_in(base(), 1), state.count)
             v = [
                 jr.normal(k, x.shape, x.dtype) for k, x in zip(_keys(at, g), g, strict=True)
             ]
