@@ -37,7 +37,7 @@ def untrained():
     return recovery.geometric_layers(DEPTH, first=0.5 / SIZE, decay=0.6)
 
 
-def train(logs, key, *, steps=80, batch=2, rate=0.05):
+def train(logs, key, *, steps=80, batch=1, rate=0.05):
     """Fresh problems in every step; every layer counts, the last one more."""
     tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
