@@ -2,10 +2,10 @@
 
 The optimizers take turns on the leaves of a transformer, apart and stacked by layer, and on
 one MLP matrix. Median and worst step are given apart; steps on which a basis is refreshed
-by an SVD are timed as such. galore-torch and pytorch-optimizer take their turns in the same
-process if they are installed; their steps include the update of the weights, which ours
-leave to the next program. Set OPENBLAS_NUM_THREADS=1: small factorizations on many threads
-time the threads.
+by an SVD are timed as such. galore-torch and pytorch-optimizer follow in the same process
+if they are installed; their steps include the update of the weights, which ours leave to
+the next program. Set OPENBLAS_NUM_THREADS=1: small factorizations on many threads time the
+threads.
 
 What was tried for subspace_adam, in the order of what it saved on one 512x1376 leaf:
 - one sum of squares of the gradient for the limiter, the guard against zero gradients and
@@ -165,12 +165,19 @@ def measure(model, rank, repeats):
     }
     floor = 2 * 2 * rank * sum(g.size for g in grads.values()) / gemm_rate(grads, rank)
     steps, known = steps_of(grads, rank)
-    seconds = interleaved({name: steady for name, (steady, _) in steps.items()}, repeats)
+    seconds = {}
+    # The torch peers after the others: its threads spin on for a while after each step.
+    for peers in (False, True):
+        turn = {n: steady for n, (steady, _) in steps.items() if (n in known) is not peers}
+        seconds |= interleaved(turn, repeats) if turn else {}
     worst = {}
     for name, (_, refreshing) in steps.items():
         if refreshing is not None:
-            refreshing()
-            worst[name] = statistics.median(timed(refreshing) for _ in range(3))
+            if name not in known:
+                refreshing()  # ours are warm already
+            # With many leaves one step is an average by itself, and takes seconds.
+            times = 3 if len(grads) == 1 else 1
+            worst[name] = statistics.median(timed(refreshing) for _ in range(times))
     worst["lrjax subspace_adam"], usual = slowest_block(steps["lrjax subspace_adam"][0])
     rows = [
         {
