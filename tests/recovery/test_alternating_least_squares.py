@@ -71,24 +71,20 @@ def test_a_sweep_is_the_regression_of_every_row():
     assert float(found.history.loss[0]) == float(problem.loss(start))
 
 
-def test_a_sketch_solved_exactly_is_the_exact_method(x64):
-    problem, _, start = completion(recovery.Huber(0.1), 0.1, dtype=jnp.float64)
-    exact = sweep(problem, start, steps=3, ridge=1e-2)
-    # Groups as wide as the factors: the preconditioner is far from exact.
-    found = sweep(problem, start, steps=3, ridge=1e-2, sketch=4, sketch_tol=1e-12)
-    assert_close(found.x, exact.x, rtol=1e-8)
-
-
-def test_a_rough_sketch_converges_too():
-    problem, start, _ = completion()
-    found = sweep(problem, start, steps=40, sketch=8, sketch_tol=1e-2)
-    assert float(problem.relative_error(found.x)) < 1e-5
+def test_a_sketch_gives_the_exact_method():
+    problem, start, _ = completion(recovery.Huber(0.1), noise=0.1)
+    exact = sweep(problem, start, steps=60, ridge=1e-2).x.materialize()
+    # Groups hardly wider than the factors: the preconditioner is far from exact.
+    found = sweep(problem, start, steps=60, ridge=1e-2, sketch=4, sketch_tol=1e-6)
+    assert_close(found.x.materialize(), exact, rtol=1e-4)
+    rough = sweep(problem, start, steps=60, ridge=1e-2, sketch=4, sketch_tol=0.1)
+    assert_close(rough.x.materialize(), exact, rtol=1e-2)
 
 
 def test_robust_objectives_stand_gross_errors():
     for objective in (recovery.Huber(0.01), recovery.L1()):
         problem, start, _ = completion(objective, outliers=0.05)
-        x = sweep(problem, start, steps=60).x
+        x = sweep(problem, start, steps=60, ridge=0.0).x
         assert float(problem.relative_error(x)) < 0.01
 
 
