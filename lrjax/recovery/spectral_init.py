@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import jax.random as jr
+from jax import lax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
 from .._sharding import einsum
@@ -15,7 +16,8 @@ from .problem import Problem
 Products = tuple[Callable[[Array], Array], Callable[[Array], Array]]
 
 SPREADS = 6.0  # entries further than this many median deviations count as outliers
-SAMPLE = 2048  # rows that column medians are taken from
+SAMPLE = 256  # rows that column medians are taken from
+HALVINGS = 40  # of the range of a column, to find its median
 
 
 def spectral_init(
@@ -123,20 +125,38 @@ def filled(problem: Problem, trim: ArrayLike | None = None) -> Array:
     mask = getattr(problem.operator, "mask", None)
     stride = -(-matrix.shape[0] // SAMPLE)
     sample = matrix[::stride]
-    if mask is not None:
-        sample = jnp.where(mask[::stride], sample, jnp.nan)
-    center = jnp.nan_to_num(jnp.nanmedian(sample, axis=0, keepdims=True))
+    seen = jnp.ones_like(sample, bool) if mask is None else mask[::stride]
+    center = _column_medians(sample, seen)
     distance = jnp.abs(matrix - center)
     if trim is None:
-        spread = jnp.nanmedian(jnp.abs(sample - center), axis=0, keepdims=True)
-        limit = SPREADS * jnp.nan_to_num(spread)
+        limit = SPREADS * _column_medians(distance[::stride], seen)
     else:
-        seen = distance if mask is None else jnp.where(mask, distance, jnp.nan)
-        limit = jnp.nanquantile(seen, 1 - jnp.asarray(trim, matrix.dtype))
+        away = distance if mask is None else jnp.where(mask, distance, jnp.nan)
+        limit = jnp.nanquantile(away, 1 - jnp.asarray(trim, matrix.dtype))
     keep = distance <= limit
     if mask is not None:
         keep = keep & mask
     return jnp.where(keep, matrix, center)
+
+
+def _column_medians(x: Array, seen: Array) -> Array:
+    """``(1, n)``: the medians of what is seen of each column, zero if that is nothing.
+
+    By halving the range: sums over the rows alone, many times faster than sorting them,
+    and no device needs the rows of another.
+    """
+    half = 0.5 * jnp.sum(seen, axis=0, keepdims=True)
+
+    def halve(_, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = 0.5 * low + 0.5 * high
+        below = jnp.sum(seen & (x <= middle), axis=0, keepdims=True) < half
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    low = jnp.min(jnp.where(seen, x, jnp.inf), axis=0, keepdims=True)
+    high = jnp.max(jnp.where(seen, x, -jnp.inf), axis=0, keepdims=True)
+    low, high = lax.fori_loop(0, HALVINGS, halve, (low, high))
+    return jnp.where(half > 0, high, 0)
 
 
 def _basis(x: Array) -> Array:

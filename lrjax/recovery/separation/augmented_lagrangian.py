@@ -5,34 +5,36 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ..._sharding import einsum
-from ...linalg import gram, orthonormalize
+from ...linalg import gram
 
 
-class Separation(NamedTuple):
-    """A matrix taken apart: ``matrix ≈ image @ shrink @ basis.T + sparse``.
+class Parts(NamedTuple):
+    """A matrix taken apart: ``matrix ≈ vectors @ diag(values) @ basis.T + sparse``.
 
     Attributes:
-        image: ``(m, d)``, the cleaned matrix times the basis.
+        vectors: ``(m, d)``, orthonormal where the basis was adapted.
+        values: ``(d,)`` falling: the singular values of the low-rank part, zeros behind
+            its rank; ones where the basis was fixed.
         basis: ``(n, d)`` orthonormal, spans the rows of the low-rank part.
-        sparse: ``(m, n)``, what the low-rank part leaves; anything where not observed.
-        penalty: ``μ`` at the end; singular values were shrunk by ``1/μ``.
+        sparse: ``(m, n)``, zero where the low-rank part explains the matrix or nothing
+            is observed.
         residual: ``‖matrix − low rank − sparse‖ / ‖matrix‖`` at the end.
         steps: iterations made.
     """
 
-    image: Float[Array, "m d"]
+    vectors: Float[Array, "m d"]
+    values: Float[Array, " d"]
     basis: Float[Array, "n d"]
     sparse: Float[Array, "m n"]
-    penalty: Float[Array, ""]
     residual: Float[Array, ""]
     steps: Int[Array, ""]
 
 
 class _State(NamedTuple):
     cleaned: Array
-    multiplier: Array
-    sparse: Array
-    image: Array
+    clipped: Array  # the multiplier in the units of the matrix, Λ/μ
+    vectors: Array
+    values: Array
     basis: Array
     penalty: Array
     residual: Array
@@ -41,7 +43,7 @@ class _State(NamedTuple):
 
 def separate(
     matrix: Float[Array, "m n"],
-    mask: Bool[Array, "m n"] | None,
+    mask: Bool[Array, "m n"],
     start: Float[Array, "m n"],
     basis: Float[Array, "n d"],
     *,
@@ -50,9 +52,8 @@ def separate(
     growth: ArrayLike,
     tol: ArrayLike,
     max_steps: int,
-    shrink: bool = True,
     adapt_basis: bool = True,
-) -> Separation:
+) -> Parts:
     """The inexact augmented Lagrangian of ``min ‖L‖_* + weight · ‖S‖_1, L + S = matrix``.
 
     With the multiplier Λ and the cleaned matrix ``C = matrix − S + Λ/μ``::
@@ -62,80 +63,147 @@ def separate(
         Λ ← μ clip(R, ± weight/μ),   S ← R − Λ/μ,   μ ← growth · μ
 
     Where nothing is observed the clip is to zero: S takes up everything there, and L
-    fills in. No SVD of C: its right singular space is tracked by one warm step of
-    subspace iteration, ``basis ← orth(Cᵀ C basis)``, and the threshold is a ``d × d``
-    matrix. The rows meet only matrix products, so that they may be sharded.
+    fills in. No SVD of C: its leading singular vectors are tracked by :func:`leading`
+    from those of the step before. The rows meet only matrix products and sums, so that
+    they may be sharded. In a step the matrix is read once, L, C and Λ are written once
+    and C is read twice more, by the two products.
 
     Args:
         matrix: what is observed, zeros elsewhere.
-        mask: where it is observed; ``None`` for everywhere.
+        mask: where it is observed.
         start: first guess of C.
         basis: first guess of the right singular vectors, orthonormal.
-        weight: of the sparse part.
+        weight: of the sparse part; may differ by row ``(m, 1)`` or column ``(1, n)``,
+            infinite where there are no errors.
         penalty: first ``μ``, in the units of one over the matrix.
         growth: of μ, above one.
         tol: stop at this relative residual.
         max_steps: at most as many iterations.
-        shrink: if false, L is the plain projection on the basis: the rank is given.
         adapt_basis: if false, the basis is fixed: robust regression of the rows on it.
 
     Returns:
         The parts.
     """
     dtype = matrix.dtype
+    growth = jnp.asarray(growth, dtype)
     size = _norm(matrix)
     size = jnp.where(size > 0, size, 1)
 
+    def limit(penalty: Array) -> Array:
+        return jnp.where(mask, weight / penalty, 0)
+
     def step(state: _State) -> _State:
-        mu = state.penalty
-        image = einsum("mn,nd->md", state.cleaned, state.basis)
-        rows = (
-            einsum("nd,de->ne", state.basis, threshold(image, mu))
-            if shrink
-            else (state.basis)
-        )
-        low_rank = einsum("md,nd->mn", image, rows)
-        rest = matrix - low_rank + state.multiplier / mu
-        limit = weight / mu if mask is None else jnp.where(mask, weight / mu, 0)
-        clipped = jnp.clip(rest, -limit, limit)
-        multiplier = mu * clipped
-        sparse = rest - clipped
-        residual = _norm(multiplier - state.multiplier) / (mu * size)
-        basis = state.basis
+        vectors, values, basis = state.vectors, state.values, state.basis
         if adapt_basis:
-            image_rows = einsum("mn,md->nd", state.cleaned, image)
-            basis = orthonormalize(image_rows, method="cholesky")
-        mu = growth * mu
-        cleaned = matrix - sparse + multiplier / mu
+            vectors, values, basis = leading(state.cleaned, basis)
+            values = jnp.maximum(values - 1 / state.penalty, 0)
+        else:
+            vectors = einsum("mn,nd->md", state.cleaned, basis)
+        low_rank = einsum("md,nd->mn", vectors * values[None, :], basis)
+        before = state.clipped / growth
+        bound = limit(state.penalty)
+        clipped = jnp.clip(matrix - low_rank + before, -bound, bound)
         return _State(
-            cleaned, multiplier, sparse, image, basis, mu, residual, state.steps + 1
+            cleaned=low_rank - before + (1 + 1 / growth) * clipped,
+            clipped=clipped,
+            vectors=vectors,
+            values=values,
+            basis=basis,
+            penalty=growth * state.penalty,
+            residual=_norm(clipped - before) / size,
+            steps=state.steps + 1,
         )
 
     def unfinished(state: _State) -> Bool[Array, ""]:
-        return (state.steps < max_steps) & ~(state.residual <= tol)
+        return (state.steps < max_steps) & (state.residual > tol)  # false for NaN
 
+    width = basis.shape[-1]
     first = _State(
         cleaned=start,
-        multiplier=jnp.zeros_like(matrix),
-        sparse=jnp.zeros_like(matrix),
-        image=einsum("mn,nd->md", start, basis),
+        clipped=jnp.zeros_like(matrix),
+        vectors=einsum("mn,nd->md", jnp.zeros_like(matrix), basis),
+        values=jnp.zeros(width, dtype) if adapt_basis else jnp.ones(width, dtype),
         basis=basis,
         penalty=jnp.asarray(penalty, dtype),
         residual=jnp.asarray(jnp.inf, dtype),
         steps=jnp.zeros((), jnp.int32),
     )
     end = lax.while_loop(unfinished, step, first)
-    image = einsum("mn,nd->md", end.cleaned, end.basis)
-    return Separation(image, end.basis, end.sparse, end.penalty, end.residual, end.steps)
+    # What was not clipped is explained by L: zero, and not zero up to rounding only.
+    hit = mask & (jnp.abs(end.clipped) > 0.999 * limit(end.penalty / growth))
+    sparse = jnp.where(hit, matrix - end.cleaned + end.clipped / growth, 0)
+    return Parts(end.vectors, end.values, end.basis, sparse, end.residual, end.steps)
 
 
-def threshold(image: Float[Array, "m d"], penalty: ArrayLike) -> Float[Array, "d d"]:
-    """The matrix K with ``image @ K`` = image, its singular values lowered by ``1/μ``."""
-    squares, vectors = jnp.linalg.eigh(gram(image))
-    values = jnp.sqrt(jnp.maximum(squares, 0))
-    kept = values * penalty > 1
-    factors = jnp.where(kept, 1 - 1 / jnp.where(kept, values * penalty, 1), 0)
-    return einsum("dk,k,ek->de", vectors, factors, vectors)
+def leading(
+    matrix: Float[Array, "m n"], basis: Float[Array, "n d"]
+) -> tuple[Float[Array, "m d"], Float[Array, " d"], Float[Array, "n d"]]:
+    """The leading singular triplets, by one step of subspace iteration from a basis.
+
+    With U an orthonormal basis of the columns of ``matrix @ basis``, the SVD of
+    ``U Uᵀ matrix``. Apart from two products with the matrix it works on ``d × d``
+    matrices.
+
+    Args:
+        matrix: ``(m, n)``.
+        basis: ``(n, d)``, near the right singular vectors and in their order.
+
+    Returns:
+        Left vectors, falling values and right vectors.
+    """
+    image = einsum("mn,nd->md", matrix, basis)
+    columns = einsum("md,de->me", image, _thin_svd(image)[0])
+    rows = einsum("mn,md->nd", matrix, columns)
+    to_right, values, rotation = _thin_svd(rows)
+    left = einsum("md,de->me", columns, rotation)
+    return left, values, einsum("nd,de->ne", rows, to_right)
+
+
+def _thin_svd(x: Array) -> tuple[Array, Array, Array]:
+    """``K, s, W`` with ``x = (x K) diag(s) Wᵀ``, ``x K`` orthonormal; x is only read.
+
+    By the Gram matrix of the columns scaled to unit length, each made orthogonal to those
+    before it: singular values far below ``sqrt(eps) s_1`` survive where the columns are
+    near the singular vectors already and fall in size. What rounding hides gets the value
+    zero and a short column.
+    """
+    squares = gram(x)
+    sizes = jnp.sqrt(jnp.maximum(jnp.diagonal(squares), 0))
+    # Squares of columns that are shorter yet would underflow.
+    sizes = jnp.maximum(sizes, jnp.finfo(x.dtype).eps ** 2 * jnp.max(sizes))
+    sizes = jnp.where(sizes > 0, sizes, 1)
+    upper, inverse = _triangular(squares / sizes[:, None] / sizes[None, :])
+    # x = (x / sizes · inverse) · (upper · sizes)
+    left, values, right = jnp.linalg.svd(upper * sizes[None, :])
+    # A column of zeros has the unit size above, and the value zero here.
+    values = jnp.where(jnp.max(squares) > 0, values, 0)
+    return einsum("de,ef->df", inverse, left) / sizes[:, None], values, right.T
+
+
+def _triangular(g: Array) -> tuple[Array, Array]:
+    """Upper R with ``RᵀR = g``, a matrix of cosines, and its inverse.
+
+    By elimination. A column that the others explain up to rounding has a row of zeros
+    in R, and in the inverse a pivot above the rounding error. LAPACK wakes its threads
+    for matrices as small as these: on a busy machine they wait a hundred times longer
+    for each other than the elimination takes.
+    """
+    d = g.shape[-1]
+    floor = 8 * d * jnp.finfo(g.dtype).eps
+    index = jnp.arange(d)
+
+    def eliminate(i: Array, rows: Array) -> Array:
+        pivot = rows[i, i]
+        below = (index > i) & (pivot > floor)
+        factors = jnp.where(below, rows[:, i] / jnp.maximum(pivot, floor), 0)
+        return rows - factors[:, None] * rows[i][None, :]
+
+    identity = jnp.eye(d, dtype=g.dtype)
+    rows = lax.fori_loop(0, d, eliminate, jnp.concatenate([g, identity], axis=1))
+    pivots = jnp.diagonal(rows)[:, None]
+    roots = jnp.sqrt(jnp.maximum(pivots, floor))
+    upper = jnp.where(pivots > floor, jnp.triu(rows[:, :d]) / roots, 0)
+    return upper, (rows[:, d:] / roots).T
 
 
 def _norm(x: Array) -> Array:

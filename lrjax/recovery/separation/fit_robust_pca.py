@@ -1,19 +1,17 @@
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
+from jax import lax
+from jaxtyping import Array, ArrayLike, Float, Int, Real, Shaped
 
-from ..._sharding import einsum
-from ...linalg import gram, orthonormalize
 from ...linalg.gram import working_dtype
 from ...lowrank import LowRank
-from ..problem import Problem
 from ..problems import robust_pca
-from ..spectral_init import filled, spectral_init
-from .augmented_lagrangian import Separation, separate, threshold
+from ..spectral_init import filled
+from .augmented_lagrangian import Parts, leading, separate
 
 
-GROWTH = 1.5  # of the penalty; 1.2 takes twice the steps for the same errors
+GROWTH = 1.5  # of the penalty; 1.3 takes 1.5 times the steps for the same errors
 WEIGHT = 0.7  # of the nuclear norm, in units of sqrt(observed fraction · longer side)
 WIDEST = 40  # default width where the rank is not given
 NOISE = 20.0  # singular values below NOISE · tol · σ_1 do not count as rank
@@ -23,24 +21,29 @@ class RobustPCAFit(eqx.Module):
     """A matrix taken apart into a low-rank and a sparse part.
 
     Attributes:
-        low_rank: the low-rank part; ``right`` has orthonormal columns, ``left`` is
-            sorted by size, its columns from ``rank`` on are zero.
+        low_rank: the low-rank part; ``right`` has orthonormal columns, the columns of
+            ``left`` fall in size; those of both from ``rank`` on are zero.
         sparse: ``(m, n)``, the gross errors; zero where nothing is observed.
+        values: singular values of all rows seen, by this fit and by those that it is an
+            :meth:`update` of.
         rank: the number of columns in use.
         residual: ``‖matrix − low_rank − sparse‖ / ‖matrix‖`` over what is observed.
         steps: iterations taken.
-        tol: the tolerance of the fit, also that of :meth:`transform`.
+        tol: the tolerance of the fit, also that of what follows from it.
+        weight: the weight of the fit, also that of its updates.
     """
 
     low_rank: LowRank
     sparse: Float[Array, "m n"]
+    values: Float[Array, " r"]
     rank: Int[Array, ""]
     residual: Float[Array, ""]
     steps: Int[Array, ""]
     tol: Float[Array, ""]
+    weight: Float[Array, ""]
 
     def transform(
-        self, rows: Real[Array, "..."], mask: Bool[Array, "..."] | None = None
+        self, rows: Real[ArrayLike, "..."], mask: Shaped[ArrayLike, "..."] | None = None
     ) -> Float[Array, "k r"]:
         """The coordinates of new rows in the basis ``low_rank.right``, robustly.
 
@@ -56,39 +59,81 @@ class RobustPCAFit(eqx.Module):
             ``fit.transform(rows) @ fit.low_rank.right.T``.
 
         Raises:
-            ValueError: if the rows have another length than those of the fit.
+            ValueError: if the rows have another length than those of the fit, or the
+                mask another shape than the rows.
         """
-        n = self.low_rank.shape[-1]
-        if rows.ndim != 2 or rows.shape[-1] != n:
-            raise ValueError(
-                f"transform needs rows of shape (k, {n}), as wide as the matrix of the "
-                f"fit; got {rows.shape}."
-            )
-        problem = robust_pca.from_data(_floating(rows), mask)
-        basis = self.low_rank.right
-        basis = jnp.where(jnp.arange(basis.shape[-1])[None, :] < self.rank, basis, 0)
+        matrix, seen = _observed("transform", rows, mask)
+        _check_length("transform", matrix, self.low_rank)
         parts = separate(
-            problem.targets,
-            problem.operator.mask,
-            problem.targets,
-            basis,
+            matrix,
+            seen,
+            matrix,
+            self.low_rank.right,
             weight=1.0,
-            penalty=_first_penalty(_largest_row(problem.targets)),
+            penalty=_first_penalty(jnp.sqrt(jnp.max(jnp.sum(matrix * matrix, axis=-1)))),
             growth=1.2,
             tol=self.tol,
             max_steps=300,
-            shrink=False,
             adapt_basis=False,
         )
-        return parts.image
+        return parts.vectors
+
+    def update(
+        self,
+        rows: Real[ArrayLike, "..."],
+        mask: Shaped[ArrayLike, "..."] | None = None,
+        *,
+        max_steps: int = 100,
+    ) -> "RobustPCAFit":
+        """The fit of more rows of the same matrix: the basis learns, rows may go.
+
+        For matrices larger than memory. What was seen before enters as ``diag(values) @
+        low_rank.right.T``: ``width`` rows without errors, with the same singular values
+        and right vectors. With the new rows below them it is taken apart as the matrix
+        was, so that no more than one batch of rows is ever held. Where all rows fit a
+        rank of ``width``, nothing is lost.
+
+        A second pass over the data gives the coordinates of all rows in the last basis::
+
+            fit = lrjax.fit_robust_pca(first)
+            for rows in rest:
+                fit = fit.update(rows)
+            left = [fit.transform(rows) for rows in batches]
+
+        Args:
+            rows: ``(k, n)``; entries that are not finite count as missing.
+            mask: which entries are observed.
+            max_steps: as in :func:`fit_robust_pca`.
+
+        Returns:
+            A fit with ``low_rank.left`` and ``sparse`` of the new rows alone.
+
+        Raises:
+            ValueError: as :meth:`transform`.
+        """
+        matrix, seen = _observed("update", rows, mask)
+        _check_length("update", matrix, self.low_rank)
+        known = self.values[:, None] * self.low_rank.right.T
+        width = len(self.values)
+        start = _filled(matrix, seen)
+        parts = _take_apart(
+            jnp.concatenate([known, matrix]),
+            jnp.concatenate([jnp.ones_like(known, bool), seen]),
+            jnp.concatenate([known, start]),
+            width,
+            weight=self.weight * _scale(seen),
+            trusted=width,
+            tol=self.tol,
+            max_steps=max_steps,
+        )
+        return _assemble(parts, self.tol, self.weight, skip=width)
 
 
 def fit_robust_pca(
-    matrix: Real[Array, "..."],
+    matrix: Real[ArrayLike, "..."],
     *,
-    mask: Bool[Array, "..."] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
     rank: int | None = None,
-    max_rank: int | None = None,
     weight: ArrayLike = WEIGHT,
     tol: ArrayLike = 1e-6,
     max_steps: int = 100,
@@ -97,33 +142,33 @@ def fit_robust_pca(
 
     Principal component pursuit, ``min w ‖L‖_* + ‖S‖_1`` with ``L + S = matrix`` where
     observed and ``w = weight · sqrt(observed fraction · max(m, n))``, by the inexact
-    augmented Lagrangian on factors of fixed width: two decompositions of ``width ×
-    width`` and ``min(m, n) × width`` matrices an iteration, never an SVD of the matrix.
-    Neither the rank, nor the share of errors, nor their size has to be known.
+    augmented Lagrangian. Its singular vectors are tracked by one step of subspace
+    iteration at a fixed width: three products with thin matrices and decompositions of
+    ``width × width`` matrices an iteration, never an SVD of the matrix. Neither the
+    rank, nor the share of errors, nor their size has to be known.
 
-    Pure: jit it (with ``rank``, ``max_rank``, ``max_steps`` static) and ``vmap`` it
-    over matrices.
+    Pure: jit it (with ``rank`` and ``max_steps`` static) and ``vmap`` it
+    over matrices. Rows sharded over a mesh stay where they are. For a matrix that does
+    not fit the memory see :meth:`RobustPCAFit.update`.
 
     Args:
-        matrix: real ``(m, n)``; entries that are not finite count as missing.
-        mask: true where an entry is observed.
-        rank: the rank, if it is known: then L is the projection on that many singular
-            vectors, which is not biased toward zero.
-        max_rank: the width of the factors where the rank is not given, at least the
-            rank to be found; by default 40 or the shorter side.
+        matrix: real ``(m, n)``; integers count as float32. Entries that are not finite
+            count as missing, also whole rows and columns: their low-rank part is zero.
+        mask: boolean, true where an entry is observed.
+        rank: the width of the factors: the rank, if it is known, or anything above it;
+            by default 40 or the shorter side.
         weight: of the nuclear norm. Exactly low-rank data are recovered for a range of
             weights; on real data more weight means a lower rank.
         tol: stop when low-rank and sparse part explain the observed matrix to this
             relative residual.
-        max_steps: at most as many iterations; the default takes a residual of 1 far
-            below the rounding error of float32.
+        max_steps: at most as many iterations; 20 to 40 are usual.
 
     Returns:
         A :class:`RobustPCAFit`.
 
     Raises:
-        ValueError: for a matrix without entries or axes, a mask of another shape, a
-            rank out of range, or both ``rank`` and ``max_rank``.
+        ValueError: for a matrix without entries or axes or with complex ones, a mask of
+            another shape or that is not boolean, or a rank out of range.
 
     Example:
         >>> import jax, lrjax
@@ -138,107 +183,139 @@ def fit_robust_pca(
         multiplier method for exact recovery of corrupted low-rank matrices" (2010),
         arXiv 1009.5055.
     """
-    width = _check_fit(matrix, rank, max_rank)
-    m, n = matrix.shape
-    if m < n:
-        flipped = fit_robust_pca(
-            matrix.T,
-            mask=None if mask is None else mask.T,
-            rank=rank,
-            max_rank=max_rank,
-            weight=weight,
-            tol=tol,
-            max_steps=max_steps,
-        )
-        return _transpose(flipped)
-    problem = robust_pca.from_data(_floating(matrix), mask)
-    basis, largest = _first_basis(problem, width)
-    observed = jnp.mean(problem.operator.mask, dtype=problem.targets.dtype)
-    scale = jnp.sqrt(jnp.maximum(observed, 1 / (m * n)) * m)
-    parts = separate(
-        problem.targets,
-        problem.operator.mask,
-        filled(problem),
-        basis,
-        weight=1 / (jnp.asarray(weight, scale.dtype) * scale),
-        penalty=_first_penalty(largest),
-        growth=GROWTH,
+    matrix, seen = _observed("fit_robust_pca", matrix, mask)
+    tol, weight = jnp.asarray(tol, matrix.dtype), jnp.asarray(weight, matrix.dtype)
+    parts = _take_apart(
+        matrix,
+        seen,
+        _filled(matrix, seen),
+        _width(matrix.shape, rank),
+        weight=weight * _scale(seen),
         tol=tol,
         max_steps=max_steps,
-        shrink=rank is None,
     )
-    return _assemble(problem, parts, jnp.asarray(tol, scale.dtype), rank is None)
+    return _assemble(parts, tol, weight)
 
 
-def _check_fit(matrix: Array, rank: int | None, max_rank: int | None) -> int:
-    """Refuse what cannot be fitted; the width of the factors."""
+def _observed(
+    method: str, matrix: ArrayLike, mask: ArrayLike | None
+) -> tuple[Array, Array]:
+    """Zeros for what is not observed, and the mask of what is."""
+    matrix = jnp.asarray(matrix)
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ValueError(
-            f"fit_robust_pca needs a matrix (m, n) with entries, got shape {matrix.shape}. "
+            f"{method} needs a matrix (m, n) with entries, got shape {matrix.shape}. "
             "For several matrices at once use jax.vmap."
         )
-    if rank is not None and max_rank is not None:
-        raise ValueError("give rank (it is known) or max_rank (it is not), not both.")
-    short = min(matrix.shape)
-    width = rank if rank is not None else max_rank
-    if width is None:
-        return min(WIDEST, short)
-    if not 1 <= width <= short:
-        name = "rank" if rank is not None else "max_rank"
+    if jnp.iscomplexobj(matrix):
+        raise ValueError(f"{method} needs a real matrix, got {matrix.dtype}.")
+    if mask is not None and jnp.asarray(mask).dtype != bool:
         raise ValueError(
-            f"{name} must be between 1 and {short} for a matrix of shape "
-            f"{matrix.shape}, got {width}."
+            f"the mask must be boolean, true where an entry is observed; got "
+            f"{jnp.asarray(mask).dtype}. Convert it with mask.astype(bool)."
         )
-    return width
+    dtype = working_dtype(jnp.result_type(matrix.dtype, jnp.float32))
+    mask = None if mask is None else jnp.asarray(mask)
+    problem = robust_pca.from_data(matrix.astype(dtype), mask)
+    return problem.targets, problem.operator.mask
 
 
-def _floating(matrix: Array) -> Array:
-    return matrix.astype(working_dtype(jnp.result_type(matrix.dtype, jnp.float32)))
+def _check_length(method: str, rows: Array, fitted: LowRank) -> None:
+    n = fitted.shape[-1]
+    if rows.shape[-1] != n:
+        raise ValueError(
+            f"{method} needs rows of shape (k, {n}), as wide as the matrix of the fit; "
+            f"got {rows.shape}."
+        )
 
 
-def _first_basis(problem: Problem, width: int) -> tuple[Array, Array]:
-    """Right singular vectors of the filled matrix and its largest singular value."""
-    start = spectral_init(problem, width, key=jr.key(0), power_iters=2)
-    basis = orthonormalize(start.right, method="cholesky")
-    return basis, jnp.sqrt(jnp.max(jnp.diagonal(gram(filled(problem) @ basis))))
+def _width(shape: tuple[int, ...], rank: int | None) -> int:
+    """The width of the factors."""
+    short = min(shape)
+    if rank is None:
+        return min(WIDEST, short)
+    if not 1 <= rank <= short:
+        raise ValueError(
+            f"rank must be between 1 and {short} for a matrix of shape {shape}, got {rank}."
+        )
+    return rank
+
+
+def _scale(mask: Array) -> Array:
+    """The natural scale of the weight, ``sqrt(observed fraction · longer side)``."""
+    share = jnp.mean(mask, dtype=jnp.float32)
+    return jnp.sqrt(jnp.maximum(share, 1 / mask.size) * max(mask.shape))
+
+
+def _filled(matrix: Array, mask: Array) -> Array:
+    """Medians over the longer side for outliers and missing entries.
+
+    Zeros where a whole row or column is missing: there the low-rank part stays zero.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        return _filled(matrix.T, mask.T).T
+    start = filled(robust_pca.from_data(matrix, mask))
+    return jnp.where(jnp.any(mask, axis=1, keepdims=True), start, 0)
 
 
 def _first_penalty(largest: Array) -> Array:
     return 1.25 / jnp.where(largest > 0, largest, 1)
 
 
-def _largest_row(rows: Array) -> Array:
-    return jnp.sqrt(jnp.max(jnp.sum(rows * rows, axis=-1)))
+def _take_apart(
+    matrix: Array,
+    mask: Array,
+    start: Array,
+    width: int,
+    *,
+    weight: Array,
+    tol: Array,
+    max_steps: int,
+    trusted: int = 0,
+) -> Parts:
+    """Separate a matrix, the first rows of which are known to be clean.
+
+    With the longer side as rows: the basis that each step computes with is short.
+    """
+    m, n = matrix.shape
+    of_sparse = jnp.where(jnp.arange(m) < trusted, jnp.inf, 1 / weight)[:, None]
+    wide = m < n
+    if wide:
+        matrix, mask, start, of_sparse = matrix.T, mask.T, start.T, of_sparse.T
+    basis = jr.normal(jr.key(0), (min(m, n), width), matrix.dtype)
+    _, values, basis = lax.fori_loop(
+        0, 2, lambda _, found: leading(start, found[-1]), leading(start, basis)
+    )
+    parts = separate(
+        matrix,
+        mask,
+        start,
+        basis,
+        weight=of_sparse,
+        penalty=_first_penalty(values[0]),
+        growth=GROWTH,
+        tol=tol,
+        max_steps=max_steps,
+    )
+    if wide:
+        parts = parts._replace(
+            vectors=parts.basis, basis=parts.vectors, sparse=parts.sparse.T
+        )
+    return parts
 
 
-def _assemble(
-    problem: Problem, parts: Separation, tol: Array, shrink: bool
-) -> RobustPCAFit:
-    image = parts.image
-    if shrink:
-        image = einsum("md,de->me", image, threshold(image, parts.penalty))
-    # Not from the Gram matrix, which cannot resolve values below sqrt(eps) σ_1.
-    triangular = einsum("md,me->de", orthonormalize(image, method="cholesky"), image)
-    _, values, vt = jnp.linalg.svd(triangular)
-    vectors = vt.T
-    used = values > NOISE * tol * values[0]
-    left = einsum("md,de->me", image, jnp.where(used[None, :], vectors, 0))
-    right = einsum("nd,de->ne", parts.basis, vectors)
+def _assemble(parts: Parts, tol: Array, weight: Array, skip: int = 0) -> RobustPCAFit:
+    values = parts.values
+    values = jnp.where(values > NOISE * tol * values[0], values, 0)
+    left = (parts.vectors * values[None, :])[skip:]
+    right = jnp.where(values[None, :] > 0, parts.basis, 0)
     return RobustPCAFit(
         low_rank=LowRank(left, right),
-        sparse=jnp.where(problem.operator.mask, parts.sparse, 0),
-        rank=jnp.sum(used, dtype=jnp.int32),
+        sparse=parts.sparse[skip:],
+        values=values,
+        rank=jnp.sum(values > 0, dtype=jnp.int32),
         residual=parts.residual,
         steps=parts.steps,
         tol=tol,
+        weight=weight,
     )
-
-
-def _transpose(fit: RobustPCAFit) -> RobustPCAFit:
-    """The fit of the transpose, its right factor orthonormal again."""
-    left = fit.low_rank.left
-    sizes = jnp.sqrt(jnp.sum(left * left, axis=0, keepdims=True))
-    used = jnp.arange(left.shape[-1])[None, :] < fit.rank
-    right = jnp.where(used, left / jnp.where(used, sizes, 1), 0)
-    low_rank = LowRank(fit.low_rank.right * jnp.where(used, sizes, 0), right)
-    return RobustPCAFit(low_rank, fit.sparse.T, fit.rank, fit.residual, fit.steps, fit.tol)
