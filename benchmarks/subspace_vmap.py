@@ -4,10 +4,12 @@ Under ``vmap`` a refresh behind ``lax.cond`` on a counter of the state becomes a
 that every member runs its SVD on every step. lrjax un-maps the predicate (``galore``) or
 has none (``subspace_adam``). The same sweep of eight members over ``optax.contrib.galore``
 is timed beside them on matrices of several shapes, per step of all members, refreshes of
-the first step aside. The factor falls as the matrix grows: on a 512x1376 matrix an SVD
-takes some fifty times as long as the two products that every method needs, so that no
-method can be a hundred times faster there; on small ones the SVD is all that counts. The
-bound is set on the smallest shape.
+the first step aside.
+
+Thirty to sixty times is what there is to win. On a 512x1376 matrix an SVD takes some fifty
+times as long as the two products that every method of this kind needs, and eight members
+no longer fit into the cache; on small ones both sides are so fast that passes over the
+moments count. The bound of a hundred, which was asked for, is kept here and missed.
 
 Then the jaxpr of the vmapped update is searched: a method whose refresh has a period must
 not hold an SVD, QR or Cholesky outside a cond.
@@ -26,7 +28,7 @@ import lrjax
 
 MEMBERS, PERIOD = 8, 200
 SHAPES = ((128, 96, 16), (256, 512, 32), (512, 1376, 64))
-BOUND_ON = SHAPES[0]
+BOUND_ON = SHAPES[-1]
 FACTORIZATIONS = ("svd", "qr", "geqrf", "householder_product", "cholesky", "eigh")
 RATES = jnp.logspace(-4, -2, MEMBERS)
 
