@@ -204,8 +204,8 @@ def sketches():
     """Seconds of exact and of sketched sweeps of alternating least squares."""
     rows = []
     for rank in (20, 64):
-        data, _ = entries(1000, 1000, rank, 300_000, noise=0.1)
-        problem = lrjax.matrix_completion.from_data(*data, (1000, 1000))
+        data, _ = entries(500, 500, rank, 100_000, noise=0.1)
+        problem = lrjax.matrix_completion.from_data(*data, (500, 500))
         start = lrjax.spectral_init(problem, rank, key=jr.key(0))
 
         def run(problem, start, sketch=None):
@@ -219,11 +219,11 @@ def sketches():
                 jax.jit(functools.partial(run, sketch=2 * rank)), problem, start
             ),
         }
-        medians = _harness.medians(_harness.interleaved(steps, repeats=3))
+        medians = _harness.medians(_harness.interleaved(steps, repeats=2))
         a, b = (f() for f in steps.values())
         rows.append(
             {
-                "what": f"a sweep of width {rank}, 300 entries a row, with the sort",
+                "what": f"a sweep of width {rank}, 200 entries a row, with the sort",
                 "exact_seconds": medians["exact"],
                 "sketched_seconds": medians["sketched"],
                 "difference": relative_error((a.left, a.right), (b.left, b.right)),
