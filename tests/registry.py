@@ -491,6 +491,8 @@ RECIPES |= {
 }
 
 ENTRIES = {**TRANSFORMS, **RECIPES}
+# What has states and kernels of its own; other recipes are put together from it.
+PARTS = {**TRANSFORMS, **{name: e for name, e in RECIPES.items() if not e.setting}}
 
 # Exported next to the transforms without being transforms themselves.
 NOT_TRANSFORMS = {"data_parallel_specs", "pairs_by_name", "state_specs", "unit_norm"}

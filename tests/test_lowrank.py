@@ -133,7 +133,7 @@ def test_copies_may_hold_anything(getkey):
 )
 def test_refuses_what_is_no_factorization(left, right, error, message):
     # Outside tests nothing checks annotations: call the check itself.
-    from lrjax.lowrank import _check_pair
+    from lrjax.lowrank.nodes import _check_pair
 
     with pytest.raises(error, match=message):
         _check_pair("LowRank", left, right)

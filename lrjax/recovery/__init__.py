@@ -1,15 +1,15 @@
 """Recover low-rank matrices from corrupted, partial or indirect measurements."""
 
+from .completion import (
+    CompletionFit as CompletionFit,
+    alternating_least_squares as alternating_least_squares,
+    fit_completion as fit_completion,
+)
 from .isometry import (
     MixedNormRIP as MixedNormRIP,
     SignRIP as SignRIP,
     mixed_norm_rip as mixed_norm_rip,
     sign_rip as sign_rip,
-)
-from .completion import (
-    CompletionFit as CompletionFit,
-    alternating_least_squares as alternating_least_squares,
-    fit_completion as fit_completion,
 )
 from .losses import (
     L1 as L1,

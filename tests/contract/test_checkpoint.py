@@ -9,10 +9,10 @@ import pytest
 
 from tests.contract.test_every_transform import step
 from tests.helpers import assert_close
-from tests.registry import ENTRIES, PARAMS
+from tests.registry import PARAMS, PARTS
 
 
-@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
+@pytest.mark.parametrize("entry", PARTS.values(), ids=PARTS.keys())
 def test_restored_states_continue_bit_for_bit(entry, tmp_path):
     params = PARAMS[entry.params](jr.key(7), jnp.float32)
     tx = entry.make()

@@ -8,10 +8,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import lrjax
 from tests.helpers import assert_close, random_low_rank
-from tests.registry import ENTRIES
+from tests.registry import PARTS
 
 
-pairs = {name: e for name, e in ENTRIES.items() if e.params == "pairs" and e.shards}
+pairs = {name: e for name, e in PARTS.items() if e.params == "pairs" and e.shards}
 SPECS = lrjax.LowRank(jnp.zeros((16, 2)), jnp.zeros((24, 2)))
 object.__setattr__(SPECS, "left", P("x", None))
 object.__setattr__(SPECS, "right", P("y", None))
