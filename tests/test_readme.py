@@ -44,6 +44,12 @@ def test_second_example_recovers(names):
     assert names["problem"].relative_error(names["solution"].x) < 1e-5
 
 
+def test_third_example_separates(names):
+    assert int(names["fit"].rank) == 3
+    error = names["fit"].low_rank.materialize() - names["clean"]
+    assert np.linalg.norm(error) < 1e-3 * np.linalg.norm(names["clean"])
+
+
 def test_quick_start_is_short():
     lines = [line for line in BLOCKS[0].splitlines() if line.strip()]
     assert len(lines) <= 36
