@@ -1,14 +1,28 @@
 """Which subspace an optimizer works in, when it moves, and what becomes of the rest."""
 
-from .basis import (
+from .bases import (
     Basis as Basis,
+    Codes as Codes,
     Dense as Dense,
     Refresh as Refresh,
     Rows as Rows,
+    coap as coap,
+    decode as decode,
+    ema_gram as ema_gram,
+    encode as encode,
     fixed as fixed,
+    gaussian as gaussian,
+    geodesic as geodesic,
     gram_eigh as gram_eigh,
+    oja as oja,
+    power as power,
+    quantized as quantized,
+    random_orthonormal as random_orthonormal,
     randomized_svd as randomized_svd,
     range_finder as range_finder,
+    rows as rows,
+    sampled_svd as sampled_svd,
+    shared as shared,
     svd as svd,
     switch as switch,
 )
@@ -24,7 +38,9 @@ from .carry import (
     rotate_variance as rotate_variance,
     seeded_reset as seeded_reset,
 )
-from .grow import grow_basis as grow_basis
+from .grow import (
+    grow_basis as grow_basis,
+)
 from .lift import (
     Feedback as Feedback,
     Lift as Lift,
@@ -39,19 +55,6 @@ from .lift import (
     sampled_residual as sampled_residual,
     sign_residual as sign_residual,
 )
-from .power import power as power
-from .quantized import (
-    Codes as Codes,
-    decode as decode,
-    encode as encode,
-    quantized as quantized,
-)
-from .sampled import (
-    gaussian as gaussian,
-    random_orthonormal as random_orthonormal,
-    rows as rows,
-    sampled_svd as sampled_svd,
-)
 from .schedule import (
     Schedule as Schedule,
     Turn as Turn,
@@ -60,13 +63,8 @@ from .schedule import (
     every as every,
     external as external,
 )
-from .shared import shared as shared
-from .sparse import sparse_residual as sparse_residual
-from .tracking import (
-    coap as coap,
-    ema_gram as ema_gram,
-    geodesic as geodesic,
-    oja as oja,
+from .sparse import (
+    sparse_residual as sparse_residual,
 )
 from .view import (
     MatrixSpec as MatrixSpec,

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from .._sharding import einsum
-from .quantized import Codes, decode, encode_like
+from .bases.quantized import Codes, decode, encode_like
 
 
 class Moments(NamedTuple):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from .basis import Dense, Rows, squares_along
+from .bases.basis import Dense, Rows, squares_along
 
 
 class Projected(NamedTuple):

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .._batching import any_member
 from .._sharding import einsum, placed_along, placed_like
-from .basis import Basis, Dense, Refresh, Rows, squares_along
+from .bases.basis import Basis, Dense, Refresh, Rows, squares_along
 from .carry import Carry, Change, Moments
 from .lift import Feedback, Lift
 from .schedule import Schedule, Turn

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import lrjax
 from lrjax import subspaces as sub
-from lrjax.subspaces.quantized import dither, encode_like
+from lrjax.subspaces.bases.quantized import dither, encode_like
 
 from ..helpers import assert_close, relative_error
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from ...subspaces.bases.quantized import Codes, decode, encode
 from ...subspaces.carry import has_moments, map_moments
-from ...subspaces.quantized import Codes, decode, encode
 
 
 class QuantizeStateState(NamedTuple):

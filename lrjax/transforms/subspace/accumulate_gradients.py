@@ -9,8 +9,8 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from ..._batching import any_member
 from ...linalg.gram import working_dtype
+from ...subspaces.bases.sampled import gaussian
 from ...subspaces.refresh import Plan
-from ...subspaces.sampled import gaussian
 from ...subspaces.view import Rank, Side, is_hidden_matrix, matrix_shape
 from .project_updates import Where, _plan, _working
 

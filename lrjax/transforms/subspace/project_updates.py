@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray, PyTree
 
 from ..._sharding import placed_like
 from ...linalg.gram import working_dtype
-from ...subspaces.basis import Basis
+from ...subspaces.bases.basis import Basis
 from ...subspaces.carry import Carry, check_roles, keep, read_moments, write_moments
 from ...subspaces.lift import Feedback, Lift, Projected, project
 from ...subspaces.refresh import (

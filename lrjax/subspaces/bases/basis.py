@@ -7,9 +7,9 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._sharding import einsum, gathered
-from ..linalg import orthonormalize, truncated_svd
-from .view import Rank, Side
+from ..._sharding import einsum, gathered
+from ...linalg import orthonormalize, truncated_svd
+from ..view import Rank, Side
 
 
 class Dense(NamedTuple):
@@ -347,7 +347,7 @@ def switch(before: Basis, after: Basis, at: Any) -> Basis:
         >>> basis = sub.switch(sub.svd(4), sub.random_orthonormal(4), at=1000)
         >>> tx = lrjax.project_updates(optax.scale_by_adam(), basis)
     """
-    from .._batching import any_member
+    from ..._batching import any_member
 
     if before.frame is not _dense_frame or after.frame is not _dense_frame:
         raise ValueError("switch needs two rules whose state is the basis matrix itself.")

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from .._sharding import einsum
-from ..linalg import orthonormalize
-from ..linalg.orthonormalize import CHOLESKY_SHIFTS, cholesky_pass
+from ..._sharding import einsum
+from ...linalg import orthonormalize
+from ...linalg.orthonormalize import CHOLESKY_SHIFTS, cholesky_pass
+from ..view import Rank, Side
 from .basis import Basis
-from .view import Rank, Side
 
 
 def power(

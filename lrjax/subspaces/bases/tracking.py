@@ -6,11 +6,11 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from .._batching import any_member
-from .._sharding import einsum, gathered, placed_like
-from ..linalg import orthonormalize
+from ..._batching import any_member
+from ..._sharding import einsum, gathered, placed_like
+from ...linalg import orthonormalize
+from ..view import Rank, Side
 from .basis import Basis, Dense, _dense_init, svd
-from .view import Rank, Side
 
 
 def _down(p: Array, a: Array) -> Array:

@@ -6,10 +6,10 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from .._sharding import gathered
-from ..linalg import orthonormalize
+from ..._sharding import gathered
+from ...linalg import orthonormalize
+from ..view import Rank, Side
 from .basis import Basis, Dense, Rows
-from .view import Rank, Side
 
 
 def gaussian(rank: Rank, *, side: Side = "short") -> Basis:

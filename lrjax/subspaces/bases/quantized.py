@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
-from ..linalg.gram import working_dtype
+from ...linalg.gram import working_dtype
 from .basis import Basis, Dense, Refresh, _dense_frame
 
 
