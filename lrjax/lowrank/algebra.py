@@ -167,7 +167,7 @@ def refactor(
     basis = orthonormalize(left)
     small = einsum("...mr,...ms->...rs", basis, left)
     right = einsum("...ns,...rs->...nr", right, small) / scale
-    return LowRank((scale * basis).astype(x.dtype), right.astype(x.dtype))
+    return LowRank((basis * scale).astype(x.dtype), right.astype(x.dtype))
 
 
 def inner(x: LowRank, y: LowRank) -> Float[Array, "*batch"]:

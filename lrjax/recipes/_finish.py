@@ -1,3 +1,5 @@
+from typing import cast
+
 import optax
 from jaxtyping import ArrayLike
 
@@ -9,8 +11,9 @@ def finish(
 ) -> optax.GradientTransformationExtraArgs:
     """Put decoupled weight decay and the learning rate behind a direction."""
     none = isinstance(weight_decay, int | float) and weight_decay == 0
+    weight = cast(optax.ScalarOrSchedule, weight_decay)
     return optax.chain(
         tx,
-        optax.identity() if none else optax.add_decayed_weights(weight_decay),
+        optax.identity() if none else optax.add_decayed_weights(weight),
         optax.scale_by_learning_rate(learning_rate),
     )

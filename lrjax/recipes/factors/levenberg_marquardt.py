@@ -2,7 +2,7 @@ import optax
 from jaxtyping import ArrayLike
 
 from ...transforms import scale_by_gauss_newton
-from ._step import Minimum, step_size
+from ._step import Minimum, known_minimum, step_size
 
 
 def levenberg_marquardt(
@@ -59,8 +59,8 @@ def levenberg_marquardt(
         M. Díaz, L. Jiang, A. Labassi, Levenberg-Marquardt subgradient methods (2025), arXiv
         2509.11486. Special case: ``damping=0`` is the Gauss-Newton subgradient method.
     """
-    known = f_min is not None and not isinstance(f_min, str)
-    if loss_power is not None and not known:
+    known = known_minimum(f_min)
+    if loss_power is not None and known is None:
         raise ValueError(
             "levenberg_marquardt(loss_power=…) needs the smallest loss: pass f_min as a "
             "number, or a geometric damping, optax.exponential_decay(λ, 1, q)."
@@ -70,7 +70,7 @@ def levenberg_marquardt(
             damping,
             relative=relative,
             loss_power=loss_power,
-            f_min=f_min if known else 0.0,
+            f_min=0.0 if known is None else known,
             normalize=f_min is None,
         ),
         step_size(f_min),

@@ -7,7 +7,7 @@ from ...transforms import (
     scale_by_gram,
     unit_norm,
 )
-from ._step import Minimum, step_size
+from ._step import Minimum, known_minimum, step_size
 
 
 def opsa(
@@ -93,16 +93,15 @@ def opsa(
         P. Giampouras, H. Cai, R. Vidal, "OPSA" (2025), arXiv 2410.16826. Special case:
         ``reg = damping = 0`` at the true rank is :func:`lrjax.scaled_subgradient`.
     """
-    polyak = f_min is not None
-    known = polyak and not isinstance(f_min, str)
+    known = known_minimum(f_min)
     return optax.chain(
         add_nuclear_norm(reg),
         scale_by_gram(
             damping,
             relative=relative,
-            phi=None if polyak else unit_norm,
-            loss_power=loss_power if known else None,
-            f_min=f_min if known else 0.0,
+            phi=unit_norm if f_min is None else None,
+            loss_power=None if known is None else loss_power,
+            f_min=0.0 if known is None else known,
         ),
         step_size(f_min),
         optax.scale_by_learning_rate(learning_rate),

@@ -1,3 +1,5 @@
+from typing import cast
+
 import optax
 from jaxtyping import ArrayLike, PRNGKeyArray
 
@@ -57,6 +59,7 @@ def online_subspace_descent(
         rate = lambda count: basis_rate * learning_rate(count)
     else:
         rate = basis_rate * learning_rate
+    rate = cast(optax.ScalarOrSchedule, rate)
     tx = project_updates(
         optax.scale_by_adam(b1, b2, eps),
         sub.oja(rank, optax.adam(rate, b1, b2, eps), penalty=penalty),
