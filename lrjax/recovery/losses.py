@@ -76,7 +76,8 @@ class Huber(Objective):
         return clipped * (r - 0.5 * clipped)
 
     def subgradient(self, r):
-        return jnp.clip(r, -self.width, self.width)
+        width = jnp.asarray(self.width)
+        return jnp.clip(r, -width, width)
 
 
 class Quantile(Objective):

@@ -175,7 +175,7 @@ class Entries(Operator):
 
     @property
     def T(self) -> "Entries":
-        return Entries(self.cols, self.rows, self.dims[::-1])
+        return Entries(self.cols, self.rows, (self.dims[1], self.dims[0]))
 
     def __call__(self, x: LowRank) -> Float[Array, " count"]:
         _check_measured(self, x)
@@ -228,7 +228,7 @@ class Masked(Operator):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.mask.shape[-2:]
+        return self.mask.shape[-2], self.mask.shape[-1]
 
     @property
     def T(self) -> "Masked":
@@ -263,7 +263,7 @@ class Identity(Operator):
 
     @property
     def T(self) -> "Identity":
-        return Identity(self.dims[::-1])
+        return Identity((self.dims[1], self.dims[0]))
 
     def __call__(self, x: LowRank) -> Float[Array, "m n"]:
         _check_measured(self, x)

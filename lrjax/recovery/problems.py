@@ -124,8 +124,8 @@ class matrix_sensing:
                 "matrix_sensing.from_data needs matrices (count, m, n) and y (count,), "
                 f"got shapes {matrices.shape} and {y.shape}."
             )
-        dims = matrices.shape[1:]
-        operator = DenseSensing(matrices.reshape(len(y), -1), dims)
+        count, m, n = matrices.shape
+        operator = DenseSensing(matrices.reshape(count, -1), (m, n))
         return Problem(operator, y, _or_l1(objective))
 
 
@@ -261,7 +261,8 @@ class matrix_completion:
         objective: Objective | None = None,
     ) -> Problem:
         """The problem of given entries ``X[rows, cols] = values``."""
-        operator = Entries(rows, cols, tuple(shape))
+        m, n = shape
+        operator = Entries(rows, cols, (m, n))
         return Problem(operator, values, Squared() if objective is None else objective)
 
 

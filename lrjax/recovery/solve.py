@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -156,13 +156,14 @@ def solve(
         )
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
-    tx = optax.with_extra_args_support(tx)
+    # Any: optax's types do not know nodes.
+    optimizer = cast(Any, optax.with_extra_args_support(tx))
     report = _reporter(steps, callback, progress)
 
     def step(carry: _Carry, index) -> tuple[_Carry, History]:
         x = carry.x
         value, grad = jax.value_and_grad(problem.loss)(x)
-        updates, state = tx.update(grad, carry.state, x, value=value, grad=grad)
+        updates, state = optimizer.update(grad, carry.state, x, value=value, grad=grad)
         relative_step = _relative_move(x, updates)
         record = History(
             loss=value,
@@ -176,10 +177,10 @@ def solve(
         if tol is not None:
             # A NaN compares false, so a member that diverged stops too.
             running = running & (relative_step > tol) & record.finite
-        new = _Carry(optax.apply_updates(x, updates), state, running, carry.taken + 1)
-        return new, record
+        x = cast(LowRank, optax.apply_updates(cast(Any, x), updates))
+        return _Carry(x, state, running, carry.taken + 1), record
 
-    start = _Carry(init, tx.init(init), jnp.array(True), jnp.zeros((), jnp.int32))
+    start = _Carry(init, optimizer.init(init), jnp.array(True), jnp.zeros((), jnp.int32))
     if tol is None:
         end, history = lax.scan(step, start, jnp.arange(steps))
     else:

@@ -69,7 +69,8 @@ class CompletionFit(eqx.Module):
     def predict(self, rows: Int[Array, " k"], cols: Int[Array, " k"]) -> Float[Array, " k"]:
         """The entries ``(rows, cols)`` of the low-rank matrix."""
         _check_entries("predict", rows, cols, rows, self.low_rank.shape)
-        return Entries(rows, cols, self.low_rank.shape)(self.low_rank)
+        m, n = self.low_rank.shape
+        return Entries(rows, cols, (m, n))(self.low_rank)
 
     def transform(
         self,
@@ -243,7 +244,7 @@ def _check_entries(owner, rows, cols, values, shape) -> None:
             )
 
 
-def _check_rank(shape: tuple[int, int], rank: int | None, spread: bool) -> int:
+def _check_rank(shape: tuple[int, ...], rank: int | None, spread: bool) -> int:
     """The width of the factors."""
     short = shape[1] if spread else min(shape)
     if rank is None:

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from jax import lax
@@ -71,7 +71,7 @@ class Block(NamedTuple):
     rows: Int[Array, " rows"]
     first: Int[Array, " rows"]
     counts: Int[Array, " rows"]
-    fold: Callable[[Callable[[T, Slab], T], T], T]
+    fold: Callable[[Callable[[Any, Slab], Any], Any], Any]
 
 
 def group_by_row(

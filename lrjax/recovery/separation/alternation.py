@@ -142,7 +142,8 @@ def alternate(
     else:
         end, record = scan_until_stopped(step, start, steps)
     sparse = rule.sparse(data.rest(end.x), end.state)
-    return Separation(end.x, sparse, *record, end.taken, end.state)
+    residuals, seen = record
+    return Separation(end.x, sparse, residuals, seen, end.taken, end.state)
 
 
 class _Carry(eqx.Module):

@@ -6,7 +6,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Real, Shaped
 
 from ...linalg.gram import working_dtype
 from ...lowrank import LowRank
-from ..problems import robust_pca
+from ..problems import observed_entries, robust_pca
 from ..spectral_init import filled
 from .augmented_lagrangian import Parts, leading, separate
 
@@ -216,8 +216,7 @@ def _observed(
         )
     dtype = working_dtype(jnp.result_type(matrix.dtype, jnp.float32))
     mask = None if mask is None else jnp.asarray(mask)
-    problem = robust_pca.from_data(matrix.astype(dtype), mask)
-    return problem.targets, problem.operator.mask
+    return observed_entries(matrix.astype(dtype), mask)
 
 
 def _check_length(method: str, rows: Array, fitted: LowRank) -> None:

@@ -1,3 +1,5 @@
+from typing import Any, cast
+
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
@@ -91,6 +93,7 @@ def scaled_step(x: LowRank, error: Float[Array, "m n"], rate: ArrayLike) -> LowR
     gradient = LowRank(
         -einsum("mn,nr->mr", error, x.right), -einsum("mn,mr->nr", error, x.left)
     )
-    tx = scaled_gd(rate)
-    updates, _ = tx.update(gradient, tx.init(x), x)
-    return optax.apply_updates(x, updates)
+    tx = scaled_gd(jnp.asarray(rate))
+    node = cast(Any, x)  # optax's types do not know nodes
+    updates, _ = tx.update(cast(Any, gradient), tx.init(node), node)
+    return cast(LowRank, optax.apply_updates(node, updates))
