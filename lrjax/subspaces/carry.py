@@ -220,8 +220,9 @@ def reset() -> Carry:
         ...     optax.trace(0.9), sub.svd(4), carry=sub.reset()
         ... )
     """
+    zeros = lambda x: jax.tree.map(jnp.zeros_like, x)
     return Carry(
-        lambda old, change: Moments(*jax.tree.map(jnp.zeros_like, old[:2]), old.count)
+        lambda old, change: Moments(zeros(old.first), zeros(old.second), old.count)
     )
 
 
@@ -380,8 +381,8 @@ def check_roles(state: PyTree) -> None:
         if isinstance(part, dict):
             for key in part:
                 visit(part[key], f"{name}[{key!r}]")
-        elif isinstance(part, tuple) and hasattr(part, "_fields"):
-            for field in part._fields:
+        elif isinstance(part, tuple) and (fields := getattr(part, "_fields", ())):
+            for field in fields:
                 visit(getattr(part, field), f"{type(part).__name__}.{field}")
         elif isinstance(part, tuple | list):
             for k, x in enumerate(part):

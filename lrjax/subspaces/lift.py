@@ -58,7 +58,7 @@ def project(scale: ArrayLike = 1.0) -> Lift:
         ...     optax.scale_by_adam(), sub.svd(4), lift=sub.project(0.25)
         ... )
     """
-    return Lift(lambda x, state: (scale * x.frame.up(x.step), state))
+    return Lift(lambda x, state: (x.frame.up(x.step) * scale, state))
 
 
 def residual(weight: ArrayLike = 1.0, scale: ArrayLike = 1.0) -> Lift:

@@ -242,7 +242,8 @@ def _loses(loop: Loop, moments: list[Moments]) -> bool:
 
 
 def _move(loop, plan, a, leaf, moments, turn, key, take, projected) -> Refreshed:
-    frame = lambda state: use_frame(loop, plan, state, key)
+    # Any: the frames of one basis are all of one class.
+    frame: Callable[..., Any] = lambda state: use_frame(loop, plan, state, key)
     momentum = next((m.first for m in moments if m.first is not None), None)
     oriented = lambda x: None if x is None else plan.orient(lax.stop_gradient(x))
 

@@ -57,13 +57,13 @@ def shared(
 
         return apply
 
-    def observe(state, a):
-        return base.observe(state, a if a.ndim < -axis else _join(axis)(a))
+    def watch(of):
+        return lambda state, a: of(state, a if a.ndim < -axis else _join(axis)(a))
 
     return base._replace(
         refresh=rule(base.refresh),
         start=None if base.start is None else rule(base.start),
-        observe=None if base.observe is None else observe,
+        observe=None if base.observe is None else watch(base.observe),
         shared_axis=axis,
     )
 
