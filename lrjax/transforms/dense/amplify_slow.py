@@ -69,7 +69,7 @@ def amplify_slow(
     """
     if window is not None and window < 1:
         raise ValueError(f"amplify_slow needs a window of at least one step, got {window}.")
-    count = lambda: jnp.zeros((), jnp.int32)
+    start = lambda: jnp.zeros((), jnp.int32)
     amplified = lambda updates, slow: jax.tree.map(
         lambda g, h: (g + weight * h).astype(g.dtype), updates, slow
     )
@@ -78,28 +78,29 @@ def amplify_slow(
         return lambda p: jnp.zeros((*leading, *p.shape), working_dtype(p.dtype))
 
     def init_average(params):
-        return AmplifySlowState(count(), jax.tree.map(zeros(()), params))
+        return AmplifySlowState(start(), jax.tree.map(zeros(()), params))
 
     def average(updates, state, params=None):
         del params
         kept = jnp.where(state.count > 0, decay, 0)
         mix = lambda g, h: (kept * h + (1 - kept) * g).astype(h.dtype)
         slow = jax.tree.map(mix, updates, state.slow)
-        new = AmplifySlowState(optax.safe_increment(state.count), slow)
+        new = AmplifySlowState(jnp.asarray(optax.safe_increment(state.count)), slow)
         return amplified(updates, slow), new
 
+    if window is None:
+        return optax.GradientTransformation(init_average, average)
+
     def init_window(params):
-        return AmplifySlowWindowState(count(), jax.tree.map(zeros((window,)), params))
+        return AmplifySlowWindowState(start(), jax.tree.map(zeros((window,)), params))
 
     def slide(updates, state, params=None):
         del params
         put = lambda g, old: old.at[state.count % window].set(g.astype(old.dtype))
         recent = jax.tree.map(put, updates, state.recent)
-        new = AmplifySlowWindowState(optax.safe_increment(state.count), recent)
-        full = jnp.where(new.count >= window, 1 / window, 0)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        full = jnp.where(count >= window, 1 / window, 0)
         slow = jax.tree.map(lambda x: full * jnp.sum(x, axis=0), recent)
-        return amplified(updates, slow), new
+        return amplified(updates, slow), AmplifySlowWindowState(count, recent)
 
-    if window is None:
-        return optax.GradientTransformation(init_average, average)
     return optax.GradientTransformation(init_window, slide)

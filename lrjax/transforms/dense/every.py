@@ -69,7 +69,7 @@ def every(
         return EveryState(jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(updates, state, params=None, **extra):
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
 
         def run():
             new, new_state = inner.update(updates, state.inner, params, **extra)

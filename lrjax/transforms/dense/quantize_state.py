@@ -92,7 +92,7 @@ def quantize_state(
 
     def update(updates, state, params=None, **extra):
         updates, new = inner.update(updates, load(state.inner), params, **extra)
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         return updates, QuantizeStateState(count, store(new, count))
 
     return optax.GradientTransformationExtraArgs(init, update)

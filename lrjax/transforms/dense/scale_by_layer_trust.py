@@ -71,6 +71,8 @@ def scale_by_layer_trust(
             return (u * jnp.where(both, ratio, 1)).astype(u.dtype)
 
         scaled = jax.tree.map(scale, updates, params)
-        return scaled, ScaleByLayerTrustState(optax.safe_increment(state.count))
+        return scaled, ScaleByLayerTrustState(
+            jnp.asarray(optax.safe_increment(state.count))
+        )
 
     return optax.GradientTransformation(init, update)

@@ -69,7 +69,7 @@ def scale_by_subset_norm(
         )
 
     def update(updates, state, params=None, **extra):
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         adds_up = jnp.asarray(b2) == 1
         new = jnp.where(adds_up, 1, 1 - b2)
         filled = jnp.where(adds_up, 1, 1 - b2**count)

@@ -82,7 +82,7 @@ def scale_by_gauss_newton(
     def update(updates, state, params=None, *, value: Any = None, **extra):
         del extra
         check_params("scale_by_gauss_newton", params)
-        strength = damping(state.count) if counts else damping
+        strength = damping(state.count) if callable(damping) else damping
         if loss_power is not None:
             check_extra("scale_by_gauss_newton(loss_power=…)", value=value)
             strength = strength * jnp.maximum(value - f_min, 0) ** loss_power

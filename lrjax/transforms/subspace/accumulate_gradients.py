@@ -119,7 +119,7 @@ def accumulate_gradients(
         def wait():
             return jax.tree.map(jnp.zeros_like, updates), state.inner
 
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         out, new = lax.cond(any_member(count % steps == 0), step, wait)
         return out, AccumulateGradientsState(count, treedef.unflatten(sums), new)
 

@@ -159,7 +159,7 @@ def project_updates(
         plans, leaves, treedef = _plan(updates, basis, where)
         count, inner_state = state.count, state.inner
         states = treedef.flatten_up_to(state.leaves)
-        projected = [i for i, plan in enumerate(plans) if plan is not None]
+        projected = {i: plan for i, plan in enumerate(plans) if plan is not None}
         gradients = [
             _working(x) if plan is None else _matrices(plan, x, leaf)
             for plan, x, leaf in zip(plans, leaves, states, strict=True)
@@ -168,8 +168,7 @@ def project_updates(
 
         def refresh_all(inner_state, down):
             moments = read_moments(inner_state, treedef)
-            for i in projected:
-                plan = plans[i]
+            for i, plan in projected.items():
                 turn = Turn(count, plan.leaf, len(projected))
                 states[i], moments[i], losses[i] = refresh_leaf(
                     loop,
@@ -187,8 +186,8 @@ def project_updates(
         if loop.schedule.when == "before":
             inner_state = refresh_all(inner_state, {})
         frames = {
-            i: use_frame(loop, plans[i], states[i].basis, leaf_key(plans[i]))
-            for i in projected
+            i: use_frame(loop, plan, states[i].basis, leaf_key(plan))
+            for i, plan in projected.items()
         }
         down = list(gradients)
         for i in projected:
@@ -197,28 +196,30 @@ def project_updates(
             treedef.unflatten(down), inner_state, None, **extra
         )
         steps = treedef.flatten_up_to(steps)
-        for i in projected:
+        for i, plan in projected.items():
             # The number of the step is folded in after the leaf, as for the bases.
-            at = jr.fold_in(leaf_key(plans[i]), count)
+            at = jr.fold_in(leaf_key(plan), count)
             x = Projected(gradients[i], down[i], steps[i], frames[i], at, count)
             steps[i], lifted = loop.lift.apply(x, states[i].lift)
             states[i] = states[i]._replace(lift=lifted)
         if loop.schedule.when == "after":
             inner_state = refresh_all(inner_state, {i: down[i] for i in projected})
         out = list(steps)
-        for i in projected:
+        for i, plan in projected.items():
             if feedback is not None:
                 error = gradients[i] - frames[i].up(down[i])
                 error = error + _momentum_error(feedback, losses[i])
-                error = plans[i].restore(error).astype(states[i].error.dtype)
+                error = plan.restore(error).astype(states[i].error.dtype)
                 states[i] = states[i]._replace(error=error)
-            out[i] = plans[i].restore(placed_like(steps[i], gradients[i]))
+            out[i] = plan.restore(placed_like(steps[i], gradients[i]))
         out = [
             u.astype(g.dtype) if hasattr(u, "astype") else u
             for u, g in zip(out, leaves, strict=True)
         ]
         return treedef.unflatten(out), ProjectUpdatesState(
-            optax.safe_increment(count), inner_state, treedef.unflatten(states)
+            jnp.asarray(optax.safe_increment(count)),
+            inner_state,
+            treedef.unflatten(states),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
