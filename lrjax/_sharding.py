@@ -66,6 +66,23 @@ def einsum(subscripts: str, *operands: Array) -> Array:
     )
 
 
+def matvec(matrix: Array, vector: Array) -> Array:
+    """``matrix @ vector``, fast also for a batch of vectors under ``vmap``.
+
+    The members of the batch stay the last axis of the result in memory: with them first,
+    where ``einsum`` moves them, the product takes twice the time on CPU. The barrier
+    keeps XLA from folding the transposition that follows into the product.
+    """
+    product = lax.dot_general(
+        matrix,
+        vector,
+        (((1,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        out_sharding=_out_sharding("ks,s->k", (matrix, vector)),
+    )
+    return lax.optimization_barrier(product)
+
+
 def gathered(x: Array) -> Array:
     """Matrices ``(*b, m, n)`` whole on every device, for what cannot run on a part.
 

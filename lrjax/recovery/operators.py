@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .._sharding import einsum
+from .._sharding import einsum, matvec
 from ..lowrank import LowRank
 
 
@@ -84,7 +84,7 @@ class DenseSensing(Operator):
 
     def __call__(self, x: LowRank) -> Float[Array, " count"]:
         _check_measured(self, x)
-        return einsum("ks,s->k", self.rows, x.materialize().reshape(-1))
+        return matvec(self.rows, x.materialize().reshape(-1))
 
     def adjoint_matmul(self, y, v):
         return self.adjoint(y) @ v
