@@ -6,10 +6,10 @@ has none (``subspace_adam``). The same sweep of eight members over ``optax.contr
 is timed beside them on matrices of several shapes, per step of all members, refreshes of
 the first step aside.
 
-Thirty to sixty times is what there is to win. On a 512x1376 matrix an SVD takes some fifty
-times as long as the two products that every method of this kind needs, and eight members
-no longer fit into the cache; on small ones both sides are so fast that passes over the
-moments count. The bound of a hundred, which was asked for, is kept here and missed.
+What there is to win depends on the rank: the SVD costs the same at every rank, the two
+products that every method of this kind needs cost in proportion to it. A hundred times,
+which was asked for, is there at rank 16 and not at rank 64, where the products alone take
+a hundredth of the SVDs. On small matrices passes over the moments count.
 
 Then the jaxpr of the vmapped update is searched: a method whose refresh has a period must
 not hold an SVD, QR or Cholesky outside a cond.
@@ -27,8 +27,8 @@ import lrjax
 
 
 MEMBERS, PERIOD = 8, 200
-SHAPES = ((128, 96, 16), (256, 512, 32), (512, 1376, 64))
-BOUND_ON = SHAPES[-1]
+SHAPES = ((128, 96, 16), (256, 512, 32), (512, 1376, 16), (512, 1376, 64))
+BOUND_ON = SHAPES[-2:]
 FACTORIZATIONS = ("svd", "qr", "geqrf", "householder_product", "cholesky", "eigh")
 RATES = jnp.logspace(-4, -2, MEMBERS)
 
@@ -95,11 +95,11 @@ def main():
             row = {"shape": f"{m}x{n}", "rank": rank, "optimizer": name}
             row |= {"ms": 1e3 * value, "times faster": factor}
             rows.append(row | {"outside a cond": ", ".join(outside[name]) or "none"})
-            if (m, n, rank) == BOUND_ON and name == "lrjax subspace_adam":
+            if (m, n, rank) in BOUND_ON and name == "lrjax subspace_adam":
                 claim = f"{m}x{n}, rank {rank}: {name} faster than optax galore"
                 bounds.append(bound(claim, factor, at_least=100.0))
         for name in ("lrjax galore", "lrjax fira"):
-            claim = f"{m}x{n}: {name}, decompositions outside a cond"
+            claim = f"{m}x{n}, rank {rank}: {name}, decompositions outside a cond"
             bounds.append(bound(claim, len(outside[name]), at_most=0))
     write_results("subspace_vmap", rows, bounds)
 
