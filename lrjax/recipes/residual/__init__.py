@@ -1,4 +1,4 @@
-"""Optimizers that also follow what their subspace leaves out; adam_sn is snsm without one."""
+"""Optimizers that also follow what their subspace leaves out; adam_sn has no subspace."""
 
 from .adam_sn import adam_sn as adam_sn
 from .apollo import apollo as apollo
