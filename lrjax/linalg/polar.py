@@ -70,11 +70,7 @@ def polar(
     """
     if x.shape[-2] < x.shape[-1]:
         return polar(x.mT, method=method, steps=steps).mT
-    if method not in (*NEWTON_SCHULZ, "gram", "svd"):
-        accepted = ", ".join(map(repr, (*NEWTON_SCHULZ, "gram", "svd")))
-        raise ValueError(f"polar method must be one of {accepted}; got {method!r}.")
-    if steps is not None and method not in NEWTON_SCHULZ:
-        raise ValueError(f"polar method {method!r} is not iterative: drop steps={steps}.")
+    check_method(method, steps)
     a = x.astype(working_dtype(x.dtype))
     # Frobenius scaling puts every singular value in [0, 1]; scaling by the largest entry
     # first keeps the squares from overflowing or vanishing.
@@ -113,3 +109,12 @@ def _newton_schulz(x: Array, polynomials, steps: int | None) -> Array:
         p = b * g + c * einsum("...rs,...st->...rt", g, g) if c else b * g
         x = a * x + einsum("...mr,...rs->...ms", x, p)
     return x
+
+
+def check_method(method: str, steps: int | None) -> None:
+    """Refuse methods that :func:`polar` does not know, and steps where there are none."""
+    if method not in (*NEWTON_SCHULZ, "gram", "svd"):
+        accepted = ", ".join(map(repr, (*NEWTON_SCHULZ, "gram", "svd")))
+        raise ValueError(f"polar method must be one of {accepted}; got {method!r}.")
+    if steps is not None and method not in NEWTON_SCHULZ:
+        raise ValueError(f"polar method {method!r} is not iterative: drop steps={steps}.")

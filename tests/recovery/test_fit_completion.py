@@ -248,6 +248,10 @@ def test_bad_arguments_are_refused():
         run(i, i + 2, y, (4, 3))
     with pytest.raises(ValueError, match="at least one"):
         run(i[:0], i[:0], y[:0], (4, 3))
+    with pytest.raises(ValueError, match="one length"):  # lists are taken, too
+        run([0, 1], [0, 1], [1.0], (4, 3))
+    with pytest.raises(TypeError, match=r"integers as rows, got float"):
+        run(y, i, y, (4, 3))
     with pytest.raises(ValueError, match="rank must be between 1 and 3"):
         run(i, i, y, (4, 3), rank=4)
     with pytest.raises(ValueError, match=r"shape \(m, n\)"):

@@ -241,3 +241,8 @@ def test_every_maps_the_parameters_themselves(getkey):
     assert_close(params, truncate(moved), condition=10)
     with pytest.raises(ValueError, match="at least one step"):
         lrjax.every(0, truncate)
+
+
+def test_impossible_ways_to_orthogonalize_are_refused_at_once():
+    with pytest.raises(ValueError, match="polar method 'svd' is not iterative"):
+        lrjax.orthogonalize_updates("svd", steps=3)

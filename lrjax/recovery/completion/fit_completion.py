@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float, Int, Real
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from ..._sharding import einsum
 from ...linalg import gram, orthonormalize
@@ -66,17 +66,19 @@ class CompletionFit(eqx.Module):
     prior: Prior
     robust: bool = eqx.field(static=True)
 
-    def predict(self, rows: Int[Array, " k"], cols: Int[Array, " k"]) -> Float[Array, " k"]:
+    def predict(
+        self, rows: ArrayLike | Sequence[int], cols: ArrayLike | Sequence[int]
+    ) -> Float[Array, " k"]:
         """The entries ``(rows, cols)`` of the low-rank matrix."""
-        _check_entries("predict", rows, cols, rows, self.low_rank.shape)
+        rows, cols, _ = _check_entries("predict", rows, cols, rows, self.low_rank.shape)
         m, n = self.low_rank.shape
         return Entries(rows, cols, (m, n))(self.low_rank)
 
     def transform(
         self,
-        rows: Int[Array, " k"],
-        cols: Int[Array, " k"],
-        values: Real[Array, " k"],
+        rows: ArrayLike | Sequence[int],
+        cols: ArrayLike | Sequence[int],
+        values: ArrayLike | Sequence[float],
         count: int,
     ) -> Float[Array, "count r"]:
         """The coordinates of new rows in the basis ``low_rank.right``.
@@ -100,7 +102,7 @@ class CompletionFit(eqx.Module):
             ValueError: for indices out of range or arrays of different lengths.
         """
         shape = (count, self.low_rank.shape[1])
-        _check_entries("transform", rows, cols, values, shape)
+        rows, cols, values = _check_entries("transform", rows, cols, values, shape)
         rows, cols, values = _observed(rows, cols, values, shape)
         basis = einsum("nr,rs->ns", self.low_rank.right, self.prior.gauge)
         entries = group_by_row(rows, cols, values.astype(basis.dtype), count)
@@ -125,9 +127,9 @@ class _State(NamedTuple):
 
 
 def fit_completion(
-    rows: Int[Array, "..."],
-    cols: Int[Array, "..."],
-    values: Real[Array, "..."],
+    rows: ArrayLike | Sequence[int],
+    cols: ArrayLike | Sequence[int],
+    values: ArrayLike | Sequence[float],
     shape: Sequence[int],
     *,
     rank: int | None = None,
@@ -197,7 +199,7 @@ def fit_completion(
         in the presence of missing values" (2010).
     """
     shape = tuple(shape)
-    _check_entries("fit_completion", rows, cols, values, shape)
+    rows, cols, values = _check_entries("fit_completion", rows, cols, values, shape)
     width = _check_rank(shape, rank, spread=reduce is not None)
     reduce = identity if reduce is None else reduce
     rows, cols, values = _observed(rows, cols, values, shape)
@@ -222,8 +224,9 @@ def fit_completion(
     return _assemble(end, scale, robust, reduce)
 
 
-def _check_entries(owner, rows, cols, values, shape) -> None:
-    """Refuse what are no entries of a matrix of the given shape."""
+def _check_entries(owner, rows, cols, values, shape) -> tuple[Array, Array, Array]:
+    """The entries as arrays; refuse what are none of a matrix of the given shape."""
+    rows, cols, values = (jnp.asarray(x) for x in (rows, cols, values))
     if not (rows.ndim == 1 and rows.shape == cols.shape == values.shape):
         raise ValueError(
             f"{owner} needs vectors rows, cols and values of one length, got shapes "
@@ -234,6 +237,8 @@ def _check_entries(owner, rows, cols, values, shape) -> None:
     if rows.shape[0] == 0:
         raise ValueError(f"{owner} needs at least one observed entry, got none.")
     for name, index, size in zip(("rows", "cols"), (rows, cols), shape, strict=True):
+        if not jnp.issubdtype(index.dtype, jnp.integer):
+            raise TypeError(f"{owner} needs integers as {name}, got {index.dtype}.")
         if isinstance(index, Tracer):
             continue
         least, most = int(jnp.min(index)), int(jnp.max(index))
@@ -242,6 +247,7 @@ def _check_entries(owner, rows, cols, values, shape) -> None:
                 f"{owner} needs {name} in [0, {size}) for a matrix of shape {shape}; got "
                 f"{least} to {most}."
             )
+    return rows, cols, values
 
 
 def _check_rank(shape: tuple[int, ...], rank: int | None, spread: bool) -> int:

@@ -3,6 +3,7 @@ from typing import Literal
 import optax
 
 from ...linalg import polar
+from ...linalg.polar import check_method
 from ...subspaces.view import is_hidden_matrix
 from ..subspace._leaves import Where, choose
 
@@ -30,7 +31,8 @@ def orthogonalize_updates(
         A stateless optax transform.
 
     Raises:
-        ValueError: if ``where`` chooses no leaf, or one that is no matrix.
+        ValueError: for an unknown method; in ``init``, if ``where`` chooses no leaf, or
+            one that is no matrix.
 
     Example:
         >>> import jax.numpy as jnp, lrjax
@@ -44,6 +46,7 @@ def orthogonalize_updates(
         K. Jordan et al., "Muon" (2024). Special case: :func:`lrjax.scale_by_smooth_polar`
         with ``beta=0``.
     """
+    check_method(method, steps)
     find = lambda tree: choose("orthogonalize_updates", tree, where)
 
     def init(params):
