@@ -60,3 +60,8 @@ def pytest_runtest_makereport(item):
 def _free_compiled_programs():
     yield
     jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items):
+    # The long ones first, so that no worker is left alone with one at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
