@@ -1,12 +1,142 @@
 """Low-rank adapters that live outside the model: build, bind, merge, train."""
 
-from ._protocol import Adapter as Adapter, AdapterKind as AdapterKind
-from .adapt import Adapters as Adapters, adapt as adapt
+from . import peft as peft
+from ._layers import LinearSite as LinearSite
+from ._pool import (
+    BasisPool as BasisPool,
+    FactorPool as FactorPool,
+    Pool as Pool,
+    VectorPool as VectorPool,
+)
+from ._quantized import (
+    QuantizedArray as QuantizedArray,
+    register_quantized as register_quantized,
+)
+from ._sites import Site as Site, register_layer as register_layer
+from .adapt import adapt as adapt
+from .as_lora import as_lora as as_lora, change_errors as change_errors
 from .bind import (
     bind as bind,
     detach as detach,
     materialize as materialize,
     merge as merge,
+)
+from .inits_from_data import (
+    activation_statistics as activation_statistics,
+    gradient_statistics as gradient_statistics,
+    ranks_by_variance as ranks_by_variance,
+)
+from .interop import (
+    load_gguf_lora as load_gguf_lora,
+    load_kohya as load_kohya,
+    load_peft as load_peft,
+    read_gguf as read_gguf,
+    save_gguf_lora as save_gguf_lora,
+    save_kohya as save_kohya,
+    save_peft as save_peft,
+)
+from .kinds import (
+    BAT as BAT,
+    IA3 as IA3,
+    NLS as NLS,
+    NOLA as NOLA,
+    OFT as OFT,
+    PMSS as PMSS,
+    SODA as SODA,
+    AdaLoRA as AdaLoRA,
+    Bases as Bases,
+    Biased as Biased,
+    Block as Block,
+    BoRA as BoRA,
+    CapaBoost as CapaBoost,
+    Combination as Combination,
+    Core as Core,
+    DoRA as DoRA,
+    DoTA as DoTA,
+    DyLoRA as DyLoRA,
+    EigenLoRAx as EigenLoRAx,
+    Factors as Factors,
+    Full as Full,
+    FullCopy as FullCopy,
+    Fused as Fused,
+    FusedRows as FusedRows,
+    GraLoRA as GraLoRA,
+    Hadamard as Hadamard,
+    HiRA as HiRA,
+    IncreLoRA as IncreLoRA,
+    Kronecker as Kronecker,
+    LoHa as LoHa,
+    LoKr as LoKr,
+    LoLDU as LoLDU,
+    LoRA as LoRA,
+    LoRASB as LoRASB,
+    LoRAXS as LoRAXS,
+    LoTR as LoTR,
+    Magnitude as Magnitude,
+    MiSS as MiSS,
+    NoRA as NoRA,
+    PoLAR as PoLAR,
+    RandLoRA as RandLoRA,
+    Rotation as Rotation,
+    Scaled as Scaled,
+    Seeded as Seeded,
+    SoRA as SoRA,
+    StelLA as StelLA,
+    SVFit as SVFit,
+    Tensor as Tensor,
+    TiedLoRA as TiedLoRA,
+    TinyLoRA as TinyLoRA,
+    TokenRows as TokenRows,
+    Tucker as Tucker,
+    VeRA as VeRA,
+    WithBias as WithBias,
+    WithMagnitude as WithMagnitude,
+)
+from .kinds.data_starts import (
+    GradientStart as GradientStart,
+    SpectralStart as SpectralStart,
+    StepStart as StepStart,
+    VarianceStart as VarianceStart,
+    WeightedStart as WeightedStart,
+)
+from .kinds.starts import (
+    OrthogonalStart as OrthogonalStart,
+    QRStart as QRStart,
+    SingularStart as SingularStart,
+    SmallStart as SmallStart,
+    Start as Start,
+    ZeroStart as ZeroStart,
+)
+from .kinds.statistic import InputStatistic as InputStatistic
+from .loftq import loftq as loftq
+from .protocol import (
+    Adapter as Adapter,
+    AdapterKind as AdapterKind,
+    Ready as Ready,
+    is_adapter as is_adapter,
+)
+from .quantize import (
+    NF4 as NF4,
+    Int8 as Int8,
+    dequantize as dequantize,
+    quantize as quantize,
+)
+from .ranks import (
+    PruneRanksState as PruneRanksState,
+    ablation_scores as ablation_scores,
+    active_ranks as active_ranks,
+    change_sensitivity as change_sensitivity,
+    drop_ranks as drop_ranks,
+    gates as gates,
+    grow_ranks as grow_ranks,
+    move_ranks as move_ranks,
+    orthogonality as orthogonality,
+    prune_inputs as prune_inputs,
+    prune_ranks as prune_ranks,
+    with_ranks as with_ranks,
+)
+from .tree import (
+    Adapters as Adapters,
+    map_adapters as map_adapters,
     partition as partition,
 )
-from .lora import LoRA as LoRA, LoRAAdapter as LoRAAdapter

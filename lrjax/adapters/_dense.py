@@ -1,16 +1,20 @@
-"""A matrix product that stays one 2-D product under any nesting of ``vmap``.
+"""A matrix product whose weight gradient stays one 2-D product under nested ``vmap``.
 
 Equinox layers take one vector and are vmapped over batch and positions. The gradient of
 the weight then contracts two axes at once, for which XLA on CPU first copies the large
-upstream gradient into another layout. A primitive of its own sees the batch axes come and
-flattens them; on other platforms, where nothing is gained and a reshape could merge
-sharded axes, it lowers to the plain contraction.
+upstream gradient into another layout. Primitives of their own in the derivative see the
+batch axes come and flatten them; on other platforms, where nothing is gained and a
+reshape could merge sharded axes, they lower to the plain contraction.
+
+The product itself is ``lax.dot_general``, so that checkpoint policies and whatever else
+looks for matrix products finds them.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
@@ -23,12 +27,62 @@ def _is_placed(x: Array) -> bool:
 
 
 def dense(x: Float[Array, "... n"], weight: Float[Array, "m n"]) -> Float[Array, "... m"]:
-    """``x @ weight.T`` for an input with any leading axes."""
-    dtype = jnp.result_type(x, weight)
-    x, weight = x.astype(dtype), weight.astype(dtype)
+    """``x @ weight.T`` for an input with any leading axes and a weight that is trained."""
+    x, weight = _promoted(x, weight)
     if _is_placed(x) or _is_placed(weight):
         return _contract(x, weight)
-    return _dense_p.bind(x, weight)
+    return _product(x, weight)
+
+
+def frozen_dense(
+    x: Float[Array, "... n"], weight: Float[Array, "m n"]
+) -> Float[Array, "... m"]:
+    """The same for a weight that gets no gradient: ``lax.dot_general`` and no more.
+
+    Not by ``stop_gradient``: what that gives is no argument of a scanned function any
+    more, so that ``scan`` would keep a copy of every weight for the gradient.
+    """
+    return _frozen_product(*_promoted(x, weight))
+
+
+def _promoted(x, weight):
+    dtype = jnp.result_type(x, weight)
+    return x.astype(dtype), weight.astype(dtype)
+
+
+@jax.custom_jvp
+def _product(x, weight):
+    return _contract(x, weight)
+
+
+def _product_jvp(primals, tangents):
+    (x, weight), (dx, dweight) = primals, tangents
+    # Plain products, not calls of a function: a checkpoint policy does not look into those.
+    y = _contract(x, weight)
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(_contract(dx, weight))
+    if not isinstance(dweight, SymbolicZero):
+        terms.append(_dense_p.bind(x, dweight))
+    return y, sum(terms[1:], terms[0])
+
+
+_product.defjvp(_product_jvp, symbolic_zeros=True)
+
+
+@jax.custom_jvp
+def _frozen_product(x, weight):
+    return _contract(x, weight)
+
+
+def _frozen_product_jvp(primals, tangents):
+    (x, weight), (dx, _) = primals, tangents
+    y = _contract(x, weight)
+    still = isinstance(dx, SymbolicZero)
+    return y, jnp.zeros_like(y) if still else _contract(dx, weight)
+
+
+_frozen_product.defjvp(_frozen_product_jvp, symbolic_zeros=True)
 
 
 def _contract(x, weight):

@@ -1,104 +1,151 @@
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
-import jax
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ._protocol import Adapter
-from ._sites import batch_ndim, map_sites, matrix, replace_matrix, stop_gradient, weight_of
-from .adapt import Adapters, fold_in_path
-
-
-class Bound(eqx.Module):
-    """A layer with its adapter: called like the layer, and with its attributes.
-
-    ``weight`` is the adapted weight, so that code which reads it (tied layers, say) sees
-    what the call uses. No gradient reaches the layer itself.
-    """
-
-    layer: Any
-    adapter: Adapter
-    shared: PyTree
-    key: Any  # a key, or keys (*b,) for stacked layers, or None
-
-    def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
-        """The adapted output; a ``key`` replaces that of :func:`bind` for dropout."""
-        key = self.key if key is None or self.key is None else key
-        return self.adapter.apply(stop_gradient(self.layer), x, self.shared, key)
-
-    @property
-    def weight(self) -> Array:
-        """The adapted weight, dense."""
-        return weight_of(_adapted(stop_gradient(self.layer), self.adapter, self.shared))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in {"layer", "adapter", "shared", "key"}:
-            raise AttributeError(name)
-        return getattr(self.layer, name)
+from .._matrices import path_name
+from ._arrays import array_site
+from ._pool import Held
+from ._quantized import holds_quantized
+from ._sites import (
+    Site,
+    check_reweighted,
+    flat_leaves,
+    is_layer,
+    layer_site,
+    over_stack,
+    reweighted,
+)
+from .adapt import check_used_once, fold_in_path
+from .bound import Bound, adapted, held_pools, is_bound, prepared
+from .protocol import Adapter, Ready, is_partial, with_stopped_gradients
+from .tree import Adapters
 
 
-def _adapted(site: Any, adapter: Adapter, shared: PyTree, path: str = "") -> Any:
-    return replace_matrix(site, lambda base: adapter.weight(base, shared), path)
-
-
-def _check_fits(path: str, site: Any, adapter: Adapter) -> None:
-    leaves = jax.tree.leaves(adapter, is_leaf=lambda x: x is None)
-    if any(leaf is None for leaf in leaves):
-        raise ValueError(
-            f"The adapter at {path!r} is only a part of one: put what lrjax.partition took "
-            "apart together again with eqx.combine(params, frozen)."
+def _map_adapted(
+    f: Callable[[Site, Adapter], Any], model: PyTree, adapters: Adapters
+) -> PyTree:
+    """``f(site, adapter)`` in place of every adapted site."""
+    check_used_once(model, adapters.layers)
+    axes, missing = dict(adapters.axes), dict(adapters.layers)
+    leaves, treedef = flat_leaves(model)
+    new = []
+    for path, leaf in leaves:
+        if path not in missing:
+            new.append(leaf)
+            continue
+        site = (
+            layer_site(path, leaf)
+            if is_layer(leaf)
+            else array_site(path, leaf, lambda path, _: axes.get(path))
         )
-    factors, want = adapter.factors(), matrix(site, path).shape
-    if factors is not None and factors[0].shape != want:
-        raise ValueError(
-            f"The adapter at {path!r} is for a matrix of shape {factors[0].shape}, the "
-            f"layer has {want}: these adapters were made for another model, or have a "
-            "leading axis that jax.vmap must take off first."
-        )
-
-
-def _map_adapted(f: Any, model: PyTree, adapters: Adapters) -> PyTree:
-    """``f(path, site, adapter)`` in place of every adapted site."""
-    missing = dict(adapters.layers)
-
-    def apply(path, site):
-        if path not in adapters.layers:
-            return site
-        adapter = missing.pop(path)
-        _check_fits(path, site, adapter)
-        return f(path, site, adapter)
-
-    new = map_sites(apply, model)
+        new.append(f(site, fitting(site, missing.pop(path))))
     if missing:
         raise ValueError(
             f"The model has no layer at {sorted(missing)}: these adapters were made for "
-            "another model, or this one is already bound."
+            "another model."
         )
-    return new
+    return treedef.unflatten(new)
+
+
+def fitting(site: Site, adapter: Adapter) -> Adapter:
+    """The adapter, if it is whole and made for this weight."""
+    if is_partial(adapter):
+        raise ValueError(
+            f"The adapter at {site.path!r} is only a part of one: put what "
+            "lrjax.partition took apart together again with eqx.combine(params, frozen)."
+        )
+    want = (*site.stack, *site.shape)
+    if adapter.shape != want:
+        raise ValueError(
+            f"The adapter at {site.path!r} is for a matrix of shape {adapter.shape}, the "
+            f"layer has {want}: these adapters were made for another model, or have a "
+            "leading axis that jax.vmap must take off first."
+        )
+    return adapter
+
+
+def _ready(
+    site: Site, adapter: Adapter, pools: dict[str | None, Held | None]
+) -> tuple[Ready, Held | None]:
+    """The adapter made ready, and the pool that it needs."""
+    # On the class: a bound method of an Equinox module is a module of its own, and takes
+    # longer to make than all else here.
+    name = type(adapter).pool_name(adapter)
+    if name not in pools:
+        raise ValueError(
+            f"The adapter at {site.path!r} shares the pool {name!r}, which is not "
+            f"there: Adapters(layers, pools) has {sorted(filter(None, pools))}."
+        )
+    pool = pools[name]
+    if pool is not None and is_partial(pool.pool):
+        raise ValueError(
+            f"The pool {name!r} is only a part of one: put what lrjax.partition "
+            "took apart together again with eqx.combine(params, frozen)."
+        )
+    return prepared(site, with_stopped_gradients(adapter), pool), pool
+
+
+def _only_dense(model: PyTree, adapters: Adapters) -> tuple[str, ...]:
+    """Adapted weights without a call of their own, which ``bind`` replaces by dense ones.
+
+    Arrays, and layers inside one that puts them together with another weight.
+    """
+    leaves, inside = flat_leaves(model)[0], reweighted(model)
+    within = tuple(f"{path}." if path else "" for path in inside)
+    if inside:
+        quantized = [path for path, leaf in leaves if holds_quantized(leaf)]
+        check_reweighted(inside, quantized)
+    layers = {path for path, leaf in leaves if is_layer(leaf)}
+    return tuple(
+        path for path in adapters.layers if path not in layers or path.startswith(within)
+    )
+
+
+def _cannot_drop(path: str, why: str) -> ValueError:
+    return ValueError(
+        f"The adapter at {path!r} has dropout and bind was given a key, but {why}, so its "
+        "inputs cannot be dropped: bind without a key, or make this adapter with dropout=0."
+    )
 
 
 def bind(model: PyTree, adapters: Adapters, *, key: PRNGKeyArray | None = None) -> PyTree:
     """The model with every adapted layer replaced by layer and adapter together.
 
     Each adapted layer computes its output and adds the low-rank path, ``W x + s·B (A x)``;
-    the dense ``B A`` is never formed. No gradient flows into the adapted layers
-    themselves; all else in the model is left as it is, so a head can be trained beside.
-    Adapted arrays of a tree without layers are replaced as by :func:`materialize`.
+    the dense ``B A`` is never formed. What does not depend on the input, as the norms of
+    DoRA, is computed here, once, and not in the calls. Methods and attributes that read
+    the weight get the adapted one, so the bound model is the merged one in every use.
+
+    No gradient flows into the adapted weights; all else in the model, the biases of
+    adapted layers too, is left as it is and can be trained beside. Adapted arrays that
+    belong to no layer, and layers inside ``eqx.nn.WeightNorm`` or ``SpectralNorm``, are
+    replaced by dense ones as by :func:`materialize`. A bound model can be bound again:
+    the second adapters then change what the first ones made of it.
+
+    Bind inside the function that is differentiated or jitted. A bound model may also be
+    passed to a jitted function, to decode many tokens with one preparation, say; pools
+    shared by its layers (VeRA, Tied-LoRA) are constants of that program then.
 
     Args:
         model: the module that :func:`adapt` saw.
         adapters: all of them (``eqx.combine(params, frozen)`` after :func:`partition`).
-        key: turns dropout on; without one the model is deterministic. A new key each step.
-            Under ``vmap`` every input vector drops its own entries, although the key is
-            one. A key passed to the call of a layer takes the place of this one.
+        key: turns dropout on, ``W x + (W' − W) drop(x)``; without one the model is
+            deterministic. A new key each step. Under ``vmap`` every input vector drops its
+            own entries, although the key is one; the steps of a ``scan`` over time, where
+            one layer is called again and again, share them. A key passed to the call of a
+            layer takes the place of this one.
 
     Returns:
         A model of the same structure above the layers: call, ``jit``, ``vmap`` or scan it.
 
     Raises:
-        ValueError: if an adapter has no layer in the model or another shape.
+        ValueError: if an adapter has no layer in the model or another shape, is only half
+            of a partition, or has dropout where inputs cannot be dropped; if a layer inside
+            ``WeightNorm`` or ``SpectralNorm`` is quantized.
 
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp, lrjax
@@ -112,14 +159,24 @@ def bind(model: PyTree, adapters: Adapters, *, key: PRNGKeyArray | None = None) 
         >>> grads["layers.0"].pair.shape
         (16, 4)
     """
+    pools, dense = held_pools(adapters.pools), _only_dense(model, adapters)
 
-    def attach(path, site, adapter):
-        if eqx.is_array(site):
-            return _adapted(stop_gradient(site), adapter, adapters.shared, path)
-        own = None if key is None else fold_in_path(key, path)
-        stack = weight_of(site).shape[: batch_ndim(site)]
-        own = jr.split(own, stack) if own is not None and stack else own
-        return Bound(site, adapter, adapters.shared, own)
+    def attach(site, adapter):
+        path = site.path
+        drops = key is not None and adapter.dropout_rate() is not None
+        ready, held = _ready(dataclasses.replace(site, still=True), adapter, pools)
+        if path in dense:
+            if drops:
+                raise _cannot_drop(path, "it is an array that other code reads")
+            return adapted(site, ready, frozen=True)
+        if drops and not site.acts:
+            name = type(site.layer).__name__
+            raise _cannot_drop(path, f"{name} has a __call__ of its own")
+        own = None
+        if key is not None and drops:
+            own = fold_in_path(key, path)
+            own = jr.split(own, site.stack) if site.stack else own
+        return Bound(site.layer, adapter, ready, held, own, path, dense)
 
     return _map_adapted(attach, model, adapters)
 
@@ -139,7 +196,8 @@ def merge(model: PyTree, adapters: Adapters) -> PyTree:
         A model of the structure and dtypes of ``model``.
 
     Raises:
-        ValueError: if an adapter has no layer in the model or another shape.
+        ValueError: if an adapter has no layer in the model or another shape, or a weight
+            is quantized: merge into :func:`lrjax.adapters.dequantize` of the model then.
 
     Example:
         >>> import equinox as eqx, jax, lrjax
@@ -149,11 +207,45 @@ def merge(model: PyTree, adapters: Adapters) -> PyTree:
         >>> jax.tree.structure(merged) == jax.tree.structure(model)
         True
     """
-    return _map_adapted(
-        lambda path, site, adapter: _adapted(site, adapter, adapters.shared, path),
-        model,
-        adapters,
-    )
+    leaves = dict(flat_leaves(model)[0])
+    quantized = [p for p in adapters.layers if p in leaves and holds_quantized(leaves[p])]
+    if quantized:
+        raise ValueError(
+            f"The weights at {quantized} are quantized, which cannot hold the sum: merge "
+            "into dense ones, lrjax.merge(lrjax.adapters.dequantize(model), adapters), or "
+            "keep the adapters apart with lrjax.bind."
+        )
+    return _dense_everywhere(model, adapters, frozen=False)
+
+
+def _dense_everywhere(model: PyTree, adapters: Adapters, *, frozen: bool) -> PyTree:
+    pools = held_pools(adapters.pools)
+    put = lambda site, own: adapted(site, _ready(site, own, pools)[0], frozen=frozen)
+    return _map_adapted(put, model, adapters)
+
+
+def adapted_sites(
+    model: PyTree, adapters: Adapters
+) -> dict[str, tuple[Site, Adapter, Callable[[], Ready]]]:
+    """Of every path the site, its adapter, and what makes that ready."""
+    pools, found = held_pools(adapters.pools), {}
+
+    def note(site, own):
+        found[site.path] = (site, own, lambda: _ready(site, own, pools)[0])
+        return site.layer
+
+    _map_adapted(note, model, adapters)
+    return found
+
+
+def dense_change(site: Site, ready: Ready) -> Float[Array, "*b out in"]:
+    """``W' − W`` of every matrix of a site."""
+
+    def one(part: Site, ready: Ready) -> Array:
+        weight = part.read()
+        return ready.weight(weight) - weight
+
+    return over_stack(one, site, ready)
 
 
 def materialize(params: PyTree, adapters: Adapters) -> PyTree:
@@ -182,13 +274,7 @@ def materialize(params: PyTree, adapters: Adapters) -> PyTree:
         >>> lrjax.materialize(params, adapters)["dense"]["kernel"].shape
         (4, 3)
     """
-    return _map_adapted(
-        lambda path, site, adapter: _adapted(
-            stop_gradient(site), adapter, adapters.shared, path
-        ),
-        params,
-        adapters,
-    )
+    return _dense_everywhere(params, adapters, frozen=True)
 
 
 def detach(bound: PyTree) -> tuple[PyTree, Adapters]:
@@ -211,52 +297,27 @@ def detach(bound: PyTree) -> tuple[PyTree, Adapters]:
         >>> eqx.tree_equal(plain, model), eqx.tree_equal(same, adapters)
         (Array(True, dtype=bool), Array(True, dtype=bool))
     """
-    layers, pools = {}, []
+    layers, pools, dense = {}, {}, ()
 
     def take(path, node):
-        if not _is_bound(node):
+        nonlocal dense
+        if not is_bound(node):
             return node
-        layers[jtu.keystr(path, simple=True, separator=".")] = node.adapter
-        pools.append(node.shared)
+        layers[path_name(path)] = node.adapter
+        if node.pool is not None:
+            pools[node.adapter.pool_name()] = node.pool.pool
+        dense = node.dense
         return node.layer
 
-    model = jtu.tree_map_with_path(take, bound, is_leaf=_is_bound)
+    model = jtu.tree_map_with_path(take, bound, is_leaf=is_bound)
     if not layers:
         raise ValueError(
             "detach found no bound layer: it takes apart what lrjax.bind put together "
             "(merged weights cannot be taken apart; keep the model)."
         )
-    return model, Adapters(layers, pools[0])
-
-
-def _is_bound(x: Any) -> bool:
-    return isinstance(x, Bound)
-
-
-def partition(adapters: Adapters) -> tuple[Adapters, Adapters]:
-    """Split adapters into what is trained and what is frozen.
-
-    ``params`` holds :class:`lrjax.LowRank` nodes, so that transforms which need both
-    factors (``scale_by_gram`` and its relatives) see pairs; scales, rates and shared pools
-    are frozen.
-
-    Args:
-        adapters: from :func:`adapt`.
-
-    Returns:
-        ``(params, frozen)``, each with ``None`` where the other has arrays; put them
-        together with ``eqx.combine(params, frozen)``.
-
-    Example:
-        >>> import equinox as eqx, jax, lrjax
-        >>> model = eqx.nn.MLP(4, 3, 16, 2, key=jax.random.key(0))
-        >>> adapters = lrjax.adapt(model, lrjax.LoRA(rank=2), key=jax.random.key(1))
-        >>> params, frozen = lrjax.partition(adapters)
-        >>> sum(x.size for x in jax.tree.leaves(params))
-        142
-    """
-    spec = Adapters(
-        {path: adapter.trainable() for path, adapter in adapters.layers.items()},
-        jax.tree.map(lambda _: False, adapters.shared),
-    )
-    return eqx.partition(adapters, spec)
+    if dense:
+        raise ValueError(
+            f"The weights at {list(dense)} have no call of their own, so bind replaced "
+            "them by adapted ones, which cannot be taken apart: keep model and adapters."
+        )
+    return model, Adapters(layers, pools)

@@ -188,7 +188,11 @@ def test_dict_of_kernels(getkey):
         "layers": {"kernel": jr.normal(getkey(), (2, 4, 4)), "bias": jnp.zeros((2, 4))},
         "head": {"kernel": jr.normal(getkey(), (4, 3)), "bias": jnp.zeros(3)},
     }
-    start = lrjax.adapt(params, lrjax.LoRA(2, alpha=4.0), key=getkey())
+    with pytest.raises(ValueError, match=r"layers\.kernel of shape \(2, 4, 4\) has 3 axes"):
+        lrjax.adapt(params, lrjax.LoRA(2), key=getkey())
+    spec = lrjax.MatrixSpec(rows=(2,), cols=(1,))
+    axes = lambda path, x: spec if x.ndim == 3 else None
+    start = lrjax.adapt(params, lrjax.LoRA(2, alpha=4.0), axes=axes, key=getkey())
     assert set(start.layers) == {"dense.kernel", "layers.kernel"}
     assert start["dense.kernel"].pair.shape == (4, 6)
     assert_close(lrjax.materialize(params, start), params)
@@ -217,6 +221,7 @@ def test_flax_nnx_state(getkey):
     graph, state = nnx.split(model)
     adapters = lrjax.adapt(state, lrjax.LoRA(2), key=getkey())
     (path,) = adapters.layers
+    assert path == "kernel"
     assert adapters[path].pair.shape == (3, 5)
     adapters, x = randomized(adapters, getkey()), jr.normal(getkey(), (2, 5))
     got = nnx.merge(graph, lrjax.materialize(state, adapters))(x)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import lrjax
-from tests.adapters.models import adapt, block, everything, randomized, tower
+from lrjax.adapters import Adapter, AdapterKind, Ready
+from tests.adapters.models import Table, adapt, block, everything, randomized, tower
 from tests.helpers import assert_close
 
 
@@ -59,7 +60,10 @@ def test_base_gets_no_gradient_and_the_rest_does(getkey):
         return jnp.sum(jax.vmap(lrjax.bind(model, adapters))(tokens) ** 2)
 
     got = gradient(model, tokens)
-    assert not any(np.any(x) for x in jax.tree.leaves(got.blocks))
+    biases = lambda blocks: (blocks.up.bias, blocks.down.bias)
+    assert all(np.any(bias) for bias in biases(got.blocks))
+    weights = eqx.tree_at(biases, got.blocks, (None, None))
+    assert not any(np.any(x) for x in jax.tree.leaves(weights))
     assert np.any(got.head.weight)
     assert np.any(got.embedding.weight)
 
@@ -123,9 +127,6 @@ def test_adapters_of_another_model_are_refused(getkey):
         lrjax.bind(eqx.nn.MLP(4, 3, 16, 2, key=getkey()), adapters)
     with pytest.raises(ValueError, match=r"shape \(8, 8\), the layer has \(4, 4\)"):
         lrjax.merge(block(getkey(), 4), adapters)
-    bound = lrjax.bind(block(getkey()), adapters)
-    with pytest.raises(ValueError, match="already bound"):
-        lrjax.bind(bound, adapters)
 
 
 def test_half_of_a_partition_is_refused(getkey):
@@ -167,3 +168,233 @@ def test_bound_path_never_forms_the_dense_change(getkey):
     thin = 6 * 2 * 256 * 512 * 4
     assert flops(lrjax.bind) < 1.05 * (base + thin)
     assert flops(lrjax.merge) > 1.9 * base
+
+
+def test_what_reads_the_weight_gets_the_adapted_one(getkey):
+    """A method of the layer's own class, and a table tied by hand."""
+    table = Table(7, 4, key=getkey())
+    start = lrjax.adapt(table, lrjax.LoRA(2), where=everything, key=getkey())
+    adapters, x = randomized(start, getkey()), jr.normal(getkey(), (4,))
+
+    def loss(both, attach):
+        table, adapters = both
+        return jnp.sum(attach(table, adapters).attend(x) ** 2)
+
+    bound = eqx.filter_grad(loss)((table, adapters), lrjax.bind)
+    merged = eqx.filter_grad(loss)((table, adapters), lrjax.merge)
+    assert_close(bound[1][""].pair, merged[1][""].pair, condition=10)
+    assert not np.any(bound[0].weight)
+    assert np.any(merged[0].weight)
+
+
+def test_calls_and_properties_of_own_classes(getkey):
+    class Own(eqx.nn.Linear):
+        def __call__(self, x, gain):  # no key, one argument more
+            return gain * (self.weight @ x)
+
+        @property
+        def size(self):
+            return float(jnp.sum(self.weight**2))
+
+    layer, x = Own(4, 3, key=getkey()), jr.normal(getkey(), (4,))
+    adapters = randomized(lrjax.adapt(layer, lrjax.LoRA(2), key=getkey()), getkey())
+    bound, merged = lrjax.bind(layer, adapters), lrjax.merge(layer, adapters)
+    assert_close(bound(x, 2.0), merged(x, 2.0), condition=10)
+    assert bound.size == merged.size != layer.size
+
+
+def test_layers_that_put_another_together_with_a_new_weight(getkey):
+    for model, call in (
+        (eqx.nn.WeightNorm(eqx.nn.Linear(4, 3, key=getkey())), lambda m, x: m(x)),
+        (
+            {"a": [eqx.nn.WeightNorm(eqx.nn.Linear(4, 3, key=getkey()))]},
+            lambda m, x: m["a"][0](x),
+        ),
+    ):
+        start = lrjax.adapt(model, lrjax.LoRA(2, dropout=0.5), key=getkey())
+        adapters, x = randomized(start, getkey()), jr.normal(getkey(), (4,))
+        bound, merged = lrjax.bind(model, adapters), lrjax.merge(model, adapters)
+        assert_close(call(bound, x), call(merged, x), condition=10)
+        assert np.any(call(bound, x) != call(model, x))
+        with pytest.raises(ValueError, match="inputs cannot be dropped"):
+            lrjax.bind(model, adapters, key=getkey())
+
+
+def test_replacing_the_weight_of_a_bound_layer_is_refused(getkey):
+    class Standardized(eqx.Module):
+        layer: eqx.nn.Linear
+
+        def __call__(self, x):
+            weight = self.layer.weight / jnp.std(self.layer.weight)
+            return eqx.tree_at(lambda l: l.weight, self.layer, weight)(x)
+
+    model = Standardized(eqx.nn.Linear(4, 3, key=getkey()))
+    bound = lrjax.bind(model, lrjax.adapt(model, lrjax.LoRA(2), key=getkey()))
+    with pytest.raises(
+        ValueError, match=r"weight of the bound layer at 'layer' is computed"
+    ):
+        bound(jnp.ones(4))
+
+
+def test_nested_adapters_add_up_in_order(getkey):
+    model, x = eqx.nn.MLP(4, 3, 8, 1, key=getkey()), jr.normal(getkey(), (4,))
+    first, second = (
+        randomized(lrjax.adapt(model, kind, key=getkey()), getkey())
+        for kind in (lrjax.LoRA(2), lrjax.DoRA(2))
+    )
+    bound = lrjax.bind(model, first)
+    # Adapted as the plain model is, and started from what the first one gives.
+    nested = randomized(lrjax.adapt(bound, lrjax.DoRA(2), key=getkey()), getkey())
+    assert set(nested.layers) == set(second.layers)
+    for top in (second, nested):
+        both = lrjax.bind(bound, top)
+        want = lrjax.merge(lrjax.merge(model, first), top)
+        assert_close(both(x), want(x), condition=100)
+        merged = eqx.filter(lrjax.merge(bound, top), eqx.is_array)
+        assert_close(merged, eqx.filter(want, eqx.is_array), condition=100)
+        assert eqx.tree_equal(lrjax.detach(both)[1], top)
+        assert eqx.tree_equal(lrjax.detach(lrjax.detach(both)[0])[1], first)
+    # The lower ones are the base of the upper: no gradient reaches them.
+    loss = lambda low, top: jnp.sum(lrjax.bind(lrjax.bind(model, low), top)(x) ** 2)
+    low, top = jax.grad(loss, (0, 1))(first, second)
+    assert not any(np.any(g) for g in jax.tree.leaves(low))
+    assert np.any(top["layers.0"].magnitude)
+
+
+def test_a_pool_below_has_no_gradient_and_both_drop_by_their_keys(getkey):
+    # So many inputs that dropout never takes them all.
+    model, x = eqx.nn.Linear(40, 3, key=getkey()), jr.normal(getkey(), (40,))
+    low, top = (
+        randomized(lrjax.adapt(model, kind, key=getkey()), getkey())
+        for kind in (lrjax.TiedLoRA(2, dropout=0.5), lrjax.LoRA(2, dropout=0.5))
+    )
+    keys = [getkey(), getkey()]
+
+    def both(low, top):
+        return lrjax.bind(lrjax.bind(model, low, key=keys[0]), top, key=keys[1])(x)
+
+    below, above = jax.grad(lambda *a: jnp.sum(both(*a) ** 2), (0, 1))(low, top)
+    assert not any(np.any(g) for g in jax.tree.leaves(below))
+    assert np.any(above[""].pair.left)
+    alone = lrjax.bind(model, low, key=keys[0])(x)
+    change = lrjax.bind(model, top, key=keys[1])(x) - model(x)
+    assert_close(both(low, top), alone + change, condition=100)
+
+
+def test_nested_stacks_under_scan(getkey):
+    model, adapters, tokens = bound_tower(getkey)
+    bound = lrjax.bind(model, adapters)
+    top = randomized(adapt(bound, lrjax.LoRA(2), key=getkey()), getkey())
+    run = eqx.filter_jit(lambda m, a, t: jax.vmap(lrjax.bind(m, a))(t))
+    merged = lrjax.merge(lrjax.merge(model, adapters), top)
+    want = eqx.filter_jit(lambda m, t: jax.vmap(m)(t))(merged, tokens)
+    assert_close(run(bound, top, tokens), want, condition=100)
+
+
+def test_bias_of_an_adapted_layer_has_its_gradient(getkey):
+    layer, x = eqx.nn.Linear(3, 3, key=getkey()), jr.normal(getkey(), (3,))
+    adapters = randomized(lrjax.adapt(layer, lrjax.LoRA(2), key=getkey()), getkey())
+    loss = lambda layer, attach: jnp.sum(attach(layer, adapters)(x) ** 2)
+    bound, merged = (
+        eqx.filter_grad(loss)(layer, attach) for attach in (lrjax.bind, lrjax.merge)
+    )
+    assert_close(bound.bias, merged.bias, condition=10)
+    assert not np.any(bound.weight)
+
+
+def test_frozen_numbers_have_no_gradient_without_a_partition(getkey):
+    # So many inputs that dropout never takes them all.
+    layer, x = eqx.nn.Linear(40, 3, key=getkey()), jr.normal(getkey(), (40,))
+    for kind in (lrjax.LoRA(2, train="left", dropout=0.5), lrjax.LoRAXS(2), lrjax.VeRA(2)):
+        adapters = randomized(lrjax.adapt(layer, kind, key=getkey()), getkey())
+        for attach in (lrjax.bind, lrjax.merge, lrjax.materialize):
+            options = {"key": getkey()} if attach is lrjax.bind else {}
+            loss = lambda a, f=attach, o=options: jnp.sum(f(layer, a, **o)(x) ** 2)
+            trained, frozen = lrjax.partition(jax.grad(loss)(adapters))
+            assert not any(np.any(g) for g in jax.tree.leaves(frozen))
+            assert any(np.any(g) for g in jax.tree.leaves(trained))
+
+
+def test_dropout_of_arrays_is_refused_and_silent_where_there_is_none(getkey):
+    params, key = {"dense": {"kernel": jnp.ones((4, 3))}}, getkey()
+    adapters = lrjax.adapt(params, lrjax.LoRA(2, dropout=0.5), key=key)
+    with pytest.raises(ValueError, match=r"dense\.kernel' has dropout and bind was given"):
+        lrjax.bind(params, adapters, key=key)
+    adapters = randomized(lrjax.adapt(params, lrjax.LoRA(2), key=key), key)
+    assert_close(lrjax.bind(params, adapters, key=key), lrjax.bind(params, adapters))
+
+
+def test_fields_that_may_be_none_are_no_missing_part(getkey):
+    """A kind of one's own whose node has an optional field."""
+
+    class Form(Adapter):
+        form: lrjax.SVDForm  # its field ``active`` is None
+
+        @property
+        def shape(self):
+            return self.form.shape
+
+        def trainable(self):
+            marks = jax.tree.map(lambda _: False, self)
+            return eqx.tree_at(lambda a: a.form.core, marks, True)
+
+        def prepare(self, site, pool):
+            return Added(self.form)
+
+    class Added(Ready):
+        form: lrjax.SVDForm
+
+        def weight(self, base):
+            return base + self.form.materialize()
+
+    class Kind(AdapterKind):
+        def init(self, site, *, key, pool, data=None):
+            u, _, vt = jnp.linalg.svd(site.read())
+            return Form(lrjax.SVDForm(u[:, :2], jnp.zeros((2, 2)), vt[:2].T))
+
+    # Only the weight is written: batches, stacks, dropout-free calls follow from it.
+    layers = eqx.filter_vmap(lambda k: eqx.nn.Linear(4, 4, key=k))(jr.split(getkey(), 3))
+    adapters = randomized(lrjax.adapt(layers, Kind(), key=getkey()), getkey())
+    x = jr.normal(getkey(), (4,))
+    each = eqx.filter_vmap(lambda layer: layer(x))
+    got, want = each(lrjax.bind(layers, adapters)), each(lrjax.merge(layers, adapters))
+    assert_close(got, want, condition=10)
+    for half in lrjax.partition(adapters):
+        with pytest.raises(ValueError, match="only a part of one"):
+            lrjax.bind(layers, half)
+
+
+def test_detach_refuses_what_it_cannot_take_apart(getkey):
+    model = {"a": eqx.nn.Linear(3, 3, key=getkey()), "w": jnp.ones((3, 3))}
+    adapters = lrjax.adapt(model, lrjax.LoRA(2), where=everything, key=getkey())
+    with pytest.raises(ValueError, match=r"weights at \['w'\] have no call of their own"):
+        lrjax.detach(lrjax.bind(model, adapters))
+
+
+def test_joined_adapters(getkey):
+    model, x = eqx.nn.MLP(4, 3, 8, 1, key=getkey()), jr.normal(getkey(), (4,))
+    one = lrjax.adapt(model, lrjax.LoRA(2), where=["layers.0"], key=getkey())
+    two = lrjax.adapt(model, lrjax.VeRA(2), where=["layers.1"], key=getkey())
+    both = randomized(one | two, getkey())
+    assert_close(lrjax.bind(model, both)(x), lrjax.merge(model, both)(x), condition=10)
+    with pytest.raises(ValueError, match=r"Both have an adapter at \['layers\.0'\]"):
+        one | one
+    other = lrjax.adapt(model, lrjax.VeRA(2), where=["layers.0"], key=getkey())
+    with pytest.raises(ValueError, match="Both have a pool 'VeRA', and not the same"):
+        two | other
+    named = lrjax.VeRA(2, group="first")
+    assert set(
+        (two | lrjax.adapt(model, named, where=["layers.0"], key=getkey())).pools
+    ) == {
+        "VeRA",
+        "first",
+    }
+
+
+def test_layer_twice_in_the_tree_is_refused_at_bind_too(getkey):
+    """Under jit the two are different tracers: there adapt cannot see it."""
+    layer = eqx.nn.Linear(3, 3, key=getkey())
+    adapters = adapt([layer, layer], lrjax.LoRA(2), key=getkey())
+    for attach in (lrjax.bind, lrjax.merge):
+        with pytest.raises(ValueError, match="in the tree 2 times"):
+            attach([layer, layer], adapters)

@@ -100,8 +100,12 @@ def test_subclass_with_its_own_call_is_adapted_through_its_weight(getkey):
     adapters = randomized(adapters, getkey())
     x = jr.normal(getkey(), (5,))
     assert_close(lrjax.bind(layer, adapters)(x), lrjax.merge(layer, adapters)(x))
+    assert_close(
+        lrjax.bind(layer, adapters, key=getkey())(x), lrjax.merge(layer, adapters)(x)
+    )
+    drops = lrjax.adapt(layer, lrjax.LoRA(rank=2, dropout=0.1), key=getkey())
     with pytest.raises(ValueError, match="Doubled has a __call__ of its own"):
-        lrjax.bind(layer, adapters, key=getkey())(x)
+        lrjax.bind(layer, drops, key=getkey())
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "embedding"])

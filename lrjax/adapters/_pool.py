@@ -1,0 +1,130 @@
+import abc
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+from jaxtyping import Array, Float
+
+from ..lowrank import LowRank
+
+
+class Pool(eqx.Module):
+    """What all adapters of a group share."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Of the product, or of the one array."""
+
+    @abc.abstractmethod
+    def trainable(self) -> "Pool":
+        """The same structure with a bool for each array."""
+
+
+class FactorPool(Pool):
+    """Factors that all adapters of a group share.
+
+    Attributes:
+        pair: ``left (largest out, r)`` and ``right (largest in, r)``; a layer uses the
+            first rows that it needs.
+        train: which factors the optimizer sees.
+    """
+
+    pair: LowRank
+    train: Literal["both", "none"] = eqx.field(static=True)
+
+    @property
+    def shape(self):
+        """That of the product."""
+        return self.pair.shape
+
+    def trainable(self):
+        """Both factors, or none."""
+        return jax.tree.map(lambda _: self.train == "both", self)
+
+
+class VectorPool(Pool):
+    """A trained vector that all adapters of a group share.
+
+    Attributes:
+        vector: ``(u,)``.
+    """
+
+    vector: Float[Array, " u"]
+
+    @property
+    def shape(self):
+        """Its length."""
+        return self.vector.shape
+
+    def trainable(self):
+        """All of it."""
+        return jax.tree.map(lambda _: True, self)
+
+
+class BasisPool(Pool):
+    """Random bases that all adapters of a group share, frozen.
+
+    Attributes:
+        wide: ``(longest side, k r)``, the bases side by side; a layer uses the first rows
+            and columns that it needs.
+        narrow: ``(longest of the shorter sides, r)``, the one base of the other side.
+    """
+
+    wide: Float[Array, "large kr"]
+    narrow: Float[Array, "small r"]
+
+    @property
+    def shape(self):
+        """Of the largest change."""
+        return self.wide.shape[0], self.narrow.shape[0]
+
+    def trainable(self):
+        """Nothing."""
+        return jax.tree.map(lambda _: False, self)
+
+
+@jtu.register_pytree_node_class
+class Held:
+    """A pool inside bound layers: a node without leaves.
+
+    A pool is one for all layers, so what takes the layers apart must not take it apart:
+    ``scan`` and ``vmap`` go by a node without leaves, and its arrays reach the function as
+    closed-over ones do, once and with their gradient.
+    """
+
+    def __init__(self, pool: Any):
+        self.pool = pool
+
+    def tree_flatten(self):
+        """No leaves; the holder itself is the structure."""
+        return (), self
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        """The same holder."""
+        del children
+        return aux
+
+
+class PoolRows(eqx.Module):
+    """The first rows of the factors of a pool, cut out when they are asked for.
+
+    Attributes:
+        pool: the holder.
+        rows: how many of each factor.
+    """
+
+    pool: Held
+    rows: tuple[int, int] = eqx.field(static=True)
+
+    @property
+    def left(self) -> Float[Array, "out r"]:
+        """Of the left factor."""
+        return self.pool.pool.pair.left[: self.rows[0]]
+
+    @property
+    def right(self) -> Float[Array, "in r"]:
+        """Of the right factor."""
+        return self.pool.pool.pair.right[: self.rows[1]]
