@@ -1,22 +1,32 @@
 """Low-rank learning for JAX."""
 
-from importlib.metadata import version as _version
+from importlib.metadata import PackageNotFoundError as _NotInstalled, version as _version
 
 from . import (
     adapters as adapters,
     flows as flows,
     linalg as linalg,
+    lowrank as lowrank,
     metrics as metrics,
+    recipes as recipes,
+    recovery as recovery,
     subspaces as subspaces,
+    transforms as transforms,
 )
 from .adapters import (
+    DoRA as DoRA,
     LoRA as LoRA,
+    LoRAXS as LoRAXS,
+    TiedLoRA as TiedLoRA,
+    VeRA as VeRA,
     adapt as adapt,
     bind as bind,
     detach as detach,
+    load_peft as load_peft,
     materialize as materialize,
     merge as merge,
     partition as partition,
+    save_peft as save_peft,
 )
 from .flows import FlowSolution as FlowSolution, gradient_flow as gradient_flow
 from .lowrank import (
@@ -36,6 +46,8 @@ from .recipes import (
     apollo as apollo,
     coap as coap,
     dion as dion,
+    dion2 as dion2,
+    dion3 as dion3,
     fira as fira,
     flora as flora,
     frugal as frugal,
@@ -43,16 +55,19 @@ from .recipes import (
     galore_plus as galore_plus,
     golore as golore,
     grass as grass,
+    kl_shampoo as kl_shampoo,
     ldadam as ldadam,
     levenberg_marquardt as levenberg_marquardt,
     lora_muon as lora_muon,
     loro as loro,
     mofasgd as mofasgd,
+    normuon as normuon,
     online_subspace_descent as online_subspace_descent,
     opsa as opsa,
     power_sgd as power_sgd,
     prec_gd as prec_gd,
     psgd as psgd,
+    psgd_kron as psgd_kron,
     q_galore as q_galore,
     sara as sara,
     scaled_gd as scaled_gd,
@@ -77,40 +92,57 @@ from .recovery import (
     solve as solve,
     spectral_init as spectral_init,
 )
+from .subspaces import (
+    MatrixSpec as MatrixSpec,
+    accumulate_gradients as accumulate_gradients,
+    project_updates as project_updates,
+)
 from .sweep import sweep as sweep
 from .transforms import (
     Pair as Pair,
-    accumulate_gradients as accumulate_gradients,
     add_nuclear_norm as add_nuclear_norm,
     amplify_slow as amplify_slow,
     compress_momentum as compress_momentum,
     data_parallel_specs as data_parallel_specs,
     every as every,
     factored_momentum as factored_momentum,
+    freeze_factors as freeze_factors,
+    keep_orthonormal as keep_orthonormal,
+    landing_field as landing_field,
     limit_norm_growth as limit_norm_growth,
+    normalize_rows as normalize_rows,
+    on_mesh as on_mesh,
     on_pairs as on_pairs,
     orthogonalize_updates as orthogonalize_updates,
     pairs_by_name as pairs_by_name,
     project_out as project_out,
-    project_updates as project_updates,
+    prune_entries as prune_entries,
     quantize_state as quantize_state,
     rebalance as rebalance,
     retract as retract,
     rotate_updates as rotate_updates,
     scale_by_gauss_newton as scale_by_gauss_newton,
     scale_by_gram as scale_by_gram,
+    scale_by_kl_shampoo as scale_by_kl_shampoo,
     scale_by_layer_trust as scale_by_layer_trust,
-    scale_by_level as scale_by_level,
     scale_by_lion_k as scale_by_lion_k,
-    scale_by_low_rank_curvature as scale_by_low_rank_curvature,
     scale_by_polyak as scale_by_polyak,
+    scale_by_psgd as scale_by_psgd,
+    scale_by_psgd_kron as scale_by_psgd_kron,
     scale_by_smooth_polar as scale_by_smooth_polar,
     scale_by_subset_norm as scale_by_subset_norm,
     scale_by_tangent as scale_by_tangent,
+    scale_by_target_level as scale_by_target_level,
     scale_factors as scale_factors,
+    shrink as shrink,
+    stack_leaves as stack_leaves,
     state_specs as state_specs,
+    step_by_layer as step_by_layer,
     unit_norm as unit_norm,
 )
 
 
-__version__ = _version("lrjax")
+try:
+    __version__ = _version("lrjax")
+except _NotInstalled:  # a checkout on the path
+    __version__ = "0+unknown"

@@ -25,7 +25,7 @@ EXTRAS = ("matplotlib", "mlxtend", "rich", "skimage", "tensorly", "tqdm", "xarra
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the tour; the exit status is 1 if a part misses its own stated bound."""
+    """Run the tour; the exit status is 1 if a part misses a bound or breaks."""
     options = _parse(arguments)
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:

@@ -6,6 +6,7 @@ import jax
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ._matrices import check_real, path_name
 from .lowrank import LowRank, is_low_rank
 
 
@@ -37,20 +38,30 @@ def map_nodes(f: Callable, updates: PyTree, *rest: PyTree) -> PyTree:
             return f(update, *nodes)
         if any(present):
             raise ValueError(
-                f"The LowRank node at {jtu.keystr(path) or 'the root'} has lost one of "
+                f"The LowRank node at {path_name(path) or 'the root'} has lost one of "
                 "its factors: this transform needs both. Mask or label LowRank nodes as "
-                "a whole (is_leaf=lrjax.is_low_rank), not factor by factor."
+                "a whole (is_leaf=lrjax.is_low_rank), not factor by factor. If "
+                "adapt(train=…) froze one, give the transform the whole adapters and their "
+                "gradient in place of a half of lrjax.partition: what is frozen has "
+                "gradient zero."
             )
         return update
 
     return jtu.tree_map_with_path(apply, updates, *rest, is_leaf=is_low_rank)
 
 
+def has_nodes(tree: PyTree) -> bool:
+    """Whether a tree holds a LowRank node with factors that are not masked out."""
+    nodes = filter(is_low_rank, jax.tree.leaves(tree, is_leaf=is_low_rank))
+    return any(jax.tree.leaves(node) for node in nodes)
+
+
 def check_has_nodes(name: str, params: PyTree) -> None:
-    """Refuse a tree with array leaves but without a LowRank node.
+    """Refuse complex leaves, and a tree with array leaves but without a LowRank node.
 
     A tree without any array is let through: optax calls ``init`` with placeholders.
     """
+    check_real(name, params)
     leaves = jax.tree.leaves(params, is_leaf=is_low_rank)
     arrays = any(eqx.is_array_like(leaf) for leaf in leaves)
     if arrays and not any(is_low_rank(leaf) for leaf in leaves):

@@ -1,26 +1,31 @@
-"""Every public transform and recipe, with what the contract tests must know about it.
+"""Every public part, with what the contract tests must know about it.
 
-A part that is exported from ``lrjax.transforms`` or ``lrjax.recipes`` and not entered
-here makes ``tests/contract/test_registered.py`` fail.
+A transform or recipe that is exported and not entered here makes
+``tests/contract/test_registered.py`` fail. The plug-ins of the subspace loop and the
+operators of recovery are found by their classes; only those that take more than a rank,
+or nothing, are described.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from jaxtyping import ArrayLike
 
 import lrjax
+from lrjax import subspaces as sub
 from tests.helpers import random_low_rank
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One configuration of a public transform.
+    """One configuration of a public part.
 
     Attributes:
         factory: the public function.
@@ -35,12 +40,15 @@ class Entry:
         transposes: whether swapping the factors of the input swaps those of the output.
         stacks: whether a stack of matrices is a loop over its layers.
         static: arguments that ``inject_hyperparams`` must not touch.
-        setting: whether it is a mere setting of a registered part that passes the whole
-            contract, so that the checks of composition need not run again.
+        composed_of: the registered parts that it is put together from, if it has no
+            kernel of its own: their numbers are checked, and here only the wiring.
         shards: whether tall factors stay sharded through an update.
+        couples: whether the update of a leaf depends on the other leaves.
+        drop_in: the arguments with which it reaches the targets of optax's own contract
+            test in its 30,000 steps.
     """
 
-    factory: Callable[..., optax.GradientTransformation]
+    factory: Callable[..., Any]
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     numbers: dict[str, float] = dataclasses.field(default_factory=dict)
     params: Literal["pairs", "dense", "stack"] = "pairs"
@@ -50,8 +58,10 @@ class Entry:
     transposes: bool = True
     stacks: bool = True
     static: tuple[str, ...] = ()
-    setting: bool = False
+    composed_of: tuple[str, ...] = ()
     shards: bool = True
+    couples: bool = False
+    drop_in: dict[str, Any] | None = None
 
     def make(self, **changes) -> optax.GradientTransformationExtraArgs:
         """The transform, with some of its arguments changed."""
@@ -119,6 +129,14 @@ def _on_pairs(damping):
     return lrjax.on_pairs(lrjax.scale_by_gram(damping), pair_rule)
 
 
+def _prune_entries(fraction):
+    return lrjax.prune_entries(optax.sgd(0.1), fraction)
+
+
+def _freeze_factors(fraction, b1):
+    return lrjax.freeze_factors(optax.sgd(0.1), fraction, window=2, b1=b1)
+
+
 TRANSFORMS: dict[str, Entry] = {
     "scale_by_gram": Entry(
         lrjax.scale_by_gram, {"damping": 0.0}, {"damping": 0.3}, gauge="any"
@@ -153,8 +171,8 @@ TRANSFORMS: dict[str, Entry] = {
     "scale_by_polyak": Entry(
         lrjax.scale_by_polyak, {"f_min": 0.0}, {"f_min": 0.1}, extra=True, stacks=False
     ),
-    "scale_by_level": Entry(
-        lrjax.scale_by_level,
+    "scale_by_target_level": Entry(
+        lrjax.scale_by_target_level,
         {"fraction": 0.1, "patience": 3.0, "shrink": 0.5, "grow": 1.2},
         {"fraction": 0.3, "patience": 1.0, "shrink": 0.7, "grow": 1.0},
         extra=True,
@@ -176,6 +194,15 @@ TRANSFORMS: dict[str, Entry] = {
         gauge="orthogonal",
         transposes=False,
     ),
+    "prune_entries": Entry(_prune_entries, {"fraction": 0.5}, {"fraction": 0.2}),
+    "freeze_factors": Entry(
+        _freeze_factors,
+        {"fraction": 0.5, "b1": 0.85},
+        {"fraction": 0.2, "b1": 0.5},
+        stacks=False,
+        couples=True,
+    ),
+    "shrink": Entry(lrjax.shrink, {"threshold": 0.1}, {"threshold": 0.3}, params="dense"),
     "scale_by_tangent": Entry(
         lrjax.scale_by_tangent, {"damping": 0.0}, {"damping": 0.3}, gauge="any"
     ),
@@ -185,32 +212,62 @@ TRANSFORMS: dict[str, Entry] = {
         {"beta": 0.3},
         params="dense",
     ),
-    "retract": Entry(lrjax.retract, gauge="orthogonal", setting=True),
+    "retract": Entry(lrjax.retract, gauge="orthogonal"),
+    "keep_orthonormal": Entry(lrjax.keep_orthonormal, gauge="orthogonal"),
+    "landing_field": Entry(
+        lrjax.landing_field, {"pull": 0.5}, {"pull": 2.0}, gauge="orthogonal"
+    ),
     "rebalance": Entry(lrjax.rebalance, gauge="orthogonal"),
     "on_pairs": Entry(_on_pairs, {"damping": 0.1}, {"damping": 0.3}, gauge="orthogonal"),
     "compress_momentum": Entry(
         lrjax.compress_momentum,
-        {"rank": 2, "where": lambda path, shape: len(shape) >= 2, "decay": 0.9},
-        {"decay": 0.5},
+        {"rank": 2, "where": lambda path, shape: len(shape) >= 2, "momentum": 0.9},
+        {"momentum": 0.5},
         params="stack",
         static=("rank", "where", "normalize", "reduce"),
     ),
     "factored_momentum": Entry(
         lrjax.factored_momentum,
-        {"rank": 2, "where": lambda path, shape: len(shape) >= 2, "decay": 0.9},
-        {"decay": 0.5},
+        {"rank": 2, "where": lambda path, shape: len(shape) >= 2, "momentum": 0.9},
+        {"momentum": 0.5},
         params="stack",
         static=("rank", "where"),
-        setting=True,
     ),
-    "scale_by_low_rank_curvature": Entry(
-        lrjax.scale_by_low_rank_curvature,
+    "scale_by_psgd": Entry(
+        lrjax.scale_by_psgd,
         {"rank": 2, "rate": 0.1},
         {"rate": 0.2},
         params="stack",
         stacks=False,
         static=("rank",),
-        setting=True,
+        couples=True,
+    ),
+    "scale_by_kl_shampoo": Entry(
+        lrjax.scale_by_kl_shampoo,
+        {
+            "b2": 0.95,
+            "eps": 1e-3,
+            "numerator": optax.ema(0.9),
+            "refresh_every": 2,
+            "where": lambda path, shape: len(shape) >= 2,
+        },
+        {"b2": 0.5, "eps": 1e-2},
+        params="stack",
+        static=("numerator", "refresh_every", "max_side", "where"),
+    ),
+    "scale_by_psgd_kron": Entry(
+        lrjax.scale_by_psgd_kron,
+        {"rate": 0.1, "damping": 1e-9, "where": lambda path, shape: len(shape) >= 2},
+        {"rate": 0.2, "damping": 1e-3},
+        params="stack",
+        static=("max_side",),
+    ),
+    "scale_by_psgd_kron(diagonal)": Entry(
+        lrjax.scale_by_psgd_kron,
+        {"rate": 0.1, "max_side": 6, "where": lambda path, shape: len(shape) >= 2},
+        {"rate": 0.2},
+        params="stack",
+        static=("max_side",),
     ),
     "rotate_updates": Entry(
         lrjax.rotate_updates,
@@ -226,7 +283,6 @@ TRANSFORMS: dict[str, Entry] = {
         {"decay": 0.5},
         params="stack",
         static=("inner", "refresh_every", "max_side", "where"),
-        setting=True,
     ),
     "accumulate_gradients": Entry(
         lrjax.accumulate_gradients,
@@ -237,14 +293,12 @@ TRANSFORMS: dict[str, Entry] = {
             "where": lambda path, shape: len(shape) >= 2,
         },
         params="stack",
-        setting=True,
     ),
     "amplify_slow": Entry(
         lrjax.amplify_slow,
         {"weight": 2.0, "decay": 0.98},
         {"weight": 1.0, "decay": 0.5},
         params="dense",
-        setting=True,
     ),
     "amplify_slow(window)": Entry(
         lrjax.amplify_slow,
@@ -252,21 +306,24 @@ TRANSFORMS: dict[str, Entry] = {
         {"weight": 1.0},
         params="dense",
         static=("window",),
-        setting=True,
     ),
     "every": Entry(lrjax.every, {"k": 2, "op": optax.scale_by_adam()}, params="dense"),
     "limit_norm_growth": Entry(
         lrjax.limit_norm_growth,
-        {"growth": 1.01},
-        {"growth": 0.5},
+        {"max_growth": 1.01},
+        {"max_growth": 0.5},
         params="dense",
-        setting=True,
+    ),
+    "normalize_rows": Entry(
+        lrjax.normalize_rows,
+        {"b2": 0.95, "eps": 1e-8, "where": lambda path, shape: len(shape) >= 2},
+        {"b2": 0.5, "eps": 1e-3},
+        params="dense",
     ),
     "orthogonalize_updates": Entry(
         lrjax.orthogonalize_updates,
         {"where": lambda path, shape: len(shape) >= 2},
         params="dense",
-        setting=True,
     ),
     "project_out": Entry(_project_out, {"side": "left"}, params="dense", stacks=False),
     "quantize_state": Entry(
@@ -274,12 +331,21 @@ TRANSFORMS: dict[str, Entry] = {
         {"inner": optax.scale_by_adam(), "block": 4, "min_size": 1},
         params="stack",
     ),
+    "quantize_state(4 bits)": Entry(
+        lrjax.quantize_state,
+        {"inner": optax.scale_by_adam(), "block": 4, "min_size": 1, "bits": 4},
+        params="stack",
+    ),
+    "stack_leaves": Entry(
+        lrjax.stack_leaves,
+        {"tx": lrjax.compress_momentum(2), "where": lambda path, shape: len(shape) >= 2},
+        params="dense",
+    ),
     "scale_by_layer_trust": Entry(
         lrjax.scale_by_layer_trust,
         {"coefficient": 0.1, "max_norm": 10.0},
         {"coefficient": 0.3, "max_norm": 1.0},
         params="dense",
-        setting=True,
     ),
     "scale_by_lion_k": Entry(
         lrjax.scale_by_lion_k,
@@ -287,7 +353,6 @@ TRANSFORMS: dict[str, Entry] = {
         {"b1": 0.8, "b2": 0.9},
         params="dense",
         static=("norm",),
-        setting=True,
     ),
     "scale_by_subset_norm": Entry(
         lrjax.scale_by_subset_norm,
@@ -300,10 +365,10 @@ TRANSFORMS: dict[str, Entry] = {
         lrjax.project_updates,
         {
             "inner": optax.scale_by_adam(),
-            "basis": lrjax.subspaces.power(2),
-            "schedule": lrjax.subspaces.every(2),
-            "carry": lrjax.subspaces.rotate_variance(),
-            "feedback": lrjax.subspaces.error_feedback(),
+            "basis": sub.Power(2),
+            "schedule": sub.Periodic(2),
+            "carry": sub.RotateVariance(),
+            "feedback": sub.ErrorFeedback(),
             "where": lambda path, shape: len(shape) >= 2,
         },
         params="stack",
@@ -317,6 +382,7 @@ RECIPES: dict[str, Entry] = {
         {"learning_rate": 0.1, "damping": 0.3},
         descends=True,
         gauge="orthogonal",
+        drop_in={"learning_rate": 1e-3},
     ),
     "scaled_subgradient": Entry(
         lrjax.scaled_subgradient,
@@ -324,6 +390,7 @@ RECIPES: dict[str, Entry] = {
         {"learning_rate": 0.02},
         descends=True,
         gauge="any",
+        drop_in={"learning_rate": 1e-3},
     ),
     "scaled_subgradient(polyak)": Entry(
         lrjax.scaled_subgradient,
@@ -341,7 +408,8 @@ RECIPES: dict[str, Entry] = {
         extra=True,
         descends=True,
         gauge="orthogonal",
-        setting=True,
+        composed_of=("scale_by_gram",),
+        drop_in={"learning_rate": 1e-3},
     ),
     "levenberg_marquardt": Entry(
         lrjax.levenberg_marquardt,
@@ -351,7 +419,12 @@ RECIPES: dict[str, Entry] = {
         descends=True,
         gauge="orthogonal",
         stacks=False,
-        setting=True,
+        composed_of=(
+            "scale_by_gauss_newton",
+            "scale_by_polyak",
+            "scale_by_target_level",
+        ),
+        drop_in={"learning_rate": 1e-3},
     ),
     "subgm": Entry(
         lrjax.subgm,
@@ -359,7 +432,7 @@ RECIPES: dict[str, Entry] = {
         {"learning_rate": 0.01},
         descends=True,
         gauge="orthogonal",
-        setting=True,
+        drop_in={"learning_rate": 1e-3},
     ),
     "lora_muon": Entry(
         lrjax.lora_muon,
@@ -367,7 +440,8 @@ RECIPES: dict[str, Entry] = {
         {"learning_rate": 0.02, "damping": 0.3},
         descends=True,
         gauge="any",
-        setting=True,
+        composed_of=("scale_by_gram",),
+        drop_in={"learning_rate": 1e-2},
     ),
     "loro": Entry(
         lrjax.loro,
@@ -381,11 +455,22 @@ RECIPES: dict[str, Entry] = {
         descends=True,
         gauge="any",
         static=("exact_every", "inner"),
-        setting=True,
+        composed_of=("every", "retract", "scale_by_tangent"),
+        drop_in={"learning_rate": 1e-2},
     ),
     "opsa": Entry(
         lrjax.opsa,
-        {"learning_rate": 0.1},
+        {"learning_rate": 1.0},
+        {"learning_rate": 0.5},
+        extra=True,
+        descends=True,
+        gauge="orthogonal",
+        stacks=False,
+        drop_in={"learning_rate": 1e-3},
+    ),
+    "opsa(length)": Entry(
+        lrjax.opsa,
+        {"learning_rate": 0.1, "f_min": None},
         {"learning_rate": 0.02},
         descends=True,
         gauge="orthogonal",
@@ -413,20 +498,43 @@ def _every_matrix(path, shape):
     return len(shape) >= 2
 
 
-def _in_subspace(factory, rate=0.1, **arguments):
+_SHAPE_DECIDING = {"rank", "where", "blocks", "fraction", "block", "min_size"}
+
+
+def _in_subspace(factory, rate=0.1, *, of=(), drop_in=None, **arguments):
     """An entry of an optimizer that works in subspaces of rank 2."""
     own = {"learning_rate": rate, "rank": 2, "where": _every_matrix, **arguments}
-    static = ("rank", "where", "refresh_every", "blocks", "recalibrate")
-    static += ("fraction", "block", "min_size")
-    static = tuple(set(static) & set(inspect.signature(factory).parameters))
     return Entry(
         factory,
         own,
         {"learning_rate": 0.02},
         "stack",
         descends=True,
-        static=static,
-        setting=factory not in (lrjax.subspace_adam, lrjax.galore, lrjax.dion),
+        static=tuple(_SHAPE_DECIDING & {*own}),
+        composed_of=of,
+        drop_in={"learning_rate": 1e-2} if drop_in is None else drop_in,
+    )
+
+
+def _looped(*parts):
+    return ("project_updates", *parts)
+
+
+_ROWS = ("SelectedRows", "Always", "ErrorFeedback", "orthogonalize_updates")
+
+
+def _of_matrices(factory, rate=0.1, *, of, **arguments):
+    """An entry of an optimizer of whole matrices."""
+    settings = {"learning_rate": rate, "where": _every_matrix, "weight_decay": 0.0}
+    return Entry(
+        factory,
+        {**settings, **arguments},
+        {"learning_rate": 0.02},
+        "stack",
+        descends=True,
+        static=tuple(_SHAPE_DECIDING & {*settings, *arguments}),
+        composed_of=of,
+        drop_in={"learning_rate": 1e-2, "weight_decay": 0.0},
     )
 
 
@@ -437,31 +545,73 @@ RECIPES |= {
         {"learning_rate": 0.02},
         "stack",
         descends=True,
-        setting=True,
+        composed_of=("scale_by_subset_norm",),
+        drop_in={"learning_rate": 1e-2},
     ),
-    "galore_plus": _in_subspace(
-        lrjax.galore_plus, refresh_every=2, scale=1.0, fraction=0.1
+    "apollo": _in_subspace(
+        lrjax.apollo, of=_looped("Gaussian", "Periodic", "ScaledGradient")
     ),
-    "grass": _in_subspace(lrjax.grass, refresh_every=2, scale=1.0),
-    "q_galore": _in_subspace(
-        lrjax.q_galore, refresh_every=2, scale=1.0, block=8, min_size=1
+    "coap": _in_subspace(
+        lrjax.coap,
+        of=_looped("CorrelationDescent", "Periodic", "Rotate", "Project"),
+        refresh_every=2,
+        recalibrate=2,
     ),
-    "sara": _in_subspace(lrjax.sara, refresh_every=2, scale=1.0),
-    "snsm": _in_subspace(lrjax.snsm, 0.5, refresh_every=2),
-    "sumo": _in_subspace(lrjax.sumo, 0.3, refresh_every=2),
-    "apollo": _in_subspace(lrjax.apollo),
-    "coap": _in_subspace(lrjax.coap, refresh_every=2, recalibrate=2),
-    "dion": _in_subspace(lrjax.dion, weight_decay=0.0),
-    "fira": _in_subspace(lrjax.fira, refresh_every=2),
+    "dion": _in_subspace(
+        lrjax.dion,
+        weight_decay=0.0,
+        drop_in={"learning_rate": 1e-2, "weight_decay": 0.0},
+    ),
+    "dion2": _of_matrices(lrjax.dion2, of=_looped(*_ROWS), fraction=0.25),
+    "dion3": _of_matrices(lrjax.dion3, of=_looped(*_ROWS, "normalize_rows"), fraction=0.25),
+    "fira": _in_subspace(
+        lrjax.fira, of=_looped("SVD", "Periodic", "ScaledResidual"), refresh_every=2
+    ),
     # Each change of a Gaussian basis of rank r lengthens the momentum by sqrt(8/r).
-    "flora": _in_subspace(lrjax.flora, refresh_every=20),
-    "frugal": _in_subspace(lrjax.frugal, refresh_every=2),
+    "flora": _in_subspace(
+        lrjax.flora, of=_looped("Gaussian", "Periodic", "Rotate", "Blend"), refresh_every=20
+    ),
+    "frugal": _in_subspace(
+        lrjax.frugal,
+        of=_looped("SVD", "Periodic", "Rotate", "SignResidual"),
+        refresh_every=2,
+    ),
     "galore": _in_subspace(lrjax.galore, refresh_every=2, scale=1.0),
-    "golore": _in_subspace(lrjax.golore, refresh_every=2, scale=1.0),
-    "ldadam": _in_subspace(lrjax.ldadam),
-    "mofasgd": _in_subspace(lrjax.mofasgd),
-    "online_subspace_descent": _in_subspace(lrjax.online_subspace_descent),
-    "power_sgd": _in_subspace(lrjax.power_sgd),
+    "galore_plus": _in_subspace(
+        lrjax.galore_plus,
+        of=_looped("Shared", "RandomizedSVD", "Periodic", "SparseResidual"),
+        refresh_every=2,
+        scale=1.0,
+        fraction=0.1,
+    ),
+    "golore": _in_subspace(
+        lrjax.golore,
+        of=_looped("Switch", "SVD", "RandomOrthonormal", "Periodic", "Rotate", "Project"),
+        refresh_every=2,
+        scale=1.0,
+    ),
+    "grass": _in_subspace(
+        lrjax.grass,
+        of=_looped("SelectedRows", "Periodic", "SeededReset", "Project"),
+        refresh_every=2,
+        scale=1.0,
+    ),
+    "kl_shampoo": _of_matrices(
+        lrjax.kl_shampoo, of=("scale_by_kl_shampoo",), refresh_every=2
+    ),
+    "ldadam": _in_subspace(
+        lrjax.ldadam,
+        of=_looped("Power", "SVD", "Always", "RotateVariance", "ErrorFeedback"),
+    ),
+    "mofasgd": _in_subspace(lrjax.mofasgd, of=("factored_momentum",)),
+    "normuon": _of_matrices(lrjax.normuon, of=("normalize_rows", "orthogonalize_updates")),
+    "online_subspace_descent": _in_subspace(
+        lrjax.online_subspace_descent, of=_looped("Oja", "Always")
+    ),
+    # A step is eleven times the gradient's; the valley of Rosenbrock is steep.
+    "power_sgd": _in_subspace(
+        lrjax.power_sgd, of=("compress_momentum",), drop_in={"learning_rate": 1e-4}
+    ),
     "psgd": Entry(
         lrjax.psgd,
         {"learning_rate": 0.03, "rank": 2, "rate": 0.1},
@@ -470,7 +620,29 @@ RECIPES |= {
         descends=True,
         stacks=False,
         static=("rank",),
-        setting=True,
+        composed_of=("scale_by_psgd",),
+        drop_in={"learning_rate": 1e-3, "rank": 2},
+    ),
+    "psgd_kron": _of_matrices(lrjax.psgd_kron, of=("scale_by_psgd_kron",)),
+    "q_galore": _in_subspace(
+        lrjax.q_galore,
+        of=_looped("Quantized", "SVD", "Adaptive", "Project", "quantize_state"),
+        refresh_every=2,
+        scale=1.0,
+        block=8,
+        min_size=1,
+    ),
+    "sara": _in_subspace(
+        lrjax.sara,
+        of=_looped("SampledSVD", "Periodic", "Project"),
+        refresh_every=2,
+        scale=1.0,
+    ),
+    "snsm": _in_subspace(
+        lrjax.snsm,
+        0.5,
+        of=_looped("SVD", "Periodic", "Reset", "Residual", "scale_by_subset_norm"),
+        refresh_every=2,
     ),
     "soap": Entry(
         lrjax.soap,
@@ -483,16 +655,152 @@ RECIPES |= {
         {"learning_rate": 0.02},
         "stack",
         descends=True,
-        static=("where", "refresh_every", "max_side"),
-        setting=True,
+        static=("where",),
+        composed_of=("rotate_updates",),
+        drop_in={"learning_rate": 1e-2, "weight_decay": 0.0},
     ),
     "subspace_adam": _in_subspace(lrjax.subspace_adam, blocks=2),
-    "subtrack": _in_subspace(lrjax.subtrack, refresh_every=2),
+    "subtrack": _in_subspace(
+        lrjax.subtrack,
+        of=_looped("Geodesic", "Periodic", "RotateVariance", "ScaledResidual"),
+        refresh_every=2,
+    ),
+    "sumo": _in_subspace(
+        lrjax.sumo,
+        0.3,
+        of=_looped(
+            "RandomizedSVD",
+            "Periodic",
+            "Rotate",
+            "Project",
+            "orthogonalize_updates",
+            "limit_norm_growth",
+        ),
+        refresh_every=2,
+    ),
 }
 
 ENTRIES = {**TRANSFORMS, **RECIPES}
-# What has states and kernels of its own; other recipes are put together from it.
-PARTS = {**TRANSFORMS, **{name: e for name, e in RECIPES.items() if not e.setting}}
 
 # Exported next to the transforms without being transforms themselves.
-NOT_TRANSFORMS = {"data_parallel_specs", "pairs_by_name", "state_specs", "unit_norm"}
+NOT_TRANSFORMS = {
+    "cubic_schedule",
+    "data_parallel_specs",
+    "dequantize",
+    "grow_basis",
+    "is_hidden_matrix",
+    "rounding",
+    "limit_growth",
+    "matrix_shape",
+    "on_mesh",
+    "pairs_by_name",
+    "quantize",
+    "register_moments",
+    "state_specs",
+    "step_by_layer",
+    "unit_norm",
+}
+
+# The plug-ins of the subspace loop, by kind: found among the public classes.
+KINDS = {
+    "basis": sub.Basis,
+    "schedule": sub.Schedule,
+    "carry": sub.MomentTransport,
+    "lift": sub.Lift,
+    "feedback": sub.ErrorFeedback,
+}
+_SVD = sub.SVD(2)
+
+
+def _squashed(x):
+    return jnp.tanh(x)
+
+
+# What they are made with, where that is not a rank for a basis and nothing for others.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "Adaptive": {"steps": 1, "window": 1},
+    "CorrelationDescent": {"rank": 2, "period": 1, "recalibrate": 2},
+    "Fixed": {"matrix": jnp.eye(6)[:, :2], "side": "short"},
+    "Periodic": {"steps": 2},
+    "Quantized": {"base": _SVD, "bits": 8, "group": 4},
+    "SampledResidual": {"transform": _squashed},
+    "Shared": {"base": _SVD, "choice": "all"},
+    "SparseResidual": {"fraction": 0.25},
+    "Switch": {"before": _SVD, "after": sub.RandomOrthonormal(2), "at": 1},
+    "Transformed": {"transform": _squashed},
+}
+# Further settings of a plug-in that run other code.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "Power(blocks)": {"rank": 2, "blocks": 2},
+    "Power(blend)": {"rank": 2, "blend": 0.9, "first": _SVD},
+    "SelectedRows(sampled)": {"rank": 2, "choice": "sampled"},
+    "SelectedRows(topk_l1)": {"rank": 2, "choice": "topk_l1"},
+    "Quantized(4 bits)": {"base": _SVD, "bits": 4, "group": 4},
+    "Shared(random)": {"base": _SVD, "choice": "random"},
+    "ScaledResidual(tensor)": {"over": "tensor", "max_growth": None},
+}
+
+
+def public_plugins() -> dict[str, type]:
+    """The classes of plug-ins that ``lrjax.subspaces`` exports, but for abstract ones."""
+    kinds = tuple(KINDS.values())
+    found = {n: x for n, x in vars(sub).items() if inspect.isclass(x)}
+    return {
+        name: cls
+        for name, cls in found.items()
+        if issubclass(cls, kinds) and not inspect.isabstract(cls)
+    }
+
+
+def in_loop(cls: type, **arguments) -> optax.GradientTransformationExtraArgs:
+    """A cheap optimizer with one plug-in in its place."""
+    plugin = cls(**arguments)
+    place = next(place for place, kind in KINDS.items() if isinstance(plugin, kind))
+    settings = {
+        "basis": sub.Power(2),
+        "schedule": sub.Periodic(2),
+        "carry": sub.Rotate(),
+        "where": _every_matrix,
+    }
+    inner = optax.scale_by_adam()
+    return lrjax.project_updates(inner, **{**settings, place: plugin})
+
+
+def numbers_of(cls: type, arguments: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a plug-in, which may be tracers, each with half of its value."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    given = {name: arguments.get(name, field.default) for name, field in fields.items()}
+    return {
+        name: value / 2 if isinstance(value, float) else value + 1
+        for name, value in given.items()
+        if isinstance(value, int | float) and _takes_arrays(fields[name])
+    }
+
+
+def _takes_arrays(field: dataclasses.Field) -> bool:
+    """Whether a field is a number that may be traced, with or without None."""
+    kinds = set(get_args(field.type))
+    return kinds >= set(get_args(ArrayLike)) or kinds == {int, jax.Array}
+
+
+def _plugin(cls: type, arguments: dict[str, Any] | None) -> Entry:
+    if arguments is None:
+        arguments = {"rank": 2} if issubclass(cls, sub.Basis) else {}
+    numbers = numbers_of(cls, arguments)
+    given = {f.name: f.default for f in dataclasses.fields(cls) if f.name in numbers}
+    return Entry(
+        functools.partial(in_loop, cls),
+        {**given, **arguments},
+        numbers,
+        "stack",
+        # One basis for the members of a stack is not one basis for each.
+        stacks=cls is not sub.Shared,
+    )
+
+
+_PUBLIC = public_plugins()
+PLUGINS = {name: _plugin(cls, ARGUMENTS.get(name)) for name, cls in _PUBLIC.items()}
+PLUGINS |= {name: _plugin(_PUBLIC[name.split("(")[0]], a) for name, a in VARIANTS.items()}
+
+# Whoever has kernels of its own passes the whole contract.
+PARTS = {n: e for n, e in {**ENTRIES, **PLUGINS}.items() if not e.composed_of}

@@ -1,4 +1,4 @@
-"""Who may import whom: only rooms further to the left (DESIGN of the package)."""
+"""Who may import whom: only rooms further to the left, and only by their front door."""
 
 import ast
 from pathlib import Path
@@ -10,55 +10,60 @@ import lrjax
 
 ROOT = Path(lrjax.__file__).parent
 LEVELS = [
-    {"_sharding"},
+    {"_sharding", "_batching", "_extras"},
     {"linalg"},
     {"lowrank"},
-    {"_tree", "_batching"},
+    {"_matrices", "_codes"},
+    {"_tree", "_moments"},
     {"subspaces", "metrics"},
     {"transforms"},
     {"recipes"},
-    {"flows", "recovery", "nn"},
-    {"adapters", "compression"},
+    {"flows", "recovery", "nn", "merging"},
+    {"adapters", "compression", "continual"},
     {"_tour"},
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-# adapters and compression stand right of nn only
+# These stand right of nn and merging only.
 FORBIDDEN = {
-    (room, other) for room in ("adapters", "compression") for other in ("flows", "recovery")
+    (room, other)
+    for room in ("adapters", "compression", "continual")
+    for other in ("flows", "recovery")
 }
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+parts = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 
 
 def room(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imported_rooms(path: Path) -> set[str]:
-    package = ("lrjax", *path.relative_to(ROOT).parent.parts)
-    rooms = set()
+def imports(path: Path) -> list[tuple[str, ...]]:
+    """What a file imports of lrjax, as paths from its root to the imported name."""
+    package = path.relative_to(ROOT).parent.parts
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names = [alias.name.split(".") for alias in node.names]
+            found += [tuple(name[1:]) for name in names if name[0] == "lrjax"]
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join((*base, *([node.module] if node.module else [])))
-            names = [f"{module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "lrjax" and len(parts) > 1:
-                rooms.add(parts[1])
-    return rooms
+            module = tuple(node.module.split(".")) if node.module else ()
+            if node.level:
+                base = (*package[: len(package) - node.level + 1], *module)
+            elif module[:1] == ("lrjax",):
+                base = module[1:]
+            else:
+                continue
+            found += [(*base, alias.name) for alias in node.names]
+    return [name for name in found if name]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+@parts
 def test_imports_only_from_the_left(path):
     here = room(path)
-    others = imported_rooms(path) - {here}
+    others = {name[0] for name in imports(path)} - {here}
     if here == "sweep":
-        assert not others, f"sweep imports jax alone, not {others}"
+        assert others <= {"_extras"}, f"sweep imports jax alone, not {others}"
         return
     for other in others:
         if here == "_tour" or (here == "__main__" and other != "__main__"):
@@ -66,6 +71,25 @@ def test_imports_only_from_the_left(path):
         assert other in LEVEL, f"{path} imports {other}, which has no place in the order"
         assert LEVEL[other] < LEVEL[here], f"{here} must not import {other}"
         assert (here, other) not in FORBIDDEN, f"{here} must not import {other}"
+
+
+@parts
+def test_rooms_are_entered_by_their_front_door(path):
+    for name in imports(path):
+        is_room = (ROOT / name[0]).is_dir()
+        if name[0] == room(path) or not is_room or name[0] == "_tour":
+            continue
+        deep = ".".join(name)
+        assert len(name) <= 2, f"import {deep} from lrjax.{name[0]} itself"
+        assert not name[-1].startswith("_"), f"{deep} is private to its room"
+        front = getattr(lrjax, name[0])
+        assert len(name) == 1 or hasattr(front, name[1]), f"{deep} is not public"
+
+
+def test_every_room_is_an_attribute():
+    for folder in ROOT.iterdir():
+        if (folder / "__init__.py").exists() and not folder.name.startswith("_"):
+            assert hasattr(lrjax, folder.name), f"lrjax.{folder.name} is not imported"
 
 
 def test_public_files_are_short():

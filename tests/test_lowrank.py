@@ -50,6 +50,16 @@ def test_algebra_is_that_of_the_dense_values(getkey, batch):
     assert_close(np.diagonal(gram, axis1=-2, axis2=-1), singular)
 
 
+@pytest.mark.parametrize("batch", BATCHES)
+def test_truncation_of_the_transpose_is_the_transpose(batch, getkey, x64):
+    """Factor by factor: the common signs of singular vectors favour neither side."""
+    x = random_low_rank(getkey(), 9, 6, 3, batch=batch, dtype=jnp.float64)
+    want = lrjax.truncate(x, 2)
+    got = lrjax.truncate(x.T, 2)
+    assert_close(got.left, want.right, condition=1e3)
+    assert_close(got.right, want.left, condition=1e3)
+
+
 def test_norm_keeps_its_digits_under_cancellation(getkey, x64):
     x = random_low_rank(getkey(), 30, 20, 3, dtype=jnp.float64)
     nudge = random_low_rank(getkey(), 30, 20, 3, dtype=jnp.float64)
@@ -127,6 +137,7 @@ def test_copies_may_hold_anything(getkey):
         (jnp.ones((2, 4, 2)), jnp.ones((3, 2)), ValueError, r"batch axes.*\(2, 4, 2\)"),
         (jnp.ones((4, 2)), jnp.ones((3, 2), jnp.bfloat16), ValueError, "one dtype"),
         (jnp.ones((4, 2), int), jnp.ones((3, 2), int), TypeError, "floating point"),
+        (jnp.ones((4, 2), complex), jnp.ones((3, 2), complex), TypeError, "real"),
         (jnp.ones(4), jnp.ones(4), ValueError, "at least two axes"),
         (None, jnp.ones((3, 2)), TypeError, "must be an array"),
     ],
@@ -161,3 +172,83 @@ def test_serialises(getkey, tmp_path):
     eqx.tree_serialise_leaves(tmp_path / "x.eqx", x)
     back = eqx.tree_deserialise_leaves(tmp_path / "x.eqx", jax.tree.map(jnp.zeros_like, x))
     assert_close(back, x, rtol=0)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_projected_step_is_the_projection_of_the_gradient(getkey, x64, batch):
+    x = random_low_rank(getkey(), 8, 6, 2, batch=batch, dtype=jnp.float64)
+    g = jr.normal(getkey(), (*batch, 8, 6), jnp.float64)
+    factors = lrjax.LowRank(g @ x.right, g.mT @ x.left)
+    step = lrjax.lowrank.project_to_tangent(x, factors)
+    p, q = (a @ jnp.linalg.pinv(a) for a in (x.left, x.right))
+    got = step.left @ x.right.mT + x.left @ step.right.mT
+    assert_close(got, p @ g + g @ q - p @ g @ q, condition=1e3)
+    # Projecting the projection changes nothing.
+    again = lrjax.LowRank(got @ x.right, got.mT @ x.left)
+    assert_close(lrjax.lowrank.project_to_tangent(x, again), step, condition=1e4)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_relative_step_is_that_of_dense_matrices(getkey, x64, batch):
+    x = random_low_rank(getkey(), 8, 6, 2, batch=batch, dtype=jnp.float64)
+    u = random_low_rank(getkey(), 8, 6, 2, batch=batch, dtype=jnp.float64)
+    move = u.left @ x.right.mT + x.left @ u.right.mT
+    norm = lambda a: np.linalg.norm(a, axis=(-2, -1))
+    assert_close(lrjax.lowrank.relative_step(x, u), norm(move) / norm(dense(x)))
+    # Two halves that undo each other.
+    undo = lrjax.LowRank(x.left, -x.right)
+    assert (lrjax.lowrank.relative_step(x, undo) < 1e-7).all()
+
+
+def test_relative_step_of_rows_on_several_devices(getkey):
+    x, u = (random_low_rank(getkey(), 16, 6, 2) for _ in range(2))
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    spread = lrjax.LowRank.__new__(lrjax.LowRank)  # a tree of specs, not of arrays
+    object.__setattr__(spread, "left", spec("rows"))
+    object.__setattr__(spread, "right", spec())
+    total = lambda a: jax.lax.psum(a, "rows")
+    run = jax.shard_map(
+        lambda x, u: lrjax.lowrank.relative_step(x, u, reduce=total),
+        mesh=mesh,
+        in_specs=(spread, spread),
+        out_specs=spec(),
+    )
+    assert_close(jax.jit(run)(x, u), lrjax.lowrank.relative_step(x, u), condition=10)
+
+
+def test_initializations_have_the_size_and_the_dtype_that_they_say(getkey, x64):
+    key = getkey()
+    for dtype in (jnp.float32, jnp.float64):
+        drawn = (
+            lrjax.lowrank.lora_init((300, 200), 4, key=key, dtype=dtype),
+            lrjax.lowrank.gaussian_init((300, 200), 4, 0.1, key=key, dtype=dtype),
+            lrjax.lowrank.small_init((300, 200), 4, 0.1, key=key, dtype=dtype),
+            lrjax.lowrank.orthogonal_init((300, 200), 4, 0.1, key=key, dtype=dtype),
+        )
+        for x in drawn:
+            assert x.dtype == dtype
+            assert x.shape == (300, 200)
+    lengths = [jnp.linalg.norm(side, axis=0) for side in (drawn[2].left, drawn[2].right)]
+    assert_close(lengths, [jnp.full(4, 0.1)] * 2, rtol=0.15)
+    assert np.std(drawn[1].right) == pytest.approx(0.1, rel=0.1)
+    even = lrjax.lowrank.small_init((9, 9), 2, 1e-3, key=key, symmetric=True)
+    assert_close(even.left, even.right)
+    with pytest.raises(ValueError, match="square"):
+        lrjax.lowrank.small_init((9, 8), 2, 1e-3, key=key, symmetric=True)
+    with pytest.raises(ValueError, match="at least 1"):
+        lrjax.lowrank.small_init((9, 8), 0, 1e-3, key=key)
+
+
+def test_norm_and_singular_values_can_be_differentiated(getkey, x64):
+    x = random_low_rank(getkey(), 8, 6, 2, dtype=jnp.float64)
+    both = lambda f: jax.grad(lambda left: f(lrjax.LowRank(left, x.right)))(x.left)
+    full = lambda f: jax.grad(lambda left: f(left @ x.right.T))(x.left)
+    assert_close(both(lrjax.norm), full(jnp.linalg.norm), condition=100)
+    values = lambda x: jnp.sum(lrjax.metrics.singular_values(x)[:2] ** 3)
+    assert_close(both(values), full(values), condition=1e3)
+
+
+def test_balanced_factors_have_no_more_values_than_a_side(getkey):
+    with pytest.raises(ValueError, match="balanced_init got 5 values"):
+        lrjax.lowrank.balanced_init((6, 4), jnp.ones(5), key=getkey())

@@ -195,23 +195,23 @@ def run(out: Path, quick: bool) -> Report:
         checks=(
             Check("accuracy on 0-4 before", before, 0.9 if quick else 0.95, at_most=False),
             Check(
-                "LoRA's accuracy on 5-9 above that of the head alone",
+                "LoRA above the head alone, accuracy on 5-9",
                 lora_row["5-9 held back"] - by["head only"]["5-9 held back"],
                 0.01,
                 at_most=False,
             ),
             Check(
-                "LoRA's accuracy on 5-9 below that of full fine-tuning",
+                "LoRA below full fine-tuning, accuracy on 5-9",
                 full_row["5-9 held back"] - lora_row["5-9 held back"],
                 0.05 if quick else 0.02,
             ),
             Check(
-                "LoRA's optimizer bytes over those of full fine-tuning",
+                "LoRA's optimizer bytes over those of full",
                 lora_row["optimizer bytes"] / full_row["optimizer bytes"],
                 0.1,
             ),
             Check("merged against bound scores, relative", gap, 1e-5),
-            Check("accuracy on 0-4 lost once the adapters are detached", before - after, 0),
+            Check("accuracy on 0-4 lost, adapters detached", before - after, 0),
         ),
         figures=("finetune.png",),
     )

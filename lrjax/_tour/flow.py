@@ -43,7 +43,7 @@ def run(out: pathlib.Path, quick: bool) -> Report:
         rows = tuple(
             {
                 "start": name,
-                "left² − right²": float(left[k] ** 2 - right[k] ** 2),
+                "imbalance": float(left[k] ** 2 - right[k] ** 2),
                 "99 % learnt at": float(_learnt(ts, exact[k])),
                 "rate of the slowest mode": float(rates[k][-1]),
                 "steps": int(solution.stats.steps[k]),
@@ -56,7 +56,9 @@ def run(out: pathlib.Path, quick: bool) -> Report:
             Check("gradient flow against its closed form", float(error.max()), BOUND),
             Check("drift of the conserved balance", float(drift.max()), BOUND),
         )
-    return Report("Gradient flow of a LoRA factorization", rows, checks, (figure,))
+    return Report(
+        "flow: LoRA's gradient flow against its exact solution", rows, checks, (figure,)
+    )
 
 
 @contextmanager
@@ -83,11 +85,11 @@ def _compare(left, right, shape, points):
         left, right = left * jnp.ones_like(sigma), right * jnp.ones_like(sigma)
         start = LowRank(u * left[None], v * right[None])
 
-        def observe(moment):
-            x = moment.params
-            b, a = flows.aligned_modes(moment.t, left, right, sigma)
+        def observe(state):
+            x = state.params
+            b, a = flows.aligned_modes(state.t, left, right, sigma)
             return {
-                "loss": moment.loss,
+                "loss": state.loss,
                 "modes": jnp.sum((u.T @ x.left) * (v.T @ x.right), axis=1),
                 "error": jnp.max(jnp.abs(x.materialize() - _matrix(u, b * a, v))),
                 "drift": metrics.balance_drift(x, start),

@@ -16,9 +16,12 @@ from ..recovery import Problem, robust_pca, solve, spectral_init
 from .report import Check, Report
 
 
+TITLE = "recover: 21,025 × 200 Indian Pines, 10 % wrong, 10 % missing, rank unknown"
 SALT, MISSING = 0.1, 0.1
 BOUND = 0.036
-FIRST_STEPS = (0.15, 0.5, 1.5, 100.0)  # in units of the norm of the start
+# In units of the norm of the start. The last is far too long, to see that nothing breaks.
+FIRST_STEPS = (0.15, 0.5, 1.5)
+TOO_LONG = 100.0
 DECAY = 0.95
 BAND = 120  # the band that is drawn
 
@@ -29,7 +32,7 @@ def run(out: pathlib.Path, quick: bool) -> Report:
     matrix, mask = _corrupt(scene)
     problem = robust_pca.from_data(matrix, mask, truth=scene.reshape(matrix.shape))
     widths, steps = ((10, 20), 100) if quick else ((5, 10, 20), 150)
-    rows, checks, fits = [], [], {}
+    rows, checks, fits, wrong = [], [], {}, 0
     for width in widths:
         start = _start(problem, width)
         size = float(norm(start))
@@ -38,21 +41,23 @@ def run(out: pathlib.Path, quick: bool) -> Report:
             row, x = _timed(_opsa, problem, start, first * size, steps)
             rows.append({"method": "OPSA", "width": width, "first step": first} | row)
             fits.setdefault(width, x)
-            checks.append(_finite(x, f"OPSA at width {width}, first step {first:g} ‖X‖"))
+            wrong += _not_finite(x)
         error = float(problem.relative_error(fits[width]))
         if width in (10, 20):
             checks.append(Check(f"relative error of OPSA at width {width}", error, BOUND))
+        if width == 10:
+            far = _opsa(problem, start, TOO_LONG * size, steps)
         if width == 20 or not quick:
             row, _ = _timed(_subgradient, problem, start, 0.03 * size**0.5, steps)
             rows.append({"method": "subgradient", "width": width, "first step": 0.03} | row)
         row, svd_fit = _timed(_svd, problem, mask, width)
         rows.append({"method": "truncated SVD", "width": width, "first step": ""} | row)
     figure = _draw(out, scene, matrix, mask, svd_fit, fits[20])
-    title = (
-        "Indian Pines, 21025 pixels x 200 bands: 10 % salt, 10 % missing, rank and noise "
-        "unknown"
-    )
-    return Report(title, tuple(rows), tuple(checks), (figure,))
+    checks += [
+        Check("numbers not finite in the fits of OPSA above", wrong, 0),
+        Check(f"numbers not finite, first step {TOO_LONG:g} ‖X‖", _not_finite(far), 0),
+    ]
+    return Report(TITLE, tuple(rows), tuple(checks), (figure,))
 
 
 def _load() -> jax.Array:
@@ -86,8 +91,9 @@ def _start(problem: Problem, width: int) -> LowRank:
 def _opsa(problem: Problem, start: LowRank, first: jax.Array, steps: int) -> LowRank:
     """One setting for every width: nothing about the rank or the noise."""
     schedule = lambda count: first * DECAY**count
-    reg = 0.4 * max(problem.shape) ** 0.5
-    return _blind(problem, opsa(schedule, reg=reg), start, steps)
+    weight = 0.4 * max(problem.shape) ** 0.5
+    tx = opsa(schedule, f_min=None, nuclear_weight=weight)
+    return _blind(problem, tx, start, steps)
 
 
 @partial(jax.jit, static_argnums=3)
@@ -121,9 +127,8 @@ def _timed(method, problem: Problem, *args) -> tuple[dict, LowRank]:
     return {"relative error": float(problem.relative_error(x)), "seconds": seconds}, x
 
 
-def _finite(x: LowRank, what: str) -> Check:
-    wrong = sum(int((~jnp.isfinite(factor)).sum()) for factor in (x.left, x.right))
-    return Check(f"numbers that are not finite: {what}", wrong, 0)
+def _not_finite(x: LowRank) -> int:
+    return sum(int((~jnp.isfinite(factor)).sum()) for factor in (x.left, x.right))
 
 
 def _draw(out, scene, matrix, mask, svd_fit, fit) -> str:

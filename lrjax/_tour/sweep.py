@@ -58,13 +58,14 @@ def run(out: Path, quick: bool) -> Report:
     problem, start, grid = setting()
     vectorized, loop = contestants(problem, start, grid)
     results, looped = vectorized(), loop()  # compiles both
-    ratios, seconds = [], {"sweep": [], "loop": []}
+    contest = {"vmapped sweep": vectorized, "warm Python loop": loop}
+    times = {name: [] for name in contest}
     for _ in range(1 if quick else 3):
-        for name, function in (("sweep", vectorized), ("loop", loop)):
+        for name, function in contest.items():
             begin = time.perf_counter()
             function()
-            seconds[name].append(time.perf_counter() - begin)
-        ratios.append(seconds["loop"][-1] / seconds["sweep"][-1])
+            times[name].append(time.perf_counter() - begin)
+    seconds = {name: float(np.median(values)) for name, values in times.items()}
     errors = results["result"]
     solved = int((errors < 1e-4).sum())
     _plot(errors, float(lrjax.norm(start)), out / "sweep.png")
@@ -72,12 +73,11 @@ def run(out: Path, quick: bool) -> Report:
     both = (errors.values < 1e-4) == (looped < 1e-4)
     return Report(
         title=TITLE,
-        rows=(
-            {"run as": "vmapped sweep", "seconds": float(np.median(seconds["sweep"]))},
-            {"run as": "warm Python loop", "seconds": float(np.median(seconds["loop"]))},
+        rows=tuple(
+            {"run as": name, "seconds": own, "speed-up": seconds["warm Python loop"] / own}
+            for name, own in seconds.items()
         ),
         checks=(
-            Check("times faster than the loop", float(np.median(ratios)), 3, at_most=False),
             Check("members that solve the problem (of 32)", solved, 4, at_most=False),
             Check("members that end otherwise than in the loop", int((~both).sum()), 0),
         ),

@@ -178,7 +178,7 @@ def run(out: Path, quick: bool) -> Report:
         title=TITLE,
         rows=(
             {
-                "method": "word counts (TF-IDF, no model)",
+                "method": "word counts, no model",
                 "held back": word_counts(*texts),
                 "trainable": "-",
                 "optimizer bytes": "-",
@@ -200,9 +200,9 @@ def run(out: Path, quick: bool) -> Report:
             },
         ),
         checks=(
-            Check("embeddings against PyTorch, largest difference", embedding_error, 1e-4),
+            Check("largest difference from PyTorch's embeddings", embedding_error, 1e-4),
             Check(
-                "LoRA's accuracy minus that of the head alone",
+                "LoRA above the head alone, accuracy",
                 scores["LoRA"] - scores["head only"],
                 -0.03 if quick else 0.01,
                 at_most=False,

@@ -1,6 +1,6 @@
 """Gradient flow: the continuous-time limit of training, and what is known of it exactly."""
 
-from ._field import Moment as Moment
+from ._field import FlowState as FlowState
 from .closed_forms import (
     RiccatiBlocks as RiccatiBlocks,
     aligned_modes as aligned_modes,
@@ -26,13 +26,6 @@ from .problems import (
     lora_task as lora_task,
     trace_squared_loss as trace_squared_loss,
     two_layer_loss as two_layer_loss,
-)
-from .starts import (
-    balanced_start as balanced_start,
-    orthogonal_start as orthogonal_start,
-    small_start as small_start,
-    spectral_start as spectral_start,
-    standard_start as standard_start,
 )
 from .until import (
     gradient_below as gradient_below,

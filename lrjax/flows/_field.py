@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree, Scalar
 
+from ..linalg import nonzero
+
 
 class _Scales(NamedTuple):
     """What the stopping rules measure against."""
@@ -22,8 +24,11 @@ class Position(NamedTuple):
     velocity: PyTree | None
 
 
-class Moment:
-    """The flow at one time, as ``until=`` and ``observe=`` see it.
+class FlowState:
+    """The state of a flow at one time, as ``until=`` and ``observe=`` see it.
+
+    What ``observe=`` of :func:`lrjax.solve` sees, :class:`lrjax.recovery.SolveState`, has
+    ``t``, ``params`` and ``loss`` too: one function can watch both.
 
     Every attribute is computed when it is read, so that rules which look at the loss
     alone do not pay for a gradient.
@@ -115,15 +120,15 @@ class Field(eqx.Module):
         value, grad = self.value_and_grad(moving, args)
         return _Scales(value, tree_norm(grad))
 
-    def moment(self, t, position: Position, data) -> Moment:
-        return Moment(t, position, data, self)
+    def state(self, t, position: Position, data) -> FlowState:
+        return FlowState(t, position, data, self)
 
 
 def tree_norm(tree: PyTree) -> Array:
     """The Euclidean norm of a tree, without overflow of the squares."""
     leaves = jax.tree.leaves(tree)
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in leaves]))
-    unit = jnp.where(largest > 0, largest, 1)
+    unit = nonzero(largest)
     return unit * jnp.sqrt(sum(jnp.sum((x / unit) ** 2) for x in leaves))
 
 
@@ -142,19 +147,19 @@ class Params(eqx.Module):
 class Observed(eqx.Module):
     """What ``SaveAt`` saves: the answer of ``observe``."""
 
-    observe: Callable[[Moment], PyTree]
+    observe: Callable[[FlowState], PyTree]
     field: Field
 
     def __call__(self, t, position: Position, data) -> PyTree:
-        return self.observe(self.field.moment(t, position, data))
+        return self.observe(self.field.state(t, position, data))
 
 
 class Occurred(eqx.Module):
     """The condition of an ``Event``: the answer of ``until``."""
 
-    until: Callable[[Moment], Any]
+    until: Callable[[FlowState], Any]
     field: Field
 
     def __call__(self, t, position: Position, data, **unused) -> Array:
         del unused
-        return jnp.asarray(self.until(self.field.moment(t, position, data)), bool)
+        return jnp.asarray(self.until(self.field.state(t, position, data)), bool)

@@ -5,38 +5,9 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
 from .._sharding import einsum
+from ..linalg import cross, nonzero, outer, rounding, times
 from ..lowrank import LowRank
-
-
-class _Propagator(NamedTuple):
-    """The numbers that solve ``x' = a x + b − c x²``, with ``k = sqrt(a² + 4bc)``.
-
-    ::
-
-        x(t) = (x₀ (up + down·decay) + 2b·span) / (down + up·decay + 2c·x₀·span)
-
-    All of them are non-negative, so nothing cancels, and none grows with t.
-    """
-
-    up: Array  # (k + a)/k
-    down: Array  # (k − a)/k
-    decay: Array  # exp(−kt)
-    span: Array  # (1 − exp(−kt))/k, which is t at k = 0
-
-
-def _propagator(t: Array, a: Array, four_bc: Array) -> _Propagator:
-    square = a * a + four_bc
-    moves = square > 0
-    k = jnp.sqrt(jnp.where(moves, square, 1))
-    # The larger of k ± a as it stands, the smaller from their product k² − a² = 4bc.
-    larger = (k + jnp.abs(a)) / k
-    smaller = four_bc / (k * k * larger)
-    still = jnp.ones_like(k)
-    up = jnp.where(moves, jnp.where(a >= 0, larger, smaller), still)
-    down = jnp.where(moves, jnp.where(a >= 0, smaller, larger), still)
-    tiny = jnp.finfo(k.dtype).tiny ** 0.5  # keeps 0/0 and its derivative away at large t
-    decay = jnp.where(moves, jnp.maximum(jnp.exp(-k * t), tiny), 1)
-    return _Propagator(up, down, decay, jnp.where(moves, -jnp.expm1(-k * t) / k, t))
+from ._boost import boost
 
 
 def aligned_modes(
@@ -83,18 +54,11 @@ def aligned_modes(
     """
     t = jnp.asarray(t)[..., None]
     left, right, target = (_rows(x, t) for x in (left, right, target))
-    linear, quadratic = 2 * scale * target, scale**2
-    plus, minus = left + right, left - right
-    four_bc = jnp.asarray(quadratic**2 * (plus * minus) ** 2)
-
-    def evolve(x, other, a):
-        p = _propagator(t, a, four_bc)
-        above = p.up + p.down * p.decay + quadratic * other**2 * p.span
-        below = p.down + p.up * p.decay + quadratic * x**2 * p.span
-        return x * jnp.sqrt(above / below)
-
-    plus, minus = evolve(plus, minus, linear), evolve(minus, plus, -linear)
-    return (plus + minus) / 2, (plus - minus) / 2
+    rate, damp, drive = (
+        jnp.multiply(scale, x) for x in (2 * target, left + right, left - right)
+    )
+    speed = jnp.multiply(scale, 2 * (target - scale * left * right))
+    return boost(t, rate, damp, drive, speed)(left, right)
 
 
 def _rows(x: ArrayLike, t: Array) -> Array:
@@ -122,8 +86,9 @@ def riccati(
 
         Z Zᵀ(t) = e^{St} Z₀ [I + Z₀ᵀ Φ Z₀]⁻¹ Z₀ᵀ e^{St},    Φ = V diag((e^{2lt} − 1)/2l) Vᵀ
 
-    The formula loses digits as ``e^{2 σ₁ t}`` grows: in float64 keep ``2 σ₁ t`` below 18
-    for twelve digits. It does not know about imbalance: use :func:`lrjax.balance`.
+    Nothing is squared that grows, and modes are eliminated from the largest on, so that
+    the digits are there at any time. It does not know about imbalance: use
+    :func:`lrjax.balance`.
 
     Args:
         t: the time.
@@ -147,27 +112,35 @@ def riccati(
         prior knowledge" (2022).
     """
     m, n = target.shape
+    r = start.rank
     corner = lambda k: jnp.zeros((k, k), target.dtype)
     values, vectors = jnp.linalg.eigh(
         jnp.block([[corner(m), target], [target.T, corner(n)]])
     )
-    # Everything is divided by e^{lt} of the largest l, so that nothing overflows.
-    top = values[-1]
+    values, vectors = values[::-1], vectors[:, ::-1]
+    z = cross(vectors, jnp.concatenate([start.left, start.right]))
+    # Rotated so that column j begins at mode j, and each measured by the growth of that
+    # mode: then no number exceeds those of the start.
+    rotation, triangle = jnp.linalg.qr(z[:r].T)
+    z = jnp.concatenate([triangle.T, times(z[r:], rotation)])
+    up = jnp.maximum(values, 0)
+    relative = lambda rates: jnp.exp(jnp.minimum((rates[:, None] - up[None, :r]) * t, 0))
+    shrunk = jnp.diag(jnp.exp(-up[:r] * t))
+    squares = jnp.concatenate([shrunk, _root_span(t, values)[:, None] * relative(up) * z])
+    _, root = jnp.linalg.qr(squares)
+    grown = times(vectors, relative(values) * z)
+    root = lax.linalg.triangular_solve(root, grown, left_side=False, lower=False)
+    product = outer(root, root)
+    return RiccatiBlocks(product[:m, m:], product[:m, :m], product[m:, m:])
+
+
+def _root_span(t: Array, values: Array) -> Array:
+    """``sqrt((e^{2lt} − 1)/2l)``, over ``e^{lt}`` where l is positive."""
     still = jnp.abs(values) * t < 1e-30
     l = jnp.where(still, 1, values)
-    up = -jnp.expm1(-2 * l * t) * jnp.exp(2 * (l - top) * t)
-    down = jnp.expm1(2 * l * t) * jnp.exp(-2 * top * t)
-    phi = jnp.where(l > 0, up, down) / (2 * l)
-    phi = jnp.where(still, t * jnp.exp(-2 * top * t), phi)
-    z = einsum("ij,ir->jr", vectors, jnp.concatenate([start.left, start.right]))
-    identity = jnp.eye(start.rank, dtype=z.dtype)
-    small = identity * jnp.exp(-2 * top * t) + einsum("j,jr,js->rs", phi, z, z)
-    grown = einsum("ij,j,jr->ir", vectors, jnp.exp((values - top) * t), z)
-    root = lax.linalg.triangular_solve(
-        jnp.linalg.cholesky(small), grown, left_side=False, lower=True, transpose_a=True
-    )
-    gram = einsum("ir,jr->ij", root, root)
-    return RiccatiBlocks(gram[:m, m:], gram[:m, :m], gram[m:, m:])
+    span = jnp.where(l > 0, -jnp.expm1(-2 * l * t), jnp.expm1(2 * l * t)) / (2 * l)
+    moves = t > 0
+    return jnp.sqrt(jnp.where(moves, jnp.where(still, t, span), 1)) * moves
 
 
 def scaled_modes(
@@ -292,15 +265,18 @@ def trace_squared(
         The loss of Rushka and Klabjan, "Rank-accuracy trade-off for LoRA: a gradient-flow
         analysis" (2026), arXiv 2602.10212.
     """
-    p = jnp.sum((start.left + start.right) ** 2)
-    q = jnp.sum((start.left - start.right) ** 2)
-    e = _propagator(t, 2 * jnp.trace(base), p * q)
-    z = (e.up + e.down * e.decay + p * e.span) / (e.down + e.up * e.decay + q * e.span)
-    grow, shrink = jnp.sqrt(z), 1 / jnp.sqrt(z)
-    cosh, sinh = (grow + shrink) / 2, (grow - shrink) / 2
-    return LowRank(
-        cosh * start.left - sinh * start.right, cosh * start.right - sinh * start.left
-    )
+    trace = jnp.trace(base)
+    speed = 2 * (trace + jnp.sum(start.left * start.right))
+    drive, damp = _norm(start.left + start.right), _norm(start.left - start.right)
+    rotated = boost(t, 2 * trace, damp, drive, speed)
+    left, right = rotated(start.left, -start.right)
+    return LowRank(left, -right)
+
+
+def _norm(x: Array) -> Array:
+    """The Frobenius norm, with a zero derivative at zero."""
+    square = jnp.sum(x**2)
+    return jnp.sqrt(nonzero(square)) * (square > 0)
 
 
 def half_learning_times(target: Float[Array, " k"], alpha: ArrayLike) -> Float[Array, " k"]:
@@ -337,7 +313,8 @@ def end_to_end_velocity(
 
         dW/dt = −Σ_j (W Wᵀ)^{(N−j)/N} G (WᵀW)^{(j−1)/N},    j = 1 … N
 
-    so a singular value with gradient g moves at ``−N σ^{2−2/N} g``.
+    so a singular value with gradient g moves at ``−N σ^{2−2/N} g``. Singular values below
+    the rounding error of the largest are zero: a root would make them large.
 
     Args:
         weight: the product ``W``.
@@ -358,10 +335,12 @@ def end_to_end_velocity(
         arXiv 1802.06509.
     """
     u, values, vt = jnp.linalg.svd(weight, full_matrices=True)
+    floor = rounding(values.dtype, max(weight.shape)) * values[:1]
+    values = jnp.where(values > floor, values, 0)
     left = jnp.zeros(weight.shape[0], values.dtype).at[: len(values)].set(values)
     right = jnp.zeros(weight.shape[1], values.dtype).at[: len(values)].set(values)
     powers = jnp.arange(depth) * (2 / depth)
-    weights = einsum("ij,kj->ik", _powers(left, powers[::-1]), _powers(right, powers))
+    weights = outer(_powers(left, powers[::-1]), _powers(right, powers))
     rotated = einsum("ai,ab,jb->ij", u, gradient, vt)
     return -einsum("ai,ij,jb->ab", u, weights * rotated, vt)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Scalar
 
-from ._field import Field, Moment, Observed, Occurred, Params
+from ._field import Field, FlowState, Observed, Occurred, Params
 
 
 class FlowStats(NamedTuple):
@@ -78,8 +78,8 @@ def gradient_flow(
     solver: diffrax.AbstractSolver | str | None = None,
     rtol: ArrayLike | None = None,
     atol: ArrayLike | None = None,
-    until: Callable[[Moment], ArrayLike] | None = None,
-    observe: Callable[[Moment], PyTree] | None = None,
+    until: Callable[[FlowState], ArrayLike] | None = None,
+    observe: Callable[[FlowState], PyTree] | None = None,
     friction: ArrayLike | Callable[[Array], ArrayLike] | None = None,
     step: ArrayLike | None = None,
     max_steps: int = 2**16,
@@ -124,9 +124,9 @@ def gradient_flow(
             default ``rtol`` times the root mean square of ``params``: an escape from a
             small initialization must be decided by the initialization, not the solver.
         until: a rule that ends the flow early: :func:`loss_below`, :func:`gradient_below`,
-            :func:`stationary`, or any function of a :class:`Moment` to a boolean scalar.
+            :func:`stationary`, or any function of a :class:`FlowState` to a boolean scalar.
             It is asked after every step.
-        observe: a function of a :class:`Moment` to a tree of arrays, saved at ``ts`` in
+        observe: a function of a :class:`FlowState` to a tree of arrays, saved at ``ts`` in
             place of the parameters.
         friction: γ of the heavy ball, in 1/time; a number or a function of the time.
         step: take steps of this fixed length instead of adaptive ones; with

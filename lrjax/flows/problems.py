@@ -8,7 +8,7 @@ import jax.random as jr
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Scalar
 
 from .._sharding import einsum
-from ..linalg import orthonormalize
+from ..linalg import orthonormalize, times
 from ..lowrank import LowRank
 
 
@@ -66,7 +66,7 @@ def two_layer_loss(
         weight if adapter is None else weight + adapter.materialize()
         for weight, adapter in zip(base, adapters, strict=True)
     )
-    return 0.5 * jnp.sum((target - einsum("mh,hn->mn", second, first)) ** 2)
+    return 0.5 * jnp.sum((target - times(second, first)) ** 2)
 
 
 def trace_squared_loss(x: LowRank, base: Float[Array, "n n"]) -> Scalar:
@@ -108,7 +108,7 @@ def deep_linear_loss(
     """
     product = weights[0]
     for weight in weights[1:]:
-        product = einsum("ij,jk->ik", weight, product)
+        product = times(weight, product)
     return 0.5 * jnp.sum((target - product) ** 2)
 
 
@@ -116,12 +116,12 @@ def linearized_loss(
     x: LowRank,
     jacobian: Float[Array, "k m n"],
     residual: Float[Array, " k"],
-    decay: ArrayLike = 0.0,
+    nuclear_weight: ArrayLike = 0.0,
 ) -> Scalar:
     """LoRA in the kernel regime, ``½Σ(⟨J_k, X⟩ − y_k)² + ½λ(‖left‖² + ‖right‖²)``.
 
-    The network is replaced by its linearization at the frozen weight. The decay is, by
-    its smallest value over all factorizations, ``λ`` times the nuclear norm. Once
+    The network is replaced by its linearization at the frozen weight. The last term is,
+    by its smallest value over all factorizations, ``λ`` times the nuclear norm. Once
     ``r(r + 1)/2`` exceeds the number k of numbers to fit, a generic problem has no
     spurious local minimum.
 
@@ -130,7 +130,7 @@ def linearized_loss(
         jacobian: of each of the k outputs (all examples and classes) with respect to the
             weight.
         residual: ``y``, what the outputs lack.
-        decay: ``λ``.
+        nuclear_weight: ``λ``, the weight decay of the factors.
 
     Returns:
         The loss.
@@ -148,7 +148,7 @@ def linearized_loss(
     """
     outputs = einsum("kmn,mr,nr->k", jacobian, x.left, x.right)
     squares = jnp.sum(x.left**2) + jnp.sum(x.right**2)
-    return 0.5 * jnp.sum((outputs - residual) ** 2) + 0.5 * decay * squares
+    return 0.5 * jnp.sum((outputs - residual) ** 2) + 0.5 * nuclear_weight * squares
 
 
 class LoraTask(NamedTuple):
@@ -166,22 +166,22 @@ class LoraTask(NamedTuple):
 
 
 def lora_task(
-    key: PRNGKeyArray,
     values: Float[Array, " h"],
     change: Float[Array, " c"],
     *,
     shape: tuple[int, int],
     aligned: bool,
+    key: PRNGKeyArray,
 ) -> LoraTask:
-    """Draw a pretrained matrix and a low-rank change of it.
+    """A random pretrained matrix and a low-rank change of it.
 
     Args:
-        key: for the singular vectors.
         values: singular values of ``Y_pre``; their number is the hidden width h.
         change: singular values of the change; their number is its rank.
         shape: ``(m, n)``, neither smaller than h.
-        aligned: whether the change has the leading singular vectors of ``Y_pre``, or
-            vectors of its own.
+        aligned: if True, the change has the leading singular vectors of ``Y_pre``; if
+            False, vectors of its own.
+        key: for the singular vectors.
 
     Returns:
         A :class:`LoraTask`.
@@ -191,8 +191,9 @@ def lora_task(
 
     Example:
         >>> import jax, jax.numpy as jnp, lrjax
+        >>> key, change = jax.random.key(0), jnp.array([2.0])
         >>> task = lrjax.flows.lora_task(
-        ...     jax.random.key(0), jnp.ones(4), jnp.array([2.0]), shape=(6, 5), aligned=True
+        ...     jnp.ones(4), change, shape=(6, 5), aligned=True, key=key
         ... )
         >>> task.base.first.shape, task.base.second.shape, task.target.shape
         ((4, 5), (6, 4), (6, 5))
@@ -218,7 +219,7 @@ def lora_task(
     else:
         left, right = _orthonormal(kl, m, c, dtype), _orthonormal(kw, n, c, dtype)
     difference = einsum("mc,c,nc->mn", left, change.astype(dtype), right)
-    target = einsum("mh,hn->mn", second, first) + difference
+    target = times(second, first) + difference
     return LoraTask(TwoLayers(first, second), target, difference)
 
 

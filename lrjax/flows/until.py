@@ -2,17 +2,18 @@ from collections.abc import Callable
 
 from jaxtyping import Array, ArrayLike, Bool
 
-from ._field import Moment
+from ._field import FlowState
 
 
 def loss_below(
     value: ArrayLike, *, relative: bool = False
-) -> Callable[[Moment], Bool[Array, ""]]:
+) -> Callable[[FlowState], Bool[Array, ""]]:
     """Stop a flow when the loss has come down to a value.
 
     Args:
         value: the loss to stop at.
-        relative: whether ``value`` is a multiple of the loss at the start.
+        relative: if True, ``value`` is a multiple of the loss at the start; if False it is
+            in the units of the loss.
 
     Returns:
         A rule for ``gradient_flow(until=…)``.
@@ -26,15 +27,15 @@ def loss_below(
         (True, True)
     """
 
-    def rule(moment: Moment) -> Array:
-        return moment.loss <= value * (moment.start_loss if relative else 1)
+    def rule(state: FlowState) -> Array:
+        return state.loss <= value * (state.start_loss if relative else 1)
 
     return rule
 
 
 def gradient_below(
     ratio: ArrayLike, *, after: ArrayLike = 0.0
-) -> Callable[[Moment], Bool[Array, ""]]:
+) -> Callable[[FlowState], Bool[Array, ""]]:
     """Stop a flow when the gradient is small against the one at the start.
 
     A small initialization starts next to a saddle, where the gradient is as small as the
@@ -59,16 +60,16 @@ def gradient_below(
         True
     """
 
-    def rule(moment: Moment) -> Array:
-        small = moment.gradient_norm <= ratio * moment.start_gradient_norm
-        return small & (moment.t >= after)
+    def rule(state: FlowState) -> Array:
+        small = state.gradient_norm <= ratio * state.start_gradient_norm
+        return small & (state.t >= after)
 
     return rule
 
 
 def stationary(
     rate: ArrayLike = 1e-7, *, after: ArrayLike = 0.0
-) -> Callable[[Moment], Bool[Array, ""]]:
+) -> Callable[[FlowState], Bool[Array, ""]]:
     """Stop a flow when the parameters change slowly against their own size.
 
     ``‖dθ/dt‖ <= rate · ‖θ‖``, with no absolute term: near a saddle at zero the relative
@@ -94,7 +95,7 @@ def stationary(
         [1.]
     """
 
-    def rule(moment: Moment) -> Array:
-        return (moment.speed <= rate * moment.size) & (moment.t >= after)
+    def rule(state: FlowState) -> Array:
+        return (state.speed <= rate * state.size) & (state.t >= after)
 
     return rule

@@ -1,12 +1,41 @@
 """Arrays in, arrays out: the decompositions that every other room is built on."""
 
+from ._numerics import (
+    check_rank as check_rank,
+    cross as cross,
+    identity_like as identity_like,
+    increment as increment,
+    nonzero as nonzero,
+    outer as outer,
+    product_rounding as product_rounding,
+    products_at as products_at,
+    rounding as rounding,
+    times as times,
+    working_dtype as working_dtype,
+)
 from .angles import principal_angles as principal_angles
+from .decompositions import (
+    eigh as eigh,
+    singular_values as singular_values,
+    svd as svd,
+)
 from .gram import (
+    cholesky as cholesky,
     gram as gram,
     inverse_gram as inverse_gram,
     inverse_root_gram as inverse_root_gram,
 )
+from .nystrom import nystrom as nystrom
 from .orthonormalize import orthonormalize as orthonormalize
-from .polar import polar as polar
+from .pivoted_columns import pivoted_columns as pivoted_columns
+from .polar import check_polar_method as check_polar_method, polar as polar
+from .procrustes import procrustes as procrustes
 from .product_svd import product_svd as product_svd
+from .subspace_iteration import subspace_iteration as subspace_iteration
+from .thresholds import (
+    hard_threshold as hard_threshold,
+    keep_largest as keep_largest,
+    order_statistic as order_statistic,
+    soft_threshold as soft_threshold,
+)
 from .truncated_svd import TruncatedSVD as TruncatedSVD, truncated_svd as truncated_svd

@@ -1,8 +1,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._sharding import einsum
-from .gram import working_dtype
+from ._numerics import cross, times, working_dtype
+from .decompositions import singular_values
 from .orthonormalize import orthonormalize
 
 
@@ -45,9 +45,9 @@ def principal_angles(
         x, y = y, x
     dtype = working_dtype(jnp.promote_types(x.dtype, y.dtype))
     qx, qy = orthonormalize(x.astype(dtype)), orthonormalize(y.astype(dtype))
-    overlap = einsum("...nr,...ns->...rs", qx, qy)
-    cosines = jnp.linalg.svd(overlap, compute_uv=False)
-    rest = qy - einsum("...nr,...rs->...ns", qx, overlap)
-    sines = jnp.linalg.svd(rest, compute_uv=False)[..., ::-1]
+    overlap = cross(qx, qy)
+    cosines = singular_values(overlap)
+    rest = qy - times(qx, overlap)
+    sines = singular_values(rest)[..., ::-1]
     cosines, sines = jnp.clip(cosines, 0, 1), jnp.clip(sines, 0, 1)
     return jnp.where(sines < cosines, jnp.arcsin(sines), jnp.arccos(cosines))

@@ -2,17 +2,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from .._sharding import einsum
-
-
-def working_dtype(dtype) -> jnp.dtype:
-    """The dtype in which decompositions of ``dtype`` arrays run: float32 or wider."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def identity_like(g: Float[Array, "*b r r"]) -> Float[Array, "*b r r"]:
-    """Identity matrices with the shape, dtype and sharding of a stack of matrices."""
-    return jnp.zeros_like(g) + jnp.eye(g.shape[-1], dtype=g.dtype)[(None,) * (g.ndim - 2)]
+from ._numerics import cross, identity_like, working_dtype
 
 
 def cholesky(g: Float[Array, "*b r r"]) -> Float[Array, "*b r r"]:
@@ -40,7 +30,7 @@ def gram(x: Float[Array, "*b n r"]) -> Float[Array, "*b r r"]:
         [[3.0, 3.0], [3.0, 3.0]]
     """
     x = x.astype(working_dtype(x.dtype))
-    return einsum("...nr,...ns->...rs", x, x)
+    return cross(x, x)
 
 
 def _damped_factor(
@@ -76,7 +66,7 @@ def inverse_gram(
     Args:
         x: tall matrices ``(*b, n, r)``.
         damping: λ, or its ratio to the mean squared column norm. Non-negative.
-        relative: which of the two.
+        relative: if True, ``damping`` multiplies ``tr(xᵀx)/r``; if False it is λ itself.
 
     Returns:
         ``(*b, r, r)`` symmetric positive semi-definite, in float32 or wider.
@@ -88,7 +78,7 @@ def inverse_gram(
         [[1.0, 0.0], [0.0, 0.25]]
     """
     half = _inverse(_damped_factor(x, damping, relative))
-    return einsum("...kr,...ks->...rs", half, half)
+    return cross(half, half)
 
 
 def inverse_root_gram(
@@ -103,7 +93,7 @@ def inverse_root_gram(
     Args:
         x: tall matrices ``(*b, n, r)``.
         damping: λ, or its ratio to the mean squared column norm. Non-negative.
-        relative: which of the two.
+        relative: as for :func:`inverse_gram`.
 
     Returns:
         ``(*b, r, r)`` upper triangular, in float32 or wider.

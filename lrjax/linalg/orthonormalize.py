@@ -1,11 +1,14 @@
+import functools
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from .._sharding import einsum, gathered, placed_like
-from .gram import cholesky, gram, identity_like, working_dtype
+from .._sharding import by_compiler, gathered, placed_like, sharding_along
+from ._numerics import cross, identity_like, nonzero, outer, working_dtype
+from .gram import cholesky, gram
 
 
 # The shifts of the three passes, in units of the rounding error of the Gram matrix.
@@ -13,7 +16,11 @@ CHOLESKY_SHIFTS = (8.0, 8.0, 0.5)
 
 
 def orthonormalize(
-    x: Float[Array, "*b n r"], *, method: Literal["qr", "cholesky"] = "qr"
+    x: Float[Array, "*b n r"],
+    *,
+    method: Literal["qr", "cholesky"] = "qr",
+    against: Float[Array, "*b n s"] | None = None,
+    precision: lax.PrecisionLike = lax.Precision.HIGHEST,
 ) -> Float[Array, "*b n r"]:
     """An orthonormal basis of the columns of a tall matrix, without sign ambiguity.
 
@@ -30,7 +37,11 @@ def orthonormalize(
 
     Args:
         x: matrices ``(*b, n, r)`` with ``n >= r``.
-        method: ``"qr"`` or ``"cholesky"``.
+        method: algorithm, one of the above.
+        against: if given, orthonormal columns ``(*b, n, s)``, some of which may be zero:
+            the basis is that of the part of ``x`` in their orthogonal complement.
+        precision: of the products with ``against``; None for the one in force. The basis
+            is orthogonal to them to that precision, and to itself at full precision.
 
     Returns:
         ``(*b, n, r)`` in the dtype of ``x``, computed in float32 or wider. Not
@@ -55,32 +66,69 @@ def orthonormalize(
         raise ValueError(
             f"orthonormalize needs a tall matrix (rows >= columns), got shape {x.shape}."
         )
+    if method not in ("qr", "cholesky"):
+        raise ValueError(f"method must be 'qr' or 'cholesky', got {method!r}.")
     a = lax.stop_gradient(x).astype(working_dtype(x.dtype))
     # Sums of squares must neither vanish nor overflow, where LAPACK's QR never returns.
-    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
-    a = a / jnp.where(largest > 0, largest, 1)
-    if method == "qr":
-        q, upper = jnp.linalg.qr(gathered(a))
-        diagonal = jnp.diagonal(upper, axis1=-2, axis2=-1)
-        q = q * jnp.where(diagonal < 0, -1, 1).astype(q.dtype)[..., None, :]
-        q = placed_like(q, a)
-    elif method == "cholesky":
-        q = a
-        for shift in CHOLESKY_SHIFTS:
-            q = cholesky_pass(q, shift)
+    a = a / nonzero(jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True))
+    if against is not None:
+        against = lax.stop_gradient(against).astype(a.dtype)
+    if method == "cholesky":
+        q = cholesky_qr(a, against, precision)
+    elif against is None:
+        q = _householder(a)
     else:
-        raise ValueError(f"method must be 'qr' or 'cholesky', got {method!r}.")
+        # Twice is enough for the projection: the first one leaves rounding errors of the
+        # size of what it removed, the second those of what remains.
+        q = lax.fori_loop(0, 2, lambda _, x: _householder(_off(x, against, precision)), a)
     return q.astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2)  # traced once for leaves of one shape
+def cholesky_qr(
+    x: Array,
+    against: Array | None = None,
+    precision: lax.PrecisionLike = lax.Precision.HIGHEST,
+) -> Array:
+    """The passes of Cholesky QR, which take turns with the projection off ``against``.
+
+    The squares of ``x`` have to be representable, as those of columns of unit length are.
+
+    In a loop: unrolled they take three times as long to compile.
+    """
+    shifts = jnp.array(CHOLESKY_SHIFTS, x.dtype)
+
+    def one_pass(k: int | Array, x: Array) -> Array:
+        return cholesky_pass(
+            x if against is None else _off(x, against, precision), shifts[k]
+        )
+
+    return lax.fori_loop(0, len(CHOLESKY_SHIFTS), one_pass, x)
+
+
+def _off(x: Array, against: Array, precision: lax.PrecisionLike) -> Array:
+    """What is left of ``x`` outside the span of orthonormal columns."""
+    # The thin factor first: XLA on CPU is several times slower the other way round.
+    return x - outer(against, cross(x, against, precision), precision)
+
+
+def _householder(x: Array) -> Array:
+    whole = gathered(x)
+    layers = sharding_along(whole, tuple(range(x.ndim - 2)))
+    q, upper = by_compiler(jnp.linalg.qr, whole, out=layers)
+    diagonal = jnp.diagonal(upper, axis1=-2, axis2=-1)
+    q = q * jnp.where(diagonal < 0, -1, 1).astype(q.dtype)[..., None, :]
+    return placed_like(q, x)
 
 
 def cholesky_pass(x: Array, shift: ArrayLike) -> Array:
     """One pass ``x C⁻ᵀ``, ``C Cᵀ = xᵀx + shift·eps·tr(xᵀx) I``, of Cholesky QR."""
     g = gram(x)
     trace = jnp.trace(g, axis1=-2, axis2=-1)
-    s = shift * jnp.finfo(g.dtype).eps * jnp.where(trace > 0, trace, 1)
+    s = shift * jnp.finfo(g.dtype).eps * nonzero(trace)
     identity = identity_like(g)
     lower = cholesky(g + s[..., None, None] * identity)
     # Inverting the small factor and multiplying keeps the rows of x where they are; a
     # triangular solve against x would gather them.
     inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-    return einsum("...nr,...sr->...ns", x, inverse)
+    return outer(x, inverse)

@@ -4,15 +4,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._sharding import einsum
-from .gram import working_dtype
-from .orthonormalize import orthonormalize
+from ._numerics import cross, nonzero, outer, times, working_dtype
+from .decompositions import svd
+from .gram import gram
+from .orthonormalize import cholesky_qr, orthonormalize
 from .truncated_svd import TruncatedSVD
 
 
 def product_svd(
     left: Float[Array, "*b m k"],
-    core: Float[Array, "*b k l"],
+    core: Float[Array, "*b k l"] | None,
     right: Float[Array, "*b n l"],
     rank: int,
     *,
@@ -28,7 +29,7 @@ def product_svd(
 
     Args:
         left: any tall factor, also with dependent or zero columns, of any scale.
-        core: any matrix.
+        core: any matrix; ``None`` for the identity.
         right: like ``left``.
         rank: number of triplets.
         method: how the bases are found; ``"cholesky"`` keeps sharded rows in place, see
@@ -37,7 +38,7 @@ def product_svd(
     Returns:
         ``left (*b, m, r)``, ``values (*b, r)`` in descending order, ``right (*b, n, r)``;
         float32 or wider. Vectors of a zero singular value have a norm of at most one.
-        Not differentiated through.
+        The values can be differentiated, the vectors count as constants.
 
     Raises:
         ValueError: if the rank is larger than the product can have.
@@ -52,25 +53,31 @@ def product_svd(
         M. Brand, "Fast low-rank modifications of the thin singular value decomposition"
         (2006).
     """
-    largest = min(left.shape[-2], *core.shape[-2:], right.shape[-2])
+    factors = [left, right] if core is None else [left, right, core]
+    largest = min(min(x.shape[-2:]) for x in factors)
     if not 1 <= rank <= largest:
+        shapes = ", ".join(str(x.shape) for x in factors)
         raise ValueError(
-            f"product_svd needs a rank between 1 and {largest} for factors of shapes "
-            f"{left.shape}, {core.shape} and {right.shape}, got {rank}."
+            f"product_svd needs a rank between 1 and {largest} for left, right and core of "
+            f"shapes {shapes}; got {rank}."
         )
-    dtype = working_dtype(jnp.result_type(left, core, right))
-    left, core, right = (lax.stop_gradient(x).astype(dtype) for x in (left, core, right))
+    if method not in ("qr", "cholesky"):
+        raise ValueError(f"method must be 'qr' or 'cholesky', got {method!r}.")
+    dtype = working_dtype(jnp.result_type(*factors))
+    left, right, *between = (x.astype(dtype) for x in factors)
     basis_l, small_l = _reduce(left, method)
     basis_r, small_r = _reduce(right, method)
-    small = einsum("...pk,...kl->...pl", small_l, core)
-    small = einsum("...pl,...ql->...pq", small, small_r)
-    u, s, vt = jnp.linalg.svd(small, full_matrices=False)
-    u, v = u[..., :rank], vt[..., :rank, :].mT
+    small = outer(times(small_l, between[0]) if between else small_l, small_r)
+    fixed = lax.stop_gradient(small)
+    u, s, vt = svd(fixed)
+    u, s, v = u[..., :rank], s[..., :rank], vt[..., :rank, :].mT
+    # dσ = uᵀ dA v, also where values coincide and the derivative of an SVD is not finite.
+    s = s + jnp.sum(u * times(small - fixed, v), axis=-2)
     if basis_l is not None:
-        u = einsum("...mp,...pr->...mr", basis_l, u)
+        u = times(basis_l, u)
     if basis_r is not None:
-        v = einsum("...nq,...qr->...nr", basis_r, v)
-    return TruncatedSVD(u, s[..., :rank], v)
+        v = times(basis_r, v)
+    return TruncatedSVD(u, s, v)
 
 
 def _reduce(x: Array, method) -> tuple[Array | None, Array]:
@@ -78,8 +85,14 @@ def _reduce(x: Array, method) -> tuple[Array | None, Array]:
     if x.shape[-1] >= x.shape[-2]:
         return None, x
     # New directions may be far smaller than old ones: a common scale would lose them.
-    largest = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
-    unit = x / jnp.where(largest > 0, largest, 1)
+    unit = x / nonzero(jnp.max(jnp.abs(x), axis=-2, keepdims=True))
     sizes = jnp.sqrt(jnp.sum(unit**2, axis=-2, keepdims=True))
-    basis = orthonormalize(unit / jnp.where(sizes > 0, sizes, 1), method=method)
-    return basis, einsum("...mp,...mk->...pk", basis, x)
+    unit = unit / nonzero(sizes)
+    unit = lax.stop_gradient(unit)
+    basis = cholesky_qr(unit) if method == "cholesky" else orthonormalize(unit)
+    small = cross(basis, x)
+    if method == "cholesky":
+        # Its columns are shorter than one by about r rounding errors: the coefficients are
+        # corrected for that, or the product would shrink by as much at every truncation.
+        small = small + small - times(gram(basis), small)
+    return basis, small

@@ -5,9 +5,10 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._sharding import einsum, gathered
-from .gram import working_dtype
+from ._numerics import check_rank, cross, times, working_dtype
+from .decompositions import svd
 from .orthonormalize import orthonormalize
+from .subspace_iteration import subspace_iteration
 
 
 class TruncatedSVD(NamedTuple):
@@ -27,6 +28,7 @@ def truncated_svd(
     start: Float[Array, "*b n r"] | None = None,
     power_iters: int = 2,
     oversample: int = 8,
+    precision: lax.PrecisionLike = lax.Precision.HIGHEST,
 ) -> TruncatedSVD:
     """The ``rank`` leading singular values and vectors of a matrix.
 
@@ -41,12 +43,13 @@ def truncated_svd(
     Args:
         x: matrices ``(*b, m, n)``.
         rank: number of triplets, at most ``min(m, n)``.
-        method: how.
+        method: algorithm, one of the above.
         key: for the random columns of ``"randomized"``, and of ``"power"`` without
             ``start``. The same columns serve every matrix of the batch.
         start: warm start of ``"power"``.
         power_iters: subspace iterations.
         oversample: extra sketch columns of ``"randomized"``.
+        precision: of the products with ``x``; None for the one in force.
 
     Returns:
         ``left (*b, m, r)`` and ``right (*b, n, r)`` with orthonormal columns, ``values
@@ -66,14 +69,10 @@ def truncated_svd(
         (2011), arXiv 0909.4061.
     """
     m, n = x.shape[-2:]
-    if not 1 <= rank <= min(m, n):
-        raise ValueError(
-            f"rank must be between 1 and min(m, n) = {min(m, n)} for a matrix of shape "
-            f"{x.shape}, got {rank}."
-        )
+    check_rank(rank, x.shape)
     a = lax.stop_gradient(x).astype(working_dtype(x.dtype))
     if method == "exact":
-        u, s, vt = jnp.linalg.svd(gathered(a), full_matrices=False)
+        u, s, vt = svd(a)
         return TruncatedSVD(u[..., :rank], s[..., :rank], vt[..., :rank, :].mT)
     if method == "randomized":
         width = min(rank + oversample, m, n)
@@ -85,13 +84,11 @@ def truncated_svd(
         raise ValueError(
             f"method must be 'exact', 'randomized' or 'power', got {method!r}."
         )
-    for _ in range(power_iters):
-        image = orthonormalize(einsum("...mn,...nr->...mr", a, basis))
-        basis = orthonormalize(einsum("...mn,...mr->...nr", a, image))
-    image = orthonormalize(einsum("...mn,...nr->...mr", a, basis))
-    small = gathered(einsum("...mr,...mn->...rn", image, a))
-    u, s, vt = jnp.linalg.svd(small, full_matrices=False)
-    left = einsum("...mr,...rk->...mk", image, u)
+    matmul, rmatmul = lambda v: times(a, v, precision), lambda u: cross(a, u, precision)
+    basis = subspace_iteration(matmul, rmatmul, basis, steps=power_iters)
+    image = orthonormalize(matmul(basis))
+    u, s, vt = svd(rmatmul(image).mT)
+    left = times(image, u)
     return TruncatedSVD(left[..., :rank], s[..., :rank], vt[..., :rank, :].mT)
 
 

@@ -7,6 +7,24 @@ from .algebra import (
     norm as norm,
     refactor as refactor,
     svd as svd,
-    truncate as truncate,
+)
+from .aligned_inits import (
+    disjoint_svd_init as disjoint_svd_init,
+    qr_init as qr_init,
+    svd_init as svd_init,
+    weighted_svd_init as weighted_svd_init,
+)
+from .inits import (
+    balanced_init as balanced_init,
+    gaussian_init as gaussian_init,
+    lora_init as lora_init,
+    orthogonal_init as orthogonal_init,
+    small_init as small_init,
 )
 from .nodes import LowRank as LowRank, SVDForm as SVDForm, is_low_rank as is_low_rank
+from .truncation import (
+    project_to_tangent as project_to_tangent,
+    relative_step as relative_step,
+    retraction as retraction,
+    truncate as truncate,
+)

@@ -4,27 +4,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from .._sharding import einsum
-from ..linalg.gram import identity_like, working_dtype
-from ..linalg.orthonormalize import orthonormalize
+from ..linalg import (
+    cross,
+    identity_like,
+    orthonormalize,
+    outer,
+    product_svd,
+    working_dtype,
+)
 from .nodes import LowRank, SVDForm
-
-
-def _core_svd(x: LowRank, method: Literal["qr", "cholesky"]) -> tuple[Array, Array, Array]:
-    """Singular triplets ``(*b, m, r), (*b, r), (*b, n, r)`` from the SVD of a small core.
-
-    Householder QR gives orthonormal vectors also for null directions, Cholesky-QR keeps
-    sharded rows where they are.
-    """
-    dtype = working_dtype(x.dtype)
-    left, right = x.left.astype(dtype), x.right.astype(dtype)
-    ql = orthonormalize(left, method=method)
-    qr = orthonormalize(right, method=method)
-    small_left = einsum("...mr,...ms->...rs", ql, left)
-    small_right = einsum("...nr,...ns->...rs", qr, right)
-    core = einsum("...rk,...sk->...rs", small_left, small_right)
-    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
-    return einsum("...mr,...rs->...ms", ql, u), s, einsum("...nr,...sr->...ns", qr, vt)
+from .truncation import check_not_wider, truncate
 
 
 def svd(x: LowRank) -> SVDForm:
@@ -48,47 +37,11 @@ def svd(x: LowRank) -> SVDForm:
         >>> lrjax.svd(x).core.round(4).tolist()
         [[10.0]]
     """
-    _check_not_wider("svd", x)
-    left, s, right = _core_svd(x, "qr")
+    check_not_wider("svd", x)
+    # Householder QR: the vectors of null directions have to be orthonormal too.
+    left, s, right = product_svd(x.left, None, x.right, x.rank, method="qr")
     core = identity_like(s[..., :, None] * s[..., None, :]) * s[..., :, None]
     return SVDForm(*(a.astype(x.dtype) for a in (left, core, right)))
-
-
-def truncate(x: LowRank | SVDForm, rank: int) -> LowRank:
-    """The best approximation of a factorized matrix of a smaller rank.
-
-    Args:
-        x: ``(*batch, m, n)`` of width at least ``rank``.
-        rank: the width of the result.
-
-    Returns:
-        A balanced :class:`LowRank`: ``leftᵀleft = rightᵀright`` is diagonal.
-
-    Raises:
-        ValueError: if ``rank`` is not between 1 and the width of ``x``.
-
-    Example:
-        >>> import jax.numpy as jnp, lrjax
-        >>> x = lrjax.LowRank(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(2))
-        >>> lrjax.truncate(x, 1).materialize().round(4).tolist()
-        [[4.0, 0.0], [0.0, 0.0]]
-
-    Reference:
-        C. Eckart, G. Young, "The approximation of one matrix by another of lower rank"
-        (1936).
-    """
-    if isinstance(x, SVDForm):
-        x = x.to_low_rank()
-    if not 1 <= rank <= x.rank:
-        raise ValueError(f"rank must be between 1 and the width {x.rank}, got {rank}.")
-    _check_not_wider("truncate", x)
-    left, values, right = _core_svd(x, "cholesky")
-    left, right = left[..., :rank], right[..., :rank]
-    root = jnp.sqrt(values)[..., None, :rank]
-    # Singular vectors have a common sign to choose; the sum of both is symmetric in them.
-    total = jnp.sum(left, axis=-2, keepdims=True) + jnp.sum(right, axis=-2, keepdims=True)
-    root = jnp.where(total < 0, -root, root)
-    return LowRank((left * root).astype(x.dtype), (right * root).astype(x.dtype))
 
 
 def balance(x: LowRank) -> LowRank:
@@ -165,8 +118,7 @@ def refactor(
     dtype = working_dtype(x.dtype)
     left, right = x.left.astype(dtype), x.right.astype(dtype)
     basis = orthonormalize(left)
-    small = einsum("...mr,...ms->...rs", basis, left)
-    right = einsum("...ns,...rs->...nr", right, small) / scale
+    right = outer(right, cross(basis, left)) / scale
     return LowRank((basis * scale).astype(x.dtype), right.astype(x.dtype))
 
 
@@ -190,9 +142,8 @@ def inner(x: LowRank, y: LowRank) -> Float[Array, "*batch"]:
         6.0
     """
     _check_same_shape("inner", x, y)
-    lefts = einsum("...mr,...ms->...rs", x.left, y.left)
-    rights = einsum("...nr,...ns->...rs", x.right, y.right)
-    return jnp.sum(lefts * rights, axis=(-2, -1))
+    products = cross(x.left, y.left) * cross(x.right, y.right)
+    return jnp.sum(products, axis=(-2, -1))
 
 
 def norm(x: LowRank) -> Float[Array, "*batch"]:
@@ -214,8 +165,10 @@ def norm(x: LowRank) -> Float[Array, "*batch"]:
     """
     if x.rank >= min(x.shape[-2:]):
         return jnp.linalg.norm(x.materialize(), axis=(-2, -1))
-    _, values, _ = _core_svd(x, "cholesky")
-    return jnp.linalg.norm(values, axis=-1).astype(x.dtype)
+    dtype = working_dtype(x.dtype)
+    inside = lambda y: cross(orthonormalize(y, method="cholesky"), y)
+    core = outer(inside(x.left.astype(dtype)), inside(x.right.astype(dtype)))
+    return jnp.linalg.norm(core, axis=(-2, -1)).astype(x.dtype)
 
 
 def add(x: LowRank, y: LowRank) -> LowRank:
@@ -242,14 +195,6 @@ def add(x: LowRank, y: LowRank) -> LowRank:
         lax.concatenate([x.left, y.left], x.left.ndim - 1),
         lax.concatenate([x.right, y.right], x.right.ndim - 1),
     )
-
-
-def _check_not_wider(what: str, x: LowRank) -> None:
-    if x.rank > min(x.shape[-2:]):
-        raise ValueError(
-            f"{what} needs factors no wider than the matrix: shape {x.shape}, width "
-            f"{x.rank}."
-        )
 
 
 def _check_same_shape(what: str, x: LowRank, y: LowRank) -> None:

@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from .._sharding import einsum
+from ..linalg import outer, times
 
 
 def _check_factor(owner: str, name: str, x: Any) -> None:
@@ -18,8 +19,8 @@ def _check_factor(owner: str, name: str, x: Any) -> None:
             f"{owner}.{name} must have at least two axes (*batch, size, rank), got "
             f"shape {x.shape}."
         )
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise TypeError(f"{owner}.{name} must be floating point, got {x.dtype}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{owner}.{name} must be real floating point, got {x.dtype}.")
 
 
 def _check_pair(owner: str, left: Any, right: Any) -> None:
@@ -88,7 +89,7 @@ class LowRank(eqx.Module):
 
     def materialize(self) -> Float[Array, "*batch m n"]:
         """The dense matrix ``left @ right.T``."""
-        return einsum("...mr,...nr->...mn", self.left, self.right)
+        return outer(self.left, self.right)
 
     def matvec(self, x: Float[Array, "*c n"]) -> Float[Array, "*d m"]:
         """The product with a vector ``(*batch, n)``, in O((m + n) r)."""
@@ -192,8 +193,7 @@ class SVDForm(eqx.Module):
 
     def to_low_rank(self) -> LowRank:
         """The same value as ``LowRank(left @ core, right)``."""
-        left = einsum("...mr,...rs->...ms", self.left, self.masked_core())
-        return LowRank(left, self.right)
+        return LowRank(times(self.left, self.masked_core()), self.right)
 
 
 def is_low_rank(x: Any) -> bool:

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._sharding import einsum
+from ..linalg import cross
 from ..lowrank import LowRank
 
 
@@ -28,8 +28,7 @@ def imbalance(x: LowRank) -> Float[Array, "*batch r r"]:
         S. Arora, N. Cohen, E. Hazan (2018), arXiv 1802.06509; S. Du, W. Hu, J. Lee
         (2018), arXiv 1806.00900.
     """
-    lefts = einsum("...mr,...ms->...rs", x.left, x.left)
-    return lefts - einsum("...nr,...ns->...rs", x.right, x.right)
+    return cross(x.left, x.left) - cross(x.right, x.right)
 
 
 def balance_drift(x: LowRank, start: LowRank) -> Float[Array, "*batch"]:

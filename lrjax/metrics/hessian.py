@@ -76,7 +76,7 @@ def hessian_overlap(
         )
     gradient = jax.grad(lambda x: loss(unravel(x), *args))
     product = lambda v: jax.jvp(gradient, (flat,), (v,))[1]
-    basis, diagonal, side = _lanczos(product, jr.normal(key, flat.shape, flat.dtype), steps)
+    basis, diagonal, side = _lanczos(product, flat, steps, key)
     small = jnp.diag(diagonal) + jnp.diag(side[:-1], 1) + jnp.diag(side[:-1], -1)
     values, vectors = jnp.linalg.eigh(small)
     values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
@@ -86,20 +86,31 @@ def hessian_overlap(
     return HessianOverlap(values, jnp.sum(inside**2) / jnp.sum(g**2), residual)
 
 
-def _lanczos(product: Callable[[Array], Array], start: Array, steps: int):
+def _lanczos(product: Callable[[Array], Array], like: Array, steps: int, key: PRNGKeyArray):
     """The basis as rows, and the diagonal and the side diagonal of the projection."""
+    draw = lambda i: jr.normal(jr.fold_in(key, i), like.shape, like.dtype)
+
+    def off(basis, w):
+        for _ in range(2):  # the second pass removes what rounding left in the first
+            w = w - einsum("sn,s->n", basis, einsum("sn,n->s", basis, w))
+        return w
 
     def step(carry, i):
         basis, v = carry
         basis = basis.at[i].set(v)
-        w = product(v)
-        diagonal = jnp.vdot(v, w)
-        for _ in range(2):  # the second pass removes what rounding left in the first
-            w = w - einsum("sn,s->n", basis, einsum("sn,n->s", basis, w))
+        image = product(v)
+        w = off(basis, image)
         side = jnp.linalg.norm(w)
-        return (basis, w / jnp.where(side > 0, side, 1)), (diagonal, side)
+        # Clustered eigenvalues exhaust the Krylov space: what is left of the image is
+        # rounding, and may lie in the basis. Go on in a direction that does not.
+        rounding = 10 * jnp.finfo(w.dtype).eps * jnp.linalg.norm(image)
+        exhausted = side <= rounding
+        w = jnp.where(exhausted, off(basis, draw(i + 1)), w)
+        side = jnp.where(exhausted, 0, side)
+        return (basis, w / jnp.linalg.norm(w)), (jnp.vdot(v, image), side)
 
-    empty = jnp.zeros((steps, *start.shape), start.dtype)
+    empty = jnp.zeros((steps, *like.shape), like.dtype)
+    start = draw(0)
     carry = (empty, start / jnp.linalg.norm(start))
     (basis, _), (diagonal, side) = lax.scan(step, carry, jnp.arange(steps))
     return basis, diagonal, side

@@ -1,8 +1,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from .._sharding import einsum
-from ..linalg.gram import working_dtype
+from ..linalg import cross, svd, working_dtype
 
 
 def intruder_dimensions(
@@ -49,8 +48,6 @@ def intruder_dimensions(
             "intruder_dimensions needs two weights of one shape, got "
             f"{base.shape} and {tuned.shape}."
         )
-    left = lambda w: jnp.linalg.svd(w.astype(working_dtype(w.dtype)), full_matrices=False)[
-        0
-    ]
-    cosines = jnp.abs(einsum("...mi,...mj->...ij", left(tuned)[..., :top], left(base)))
+    left = lambda w: svd(w.astype(working_dtype(w.dtype)))[0]
+    cosines = jnp.abs(cross(left(tuned)[..., :top], left(base)))
     return jnp.sum(jnp.max(cosines, axis=-1) < threshold, axis=-1)

@@ -1,10 +1,13 @@
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
 import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
+
+from .._matrices import named_leaves
 
 
 class LeafMemory(NamedTuple):
@@ -15,12 +18,14 @@ class LeafMemory(NamedTuple):
         shape: its shape.
         parameter_bytes: its size.
         state_bytes: the size of all state arrays that belong to it.
+        adam_bytes: what ``optax.scale_by_adam`` would keep for it.
     """
 
     path: str
     shape: tuple[int, ...]
     parameter_bytes: int
     state_bytes: int
+    adam_bytes: int
 
 
 class MemoryReport(NamedTuple):
@@ -51,7 +56,7 @@ class MemoryReport(NamedTuple):
         rows = [f"{'leaf':<{width}}  {'shape':>18}  {'parameter':>12}  {'state':>12}"]
         rows += [
             f"{leaf.path:<{width}}  {leaf.shape!s:>18}  {leaf.parameter_bytes:>12,}  "
-            f"{leaf.state_bytes:>12,}"
+            f"{leaf.state_bytes:>12,}{'  more than Adam' * _costs_more(leaf)}"
             for leaf in self.leaves
         ]
         total = sum(leaf.parameter_bytes for leaf in self.leaves)
@@ -66,6 +71,10 @@ def memory_report(params: PyTree, tx: optax.GradientTransformation) -> MemoryRep
 
     Nothing is allocated: the state is only evaluated by shape, so that the report of a
     model that does not fit in memory is a matter of seconds.
+
+    Warns of leaves that cost more than under Adam while others save: most often an array
+    whose axes are taken for something else, like a kernel ``(512, 8, 64)`` of attention
+    for 512 matrices of 8 × 64. ``where=`` tells the axes by a ``MatrixSpec``.
 
     Args:
         params: the parameters, or their ``jax.ShapeDtypeStruct``.
@@ -82,9 +91,10 @@ def memory_report(params: PyTree, tx: optax.GradientTransformation) -> MemoryRep
         0.156
     """
     shapes = jax.eval_shape(lambda p: p, params)
-    flat, _ = jtu.tree_flatten_with_path(shapes)
+    paths, _ = jtu.tree_flatten_with_path(shapes)
+    named, _ = named_leaves(shapes)
     state = jax.eval_shape(tx.init, shapes)
-    owned = {path: 0 for path, _ in flat}
+    owned = {path: 0 for path, _ in paths}
     shared = 0
     for path, x in jtu.tree_flatten_with_path(state)[0]:
         owner = _owner(path, owned)
@@ -92,12 +102,35 @@ def memory_report(params: PyTree, tx: optax.GradientTransformation) -> MemoryRep
             shared += _size(x)
         else:
             owned[owner] += _size(x)
-    leaves = tuple(
-        LeafMemory(jtu.keystr(path) or "the root", x.shape, _size(x), owned[path])
-        for path, x in flat
-    )
     adam = jax.eval_shape(optax.scale_by_adam().init, shapes)
+    moments = zip(jax.tree.leaves(adam.mu), jax.tree.leaves(adam.nu), strict=True)
+    leaves = tuple(
+        LeafMemory(
+            name or "the root",
+            x.shape,
+            _size(x),
+            owned[path],
+            _size(m) + _size(v),
+        )
+        for (name, x), (path, _), (m, v) in zip(named, paths, moments, strict=True)
+    )
+    _warn_of_costs(leaves)
     return MemoryReport(leaves, shared, sum(map(_size, jax.tree.leaves(adam))))
+
+
+def _costs_more(leaf: LeafMemory) -> bool:
+    return leaf.state_bytes > leaf.adam_bytes
+
+
+def _warn_of_costs(leaves: tuple[LeafMemory, ...]) -> None:
+    more = [leaf for leaf in leaves if _costs_more(leaf) and len(leaf.shape) >= 2]
+    if more and any(leaf.state_bytes < leaf.adam_bytes for leaf in leaves):
+        named = ", ".join(f"{leaf.path} {leaf.shape}" for leaf in more[:5])
+        warnings.warn(
+            f"{len(more)} leaves keep more than under Adam: {named}. Their matrices may "
+            "lie along other axes: let where= answer a MatrixSpec, or False.",
+            stacklevel=3,
+        )
 
 
 def _size(x: Any) -> int:

@@ -1,7 +1,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..linalg.gram import working_dtype
+from .. import linalg
+from ..linalg import nonzero, working_dtype
 from ..lowrank import LowRank, svd
 
 
@@ -22,7 +23,7 @@ def singular_values(x: LowRank | Float[Array, "*batch m n"]) -> Float[Array, "*b
     if isinstance(x, LowRank):
         core = svd(x).core
         return jnp.diagonal(core, axis1=-2, axis2=-1)
-    return jnp.linalg.svd(x.astype(working_dtype(x.dtype)), compute_uv=False)
+    return linalg.singular_values(x.astype(working_dtype(x.dtype)))
 
 
 def stable_rank(x: LowRank | Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
@@ -64,7 +65,7 @@ def effective_rank(x: LowRank | Float[Array, "*batch m n"]) -> Float[Array, "*ba
     """
     relative = _relative(singular_values(x))
     total = jnp.sum(relative, axis=-1, keepdims=True)
-    p = relative / jnp.where(total > 0, total, 1)
+    p = relative / nonzero(total)
     entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), axis=-1)
     return jnp.where(total[..., 0] > 0, jnp.exp(entropy), 0)
 
@@ -72,4 +73,4 @@ def effective_rank(x: LowRank | Float[Array, "*batch m n"]) -> Float[Array, "*ba
 def _relative(values: Array) -> Array:
     """Singular values over the largest; so that no square overflows or vanishes."""
     largest = values[..., :1]
-    return values / jnp.where(largest > 0, largest, 1)
+    return values / nonzero(largest)

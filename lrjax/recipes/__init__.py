@@ -1,36 +1,38 @@
 """Named optimizers: each is one short chain of transforms, named as in its paper."""
 
-from .factors import (
-    levenberg_marquardt as levenberg_marquardt,
-    lora_muon as lora_muon,
-    loro as loro,
-    opsa as opsa,
-    prec_gd as prec_gd,
-    scaled_gd as scaled_gd,
-    scaled_subgradient as scaled_subgradient,
-    subgm as subgm,
-)
-from .momentum import dion as dion, mofasgd as mofasgd, power_sgd as power_sgd
-from .projection import (
-    coap as coap,
-    flora as flora,
-    galore as galore,
-    galore_plus as galore_plus,
-    golore as golore,
-    grass as grass,
-    ldadam as ldadam,
-    online_subspace_descent as online_subspace_descent,
-    q_galore as q_galore,
-    sara as sara,
-    sumo as sumo,
-)
-from .residual import (
-    adam_sn as adam_sn,
-    apollo as apollo,
-    fira as fira,
-    frugal as frugal,
-    snsm as snsm,
-    subspace_adam as subspace_adam,
-    subtrack as subtrack,
-)
-from .rotation import psgd as psgd, soap as soap
+from .adam_sn import adam_sn as adam_sn
+from .apollo import apollo as apollo
+from .coap import coap as coap
+from .dion import dion as dion
+from .dion2 import dion2 as dion2
+from .dion3 import dion3 as dion3
+from .fira import fira as fira
+from .flora import flora as flora
+from .frugal import frugal as frugal
+from .galore import galore as galore
+from .galore_plus import galore_plus as galore_plus
+from .golore import golore as golore
+from .grass import grass as grass
+from .kl_shampoo import kl_shampoo as kl_shampoo
+from .ldadam import ldadam as ldadam
+from .levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
+from .lora_muon import lora_muon as lora_muon
+from .loro import loro as loro
+from .mofasgd import mofasgd as mofasgd
+from .normuon import normuon as normuon
+from .online_subspace_descent import online_subspace_descent as online_subspace_descent
+from .opsa import opsa as opsa
+from .power_sgd import power_sgd as power_sgd
+from .prec_gd import prec_gd as prec_gd
+from .psgd import psgd as psgd
+from .psgd_kron import psgd_kron as psgd_kron
+from .q_galore import q_galore as q_galore
+from .sara import sara as sara
+from .scaled_gd import scaled_gd as scaled_gd
+from .scaled_subgradient import scaled_subgradient as scaled_subgradient
+from .snsm import snsm as snsm
+from .soap import soap as soap
+from .subgm import subgm as subgm
+from .subspace_adam import subspace_adam as subspace_adam
+from .subtrack import subtrack as subtrack
+from .sumo import sumo as sumo

@@ -2,6 +2,7 @@
 
 from .completion import (
     CompletionFit as CompletionFit,
+    Prior as Prior,
     alternating_least_squares as alternating_least_squares,
     fit_completion as fit_completion,
 )
@@ -50,15 +51,14 @@ from .separation import (
     alternating_projections as alternating_projections,
     fit_robust_pca as fit_robust_pca,
     geometric_layers as geometric_layers,
-    learned_descent as learned_descent,
+    learned_robust_pca as learned_robust_pca,
     principal_component_pursuit as principal_component_pursuit,
     scaled_descent as scaled_descent,
 )
-from .small_init import small_init as small_init
-from .solve import History as History, Solution as Solution, solve as solve
-from .spectral_init import spectral_init as spectral_init
-from .thresholds import (
-    hard_threshold as hard_threshold,
-    keep_largest as keep_largest,
-    soft_threshold as soft_threshold,
+from .solve import (
+    History as History,
+    Solution as Solution,
+    SolveState as SolveState,
+    solve as solve,
 )
+from .spectral_init import spectral_init as spectral_init

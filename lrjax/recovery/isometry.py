@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from .._sharding import einsum
-from ..linalg import orthonormalize
+from ..linalg import orthonormalize, singular_values, times
 from ..lowrank import LowRank
 from .operators import Operator
 
@@ -156,7 +155,7 @@ def sign_rip(
 
     def deviation(key):
         subgradient, x, _ = trial(key)
-        values = jnp.linalg.svd(subgradient - phi * x, compute_uv=False)
+        values = singular_values(subgradient - phi * x)
         return jnp.linalg.norm(values[:rank])
 
     return SignRIP(phi, jnp.max(jax.lax.map(deviation, keys)) / phi)
@@ -176,4 +175,4 @@ def _unit_matrix(key: PRNGKeyArray, operator: Operator, rank: int) -> LowRank:
     right = orthonormalize(jr.normal(k_right, (n, rank), dtype))
     core = jr.normal(k_core, (rank, rank), dtype)
     core = core / jnp.linalg.norm(core)
-    return LowRank(einsum("mr,rs->ms", left, core), right)
+    return LowRank(times(left, core), right)

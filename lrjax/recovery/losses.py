@@ -2,20 +2,32 @@
 import abc
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 
 class Objective(eqx.Module):
-    """A convex function of the residuals ``r = A(X) − y``, summed over measurements."""
+    """A convex function of the residuals ``r = A(X) − y``, summed over measurements.
+
+    An objective of your own needs no more than ``pointwise``.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> class LogCosh(lrjax.recovery.Objective):
+        ...     def pointwise(self, r):
+        ...         return jnp.log(jnp.cosh(r))
+        >>> print(LogCosh().subgradient(jnp.array([-9.0, 0.0, 9.0])).round(3))
+        [-1.  0.  1.]
+    """
 
     @abc.abstractmethod
     def pointwise(self, r: Float[Array, "*m"]) -> Float[Array, "*m"]:
         """The loss of each residual."""
 
-    @abc.abstractmethod
     def subgradient(self, r: Float[Array, "*m"]) -> Float[Array, "*m"]:
         """A subgradient at each residual: what differentiating the loss gives."""
+        return jax.grad(self)(r)
 
     def __call__(self, r: Float[Array, "*m"]) -> Float[Array, ""]:
         """The summed loss."""
@@ -38,7 +50,7 @@ class L1(Objective):
         return jnp.abs(r)
 
     def subgradient(self, r):
-        return jnp.sign(r)
+        return jnp.sign(r)  # differentiation takes one of the two slopes at zero
 
 
 class Squared(Objective):
@@ -52,9 +64,6 @@ class Squared(Objective):
 
     def pointwise(self, r):
         return 0.5 * r * r
-
-    def subgradient(self, r):
-        return r
 
 
 class Huber(Objective):
@@ -72,12 +81,9 @@ class Huber(Objective):
     width: ArrayLike
 
     def pointwise(self, r):
-        clipped = self.subgradient(r)
-        return clipped * (r - 0.5 * clipped)
-
-    def subgradient(self, r):
         width = jnp.asarray(self.width)
-        return jnp.clip(r, -width, width)
+        clipped = jnp.clip(r, -width, width)
+        return clipped * (r - 0.5 * clipped)
 
 
 class Quantile(Objective):
@@ -98,8 +104,6 @@ class Quantile(Objective):
     level: ArrayLike
 
     def pointwise(self, r):
-        return r * self.subgradient(r)
-
-    def subgradient(self, r):
         slope = jnp.where(r > 0, self.level, self.level - 1)
-        return jnp.where(r == 0, 0, slope).astype(r.dtype)
+        # Of all subgradients at zero the one that moves nothing.
+        return r * jnp.where(r == 0, 0, slope).astype(r.dtype)

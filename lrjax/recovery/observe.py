@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._sharding import einsum
-from ..linalg import gram
+from ..linalg import cross, gram, nonzero
 from ..lowrank import LowRank, truncate
 from ..metrics import imbalance, singular_values
 from .solve import pyplot
@@ -25,24 +24,29 @@ class Spectrum(NamedTuple):
     imbalance: Float[Array, "..."]
 
 
-def spectrum(x: LowRank) -> Spectrum:
+def spectrum(state: Any) -> Spectrum:
     """The singular values and the relative imbalance: ``solve(..., observe=spectrum)``.
 
     Args:
-        x: the factors.
+        state: a :class:`SolveState`, or the :class:`lrjax.flows.FlowState` of a flow whose
+            parameters are one pair of factors.
 
     Returns:
         A :class:`Spectrum`; :meth:`Solution.plot` draws it.
 
     Example:
-        >>> import jax.numpy as jnp, lrjax
-        >>> seen = lrjax.recovery.spectrum(lrjax.LowRank(jnp.eye(2), 2 * jnp.eye(2)))
-        >>> print(seen.singular_values.round(2), seen.imbalance.round(2))
-        [2. 2.] 0.42
+        >>> import jax, lrjax
+        >>> key, seen = jax.random.key(0), lrjax.recovery.spectrum
+        >>> problem = lrjax.matrix_sensing(key, (9, 7), 1, 200)
+        >>> start = lrjax.spectral_init(problem, 2, key=key)
+        >>> solution = lrjax.solve(problem, lrjax.opsa(), start, steps=50, observe=seen)
+        >>> print(solution.history.observed.singular_values[-1].round(2))
+        [1. 0.]
     """
+    x = state.params
     size = jnp.sum(x.left**2, axis=(-2, -1)) + jnp.sum(x.right**2, axis=(-2, -1))
     uneven = jnp.linalg.norm(imbalance(x), axis=(-2, -1))
-    return Spectrum(singular_values(x), uneven / jnp.where(size > 0, size, 1))
+    return Spectrum(singular_values(x), uneven / nonzero(size))
 
 
 class Staircase(NamedTuple):
@@ -55,7 +59,7 @@ class Staircase(NamedTuple):
     distances: Float[Array, "... k"]
 
 
-def staircase(truth: LowRank) -> Callable[[LowRank], Staircase]:
+def staircase(truth: LowRank) -> Callable[[Any], Staircase]:
     """The distances to the best approximations of a known truth, of every rank.
 
     From a small start gradient descent learns one singular direction after the other:
@@ -73,8 +77,8 @@ def staircase(truth: LowRank) -> Callable[[LowRank], Staircase]:
     Example:
         >>> import jax.numpy as jnp, lrjax
         >>> truth = lrjax.LowRank(jnp.diag(jnp.array([2.0, 1.0])), jnp.eye(2))
-        >>> first = lrjax.truncate(truth, 1)
-        >>> print(lrjax.recovery.staircase(truth)(first).distances.round(3))
+        >>> state = lrjax.recovery.SolveState(0, lrjax.truncate(truth, 1), 0.0)
+        >>> print(lrjax.recovery.staircase(truth)(state).distances.round(3))
         [0.    0.447]
 
     Reference:
@@ -85,11 +89,11 @@ def staircase(truth: LowRank) -> Callable[[LowRank], Staircase]:
     values = jnp.diagonal(gram(steps.left), axis1=-2, axis2=-1)
     partial = jnp.sqrt(jnp.cumsum(values**2, axis=-1))
 
-    def observe(x: LowRank) -> Staircase:
+    def observe(state: Any) -> Staircase:
+        x = state.params
         # ‖X − M_s‖² = ‖X‖² − 2⟨X, M_s⟩ + ‖M_s‖², one column of the truth a time.
-        lefts = einsum("mr,mk->rk", x.left, steps.left)
-        rights = einsum("nr,nk->rk", x.right, steps.right)
-        shared = jnp.cumsum(jnp.sum(lefts * rights, axis=0))
+        products = cross(x.left, steps.left) * cross(x.right, steps.right)
+        shared = jnp.cumsum(jnp.sum(products, axis=0))
         own = jnp.sum(gram(x.left) * gram(x.right))
         square = own - 2 * shared + partial**2
         return Staircase(jnp.sqrt(jnp.maximum(square, 0)) / partial)

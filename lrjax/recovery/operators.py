@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from .._sharding import einsum, matvec
+from .._sharding import matvec
+from ..linalg import times
 from ..lowrank import LowRank
 
 
@@ -18,9 +19,24 @@ BLOCK = 1 << 15  # entries that are gathered at a time
 class Operator(eqx.Module):
     """A linear map from matrices ``(m, n)`` to measurements, known by its products.
 
-    Nothing of size ``m × n`` is formed that the operator does not hold already. The
-    arrays that define it are leaves: pass an operator through ``jit`` as an argument,
-    and ``vmap`` over members that share one with ``in_axes=None``.
+    An operator of your own needs no more than ``shape`` and ``__call__``: its adjoint is
+    the transpose of the call. Nothing of size ``m × n`` is formed that the operator does
+    not hold already. The arrays that define it are leaves: pass an operator through
+    ``jit`` as an argument, and ``vmap`` over members that share one with ``in_axes=None``.
+
+    Example:
+        The sums of the columns:
+
+        >>> import jax.numpy as jnp, lrjax
+        >>> class ColumnSums(lrjax.recovery.Operator):
+        ...     shape = (3, 2)
+        ...
+        ...     def __call__(self, x):
+        ...         return x.right @ x.left.sum(axis=0)
+        >>> print(ColumnSums().adjoint(jnp.array([1.0, 5.0])))
+        [[1. 5.]
+         [1. 5.]
+         [1. 5.]]
     """
 
     @property
@@ -28,20 +44,24 @@ class Operator(eqx.Module):
     def shape(self) -> tuple[int, int]:
         """``(m, n)``, the shape of the matrices that it measures."""
 
-    @property
-    @abc.abstractmethod
-    def T(self) -> "Operator":
-        """The operator that gives the same measurements of the transpose."""
-
     @abc.abstractmethod
     def __call__(self, x: LowRank) -> Float[Array, "..."]:
         """The measurements of a matrix in factors."""
 
-    @abc.abstractmethod
     def adjoint_matmul(
         self, y: Float[Array, "..."], v: Float[Array, "n k"]
     ) -> Float[Array, "m k"]:
         """The product ``A*(y) v`` of the adjoint with a thin matrix."""
+        # ⟨A(L vᵀ), y⟩ = ⟨L, A*(y) v⟩: the transpose of the measurement as a map of L.
+        left = jax.ShapeDtypeStruct((self.shape[0], v.shape[-1]), v.dtype)
+        return jax.linear_transpose(lambda left: self(LowRank(left, v)), left)(y)[0]
+
+    def adjoint_rmatmul(
+        self, y: Float[Array, "..."], u: Float[Array, "m k"]
+    ) -> Float[Array, "n k"]:
+        """The product ``A*(y)ᵀ u`` of the transpose of the adjoint with a thin matrix."""
+        right = jax.ShapeDtypeStruct((self.shape[1], u.shape[-1]), u.dtype)
+        return jax.linear_transpose(lambda right: self(LowRank(u, right)), right)(y)[0]
 
     def adjoint(self, y: Float[Array, "..."]) -> Float[Array, "m n"]:
         """The adjoint ``A*(y)`` as a dense matrix."""
@@ -56,7 +76,7 @@ class DenseSensing(Operator):
     the operator once for all of them.
 
     Attributes:
-        rows: ``(count, m n)``, each row a matrix ``A_k`` in row-major order.
+        matrices: ``(count, m n)``, each row a matrix ``A_k`` in row-major order.
         dims: ``(m, n)``.
 
     Example:
@@ -66,31 +86,19 @@ class DenseSensing(Operator):
         [15.]
     """
 
-    rows: Float[Array, "count size"]
+    matrices: Float[Array, "count size"]
     dims: tuple[int, int] = eqx.field(static=True)
 
     def __check_init__(self):
-        _check_columns("DenseSensing", self.rows, math.prod(self.dims), self.dims)
+        _check_columns("DenseSensing", self.matrices, math.prod(self.dims), self.dims)
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.dims
 
-    @property
-    def T(self) -> "DenseSensing":
-        m, n = self.dims
-        rows = self.rows.reshape(-1, m, n).mT.reshape(-1, m * n)
-        return DenseSensing(rows, (n, m))
-
     def __call__(self, x: LowRank) -> Float[Array, " count"]:
         _check_measured(self, x)
-        return matvec(self.rows, x.materialize().reshape(-1))
-
-    def adjoint_matmul(self, y, v):
-        return self.adjoint(y) @ v
-
-    def adjoint(self, y):
-        return einsum("ks,k->s", self.rows, y).reshape(self.dims)
+        return matvec(self.matrices, x.materialize().reshape(-1))
 
 
 class RankOneSensing(Operator):
@@ -125,17 +133,9 @@ class RankOneSensing(Operator):
     def shape(self) -> tuple[int, int]:
         return self.a.shape[-1], self.b.shape[-1]
 
-    @property
-    def T(self) -> "RankOneSensing":
-        return RankOneSensing(self.b, self.a)
-
     def __call__(self, x: LowRank) -> Float[Array, " count"]:
         _check_measured(self, x)
-        left = einsum("km,mr->kr", self.a, x.left)
-        return jnp.sum(left * einsum("kn,nr->kr", self.b, x.right), axis=-1)
-
-    def adjoint_matmul(self, y, v):
-        return einsum("km,kr->mr", self.a, y[:, None] * einsum("kn,nr->kr", self.b, v))
+        return jnp.sum(times(self.a, x.left) * times(self.b, x.right), axis=-1)
 
 
 class Entries(Operator):
@@ -173,18 +173,9 @@ class Entries(Operator):
     def shape(self) -> tuple[int, int]:
         return self.dims
 
-    @property
-    def T(self) -> "Entries":
-        return Entries(self.cols, self.rows, (self.dims[1], self.dims[0]))
-
     def __call__(self, x: LowRank) -> Float[Array, " count"]:
         _check_measured(self, x)
         return _entries(x.left, x.right, self.rows, self.cols)
-
-    def adjoint_matmul(self, y, v):
-        measure = lambda left: _entries(left, v, self.rows, self.cols)
-        zeros = jnp.zeros((self.dims[0], v.shape[-1]), v.dtype)
-        return jax.linear_transpose(measure, zeros)(y)[0]
 
 
 def _entries(left: Array, right: Array, rows: Array, cols: Array) -> Array:
@@ -230,16 +221,9 @@ class Masked(Operator):
     def shape(self) -> tuple[int, int]:
         return self.mask.shape[-2], self.mask.shape[-1]
 
-    @property
-    def T(self) -> "Masked":
-        return Masked(self.mask.mT)
-
     def __call__(self, x: LowRank) -> Float[Array, "m n"]:
         _check_measured(self, x)
         return jnp.where(self.mask, x.materialize(), 0)
-
-    def adjoint_matmul(self, y, v):
-        return einsum("mn,nk->mk", jnp.where(self.mask, y, 0), v)
 
 
 class Identity(Operator):
@@ -261,23 +245,16 @@ class Identity(Operator):
     def shape(self) -> tuple[int, int]:
         return self.dims
 
-    @property
-    def T(self) -> "Identity":
-        return Identity((self.dims[1], self.dims[0]))
-
     def __call__(self, x: LowRank) -> Float[Array, "m n"]:
         _check_measured(self, x)
         return x.materialize()
 
-    def adjoint_matmul(self, y, v):
-        return einsum("mn,nk->mk", y, v)
 
-
-def _check_columns(owner: str, rows: Array, size: int, dims: tuple[int, int]) -> None:
-    if rows.shape[-1] != size:
+def _check_columns(owner: str, matrices: Array, size: int, dims: tuple[int, int]) -> None:
+    if matrices.shape[-1] != size:
         raise ValueError(
             f"{owner} measures {dims[0]}x{dims[1]} matrices, so its rows need {size} "
-            f"columns; got shape {rows.shape}. Flatten each matrix in row-major order."
+            f"columns; got shape {matrices.shape}. Flatten each matrix in row-major order."
         )
 
 

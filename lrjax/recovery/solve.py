@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -10,9 +10,28 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._batching import any_member
-from .._sharding import einsum
-from ..lowrank import LowRank
+from ..lowrank import LowRank, relative_step
 from .problem import Problem
+
+
+class SolveState(NamedTuple):
+    """The state of an iteration at the start of a step, as ``observe=`` sees it.
+
+    What ``observe=`` of :func:`lrjax.gradient_flow` sees, :class:`lrjax.flows.FlowState`,
+    has these too: one function can watch both.
+
+    Attributes:
+        t: the number of steps before.
+        params: the matrix, in factors.
+        loss: the objective; for a separation the relative residual.
+    """
+
+    t: Int[Array, ""]
+    params: LowRank
+    loss: Float[Array, ""]
+
+
+Observer = Callable[[SolveState], PyTree]
 
 
 class History(eqx.Module):
@@ -23,7 +42,7 @@ class History(eqx.Module):
         relative_error: distance to the truth, or ``None`` if the truth is not known.
         relative_step: how far the step moved the matrix, to first order,
             ``‖dL Rᵀ + L dRᵀ‖_F / ‖X‖_F``: needs no truth, and falls with the error.
-        finite: whether loss and step were finite numbers.
+        finite: true where loss and step were finite numbers.
         observed: what ``observe`` returned.
     """
 
@@ -42,12 +61,15 @@ class Solution(eqx.Module):
         state: the state of the optimizer, to continue from.
         history: measurements of every step; after an early stop the last ones repeat.
         steps: the steps taken.
+        converged: whether a step became shorter than ``tol`` before they ran out; false
+            without ``tol``.
     """
 
     x: LowRank
     state: PyTree
     history: History
     steps: Int[Array, ""]
+    converged: Bool[Array, ""]
 
     def plot(self, ax: Any = None) -> Any:
         """Draw loss, relative error and step size against the steps, logarithmically.
@@ -108,7 +130,7 @@ def solve(
     *,
     steps: int,
     tol: ArrayLike | None = None,
-    observe: Callable[[LowRank], PyTree] | None = None,
+    observe: Observer | None = None,
     callback: Callable[[Array, Array], None] | None = None,
     progress: bool = False,
 ) -> Solution:
@@ -127,9 +149,9 @@ def solve(
         tol: stop when a step moves the matrix by less than ``tol`` times its norm, or
             by something that is not finite. ``None`` takes all steps, and only then can
             the result be differentiated in reverse mode.
-        observe: called with the factors in every step; what it returns is stacked in
-            ``history.observed``. Ready ones: :func:`lrjax.recovery.spectrum`,
-            :func:`lrjax.recovery.staircase`.
+        observe: a function of a :class:`SolveState` to a tree of arrays, called in every
+            step; what it returns is stacked in ``history.observed``. Ready ones:
+            :func:`lrjax.recovery.spectrum`, :func:`lrjax.recovery.staircase`.
         callback: called on the host with the step and the loss, about a hundred times.
         progress: show a progress bar (needs tqdm).
 
@@ -164,19 +186,19 @@ def solve(
         x = carry.x
         value, grad = jax.value_and_grad(problem.loss)(x)
         updates, state = optimizer.update(grad, carry.state, x, value=value, grad=grad)
-        relative_step = _relative_move(x, updates)
+        move = relative_step(x, updates)
         record = History(
             loss=value,
             relative_error=None if problem.truth is None else problem.relative_error(x),
-            relative_step=relative_step,
-            finite=jnp.isfinite(value) & jnp.isfinite(relative_step),
-            observed=None if observe is None else observe(x),
+            relative_step=move,
+            finite=jnp.isfinite(value) & jnp.isfinite(move),
+            observed=None if observe is None else observe(SolveState(index, x, value)),
         )
         report(index, value)
         running = carry.running
         if tol is not None:
             # A NaN compares false, so a member that diverged stops too.
-            running = running & (relative_step > tol) & record.finite
+            running = running & (move > tol) & record.finite
         x = cast(LowRank, optax.apply_updates(cast(Any, x), updates))
         return _Carry(x, state, running, carry.taken + 1), record
 
@@ -185,7 +207,8 @@ def solve(
         end, history = lax.scan(step, start, jnp.arange(steps))
     else:
         end, history = scan_until_stopped(step, start, steps)
-    return Solution(end.x, end.state, history, end.taken)
+    converged = ~end.running & history.finite[-1]
+    return Solution(end.x, end.state, history, end.taken, converged)
 
 
 class _Carry(eqx.Module):
@@ -214,24 +237,6 @@ def scan_until_stopped(step: Callable, start: PyTree, steps: int):
 
 def _where(predicate: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(predicate, a, b), new, old)
-
-
-def _relative_move(x: LowRank, updates: LowRank) -> Float[Array, ""]:
-    """``‖dL Rᵀ + L dRᵀ‖ / ‖L Rᵀ‖`` from r × r Gram matrices."""
-
-    def products(a: Array, b: Array) -> Array:
-        return einsum("...nr,...ns->...rs", a, b)
-
-    gram_left, gram_right = products(x.left, x.left), products(x.right, x.right)
-    cross_left = products(x.left, updates.left)
-    cross_right = products(updates.right, x.right)
-    square = (
-        jnp.sum(products(updates.left, updates.left) * gram_right)
-        + jnp.sum(products(updates.right, updates.right) * gram_left)
-        + 2 * jnp.sum(cross_left * cross_right)
-    )
-    size = jnp.sum(gram_left * gram_right)
-    return jnp.sqrt(jnp.maximum(square, 0) / jnp.where(size > 0, size, 1))
 
 
 def _reporter(steps: int, callback: Callable | None, progress: bool) -> Callable:

@@ -1,23 +1,29 @@
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
 import jax.random as jr
-from jax import lax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
-from .._sharding import einsum
-from ..linalg import orthonormalize
-from ..linalg.gram import working_dtype
+from ..linalg import (
+    check_rank,
+    cross,
+    eigh,
+    nonzero,
+    orthonormalize,
+    outer,
+    subspace_iteration,
+    svd,
+    times,
+    working_dtype,
+)
 from ..lowrank import LowRank
+from .fill_in import fill_in
 from .operators import Identity, Masked, Operator, RankOneSensing
 from .problem import Problem
 
 
 Products = tuple[Callable[[Array], Array], Callable[[Array], Array]]
-
-SPREADS = 6.0  # entries further than this many median deviations count as outliers
-SAMPLE = 256  # rows that column medians are taken from
-HALVINGS = 40  # of the range of a column, to find its median
 
 
 def spectral_init(
@@ -29,7 +35,7 @@ def spectral_init(
     symmetric: bool = False,
     power_iters: int = 4,
 ) -> LowRank:
-    """A start near the truth: the leading singular vectors of the trimmed measurements.
+    """Spectral initialization: the leading singular vectors of trimmed measurements.
 
     Measurements that look like outliers are left out; the rest, ``y'``, is projected
     back, ``Y = A*(y')``, and its best approximation of the given width is split evenly:
@@ -48,8 +54,8 @@ def spectral_init(
         trim: the share of measurements to leave out. By default none is needed: those
             beyond three standard deviations (six median deviations of a column for
             entries), with scales from medians, which outliers hardly move.
-        symmetric: for symmetric problems: equal factors from the leading positive
-            eigenvalues.
+        symmetric: if True, equal factors from the leading positive eigenvalues, for
+            symmetric problems.
         power_iters: subspace iterations.
 
     Returns:
@@ -73,24 +79,17 @@ def spectral_init(
         via median-truncated gradient descent" (2017), arXiv 1709.08114.
     """
     m, n = problem.shape
-    if not 1 <= rank <= min(m, n):
-        raise ValueError(
-            f"rank must be between 1 and min(m, n) = {min(m, n)} for a matrix of shape "
-            f"{(m, n)}, got {rank}."
-        )
+    check_rank(rank, (m, n))
     if isinstance(problem.operator, Identity | Masked):
-        matrix = filled(problem, trim)
-        products = (
-            lambda v: einsum("mn,nk->mk", matrix, v),
-            lambda u: einsum("mn,mk->nk", matrix, u),
-        )
+        matrix = fill_in(problem.targets, getattr(problem.operator, "mask", None), trim)
+        products = lambda v: times(matrix, v), lambda u: cross(matrix, u)
         return _factors(products, n, rank, key, matrix.dtype, symmetric, power_iters)
     kept = _kept(problem.targets, trim)
     y = jnp.where(kept, problem.targets, 0)
     products = _back_projection(problem.operator, y, symmetric)
     start = _factors(products, n, rank, key, y.dtype, symmetric, power_iters)
     explained = jnp.sum(jnp.where(kept, jnp.abs(problem.operator(start)), 0))
-    root = jnp.sqrt(jnp.sum(jnp.abs(y)) / jnp.where(explained > 0, explained, 1))
+    root = jnp.sqrt(jnp.sum(jnp.abs(y)) / nonzero(explained))
     return LowRank(start.left * root, start.right * root)
 
 
@@ -105,11 +104,10 @@ def _kept(y: Array, trim: ArrayLike | None) -> Array:
 
 def _back_projection(operator: Operator, y: Array, symmetric: bool) -> Products:
     """Products with ``A*(y)`` and its transpose, up to scale."""
-    transposed = operator.T
     if not (symmetric and isinstance(operator, RankOneSensing)):
         return (
             lambda v: operator.adjoint_matmul(y, v),
-            lambda u: transposed.adjoint_matmul(y, u),
+            lambda u: operator.adjoint_rmatmul(y, u),
         )
 
     # The average of y_k a_k a_kᵀ is 2X + tr(X) I, and that of y_k is tr(X).
@@ -119,69 +117,24 @@ def _back_projection(operator: Operator, y: Array, symmetric: bool) -> Products:
     return product, product
 
 
-def filled(problem: Problem, trim: ArrayLike | None = None) -> Array:
-    """The observed matrix with column medians for outliers and missing entries."""
-    matrix = problem.targets
-    mask = getattr(problem.operator, "mask", None)
-    stride = -(-matrix.shape[0] // SAMPLE)
-    sample = matrix[::stride]
-    seen = jnp.ones_like(sample, bool) if mask is None else mask[::stride]
-    center = _column_medians(sample, seen)
-    distance = jnp.abs(matrix - center)
-    if trim is None:
-        limit = SPREADS * _column_medians(distance[::stride], seen)
-    else:
-        away = distance if mask is None else jnp.where(mask, distance, jnp.nan)
-        limit = jnp.nanquantile(away, 1 - jnp.asarray(trim, matrix.dtype))
-    keep = distance <= limit
-    if mask is not None:
-        keep = keep & mask
-    return jnp.where(keep, matrix, center)
-
-
-def _column_medians(x: Array, seen: Array) -> Array:
-    """``(1, n)``: the medians of what is seen of each column, zero if that is nothing.
-
-    By halving the range: sums over the rows alone, many times faster than sorting them,
-    and no device needs the rows of another.
-    """
-    half = 0.5 * jnp.sum(seen, axis=0, keepdims=True)
-
-    def halve(_, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = 0.5 * low + 0.5 * high
-        below = jnp.sum(seen & (x <= middle), axis=0, keepdims=True) < half
-        return jnp.where(below, middle, low), jnp.where(below, high, middle)
-
-    low = jnp.min(jnp.where(seen, x, jnp.inf), axis=0, keepdims=True)
-    high = jnp.max(jnp.where(seen, x, -jnp.inf), axis=0, keepdims=True)
-    low, high = lax.fori_loop(0, HALVINGS, halve, (low, high))
-    return jnp.where(half > 0, high, 0)
-
-
-def _basis(x: Array) -> Array:
-    return orthonormalize(x, method="cholesky")
-
-
 def _factors(products, n, rank, key, dtype, symmetric, power_iters) -> LowRank:
-    """Subspace iteration on a matrix that is known by its products."""
-    matmul, transposed_matmul = products
-    dtype = working_dtype(dtype)
+    """Balanced factors of the leading part of a matrix that is known by its products."""
+    matmul, rmatmul = products
     # Half of the eigenvalues of noise are negative: look at twice as many as are kept.
     width = min(2 * rank, n) if symmetric else rank
     # Householder QR of tall matrices is far slower than the products themselves.
-    basis = _basis(jr.normal(key, (n, width), dtype))
-    for _ in range(power_iters):
-        basis = _basis(transposed_matmul(_basis(matmul(basis))))
-    if symmetric:
-        values, vectors = jnp.linalg.eigh(einsum("nr,ns->rs", basis, matmul(basis)))
-        root = jnp.sqrt(jnp.maximum(values, 0))
-        left = einsum("nr,rs->ns", basis, (vectors * root[None, :])[:, width - rank :])
-        return LowRank(left, left)
-    image = _basis(matmul(basis))
-    u, s, vt = jnp.linalg.svd(einsum("mr,ms->rs", image, matmul(basis)))
-    root = jnp.sqrt(s)
-    return LowRank(
-        einsum("mr,rs->ms", image, u * root[None, :]),
-        einsum("nr,sr->ns", basis, vt * root[:, None]),
+    orthonormal = functools.partial(orthonormalize, method="cholesky")
+    start = orthonormal(jr.normal(key, (n, width), working_dtype(dtype)))
+    basis = subspace_iteration(
+        matmul, rmatmul, start, steps=power_iters, orthonormalize=orthonormal
     )
+    image = matmul(basis)
+    if symmetric:
+        values, vectors = eigh(cross(basis, image))
+        root = jnp.sqrt(jnp.maximum(values, 0))
+        left = times(basis, (vectors * root[None, :])[:, width - rank :])
+        return LowRank(left, left)
+    columns = orthonormal(image)
+    u, s, vt = svd(cross(columns, image))
+    root = jnp.sqrt(s)
+    return LowRank(times(columns, u * root[None, :]), outer(basis, vt * root[:, None]))

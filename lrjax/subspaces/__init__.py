@@ -1,75 +1,93 @@
 """Which subspace an optimizer works in, when it moves, and what becomes of the rest."""
 
-from .bases import (
-    Basis as Basis,
-    Codes as Codes,
-    Dense as Dense,
-    Refresh as Refresh,
-    Rows as Rows,
-    coap as coap,
-    decode as decode,
-    ema_gram as ema_gram,
-    encode as encode,
-    fixed as fixed,
-    gaussian as gaussian,
-    geodesic as geodesic,
-    gram_eigh as gram_eigh,
-    oja as oja,
-    power as power,
-    quantized as quantized,
-    random_orthonormal as random_orthonormal,
-    randomized_svd as randomized_svd,
-    range_finder as range_finder,
-    rows as rows,
-    sampled_svd as sampled_svd,
-    shared as shared,
-    svd as svd,
-    switch as switch,
+from .._codes import (
+    BlockQuantized as BlockQuantized,
+    PackedQuantized as PackedQuantized,
+    dequantize as dequantize,
+    quantize as quantize,
 )
-from .carry import (
-    Carry as Carry,
-    Change as Change,
-    Moments as Moments,
-    align as align,
-    keep as keep,
-    register_roles as register_roles,
-    reset as reset,
-    rotate as rotate,
-    rotate_variance as rotate_variance,
-    seeded_reset as seeded_reset,
-)
-from .grow import (
-    grow_basis as grow_basis,
-)
-from .lift import (
-    Feedback as Feedback,
-    Lift as Lift,
-    Projected as Projected,
-    apollo as apollo,
-    blend as blend,
-    error_feedback as error_feedback,
-    fira as fira,
-    outer as outer,
-    project as project,
-    residual as residual,
-    sampled_residual as sampled_residual,
-    sign_residual as sign_residual,
-)
-from .schedule import (
-    Schedule as Schedule,
-    Turn as Turn,
-    adaptive as adaptive,
-    always as always,
-    every as every,
-    external as external,
-)
-from .sparse import (
-    sparse_residual as sparse_residual,
-)
-from .view import (
+from .._matrices import (
     MatrixSpec as MatrixSpec,
     Rank as Rank,
     Side as Side,
+    Where as Where,
     is_hidden_matrix as is_hidden_matrix,
     matrix_shape as matrix_shape,
+)
+from .._moments import (
+    MomentFields as MomentFields,
+    Moments as Moments,
+    register_moments as register_moments,
+)
+from .accumulate_gradients import (
+    AccumulateGradientsState as AccumulateGradientsState,
+    accumulate_gradients as accumulate_gradients,
+)
+from .bases import (
+    SVD as SVD,
+    Basis as Basis,
+    CorrelationDescent as CorrelationDescent,
+    DenseProjector as DenseProjector,
+    EmaGram as EmaGram,
+    EmaGramState as EmaGramState,
+    Fixed as Fixed,
+    Gaussian as Gaussian,
+    Geodesic as Geodesic,
+    GramEigh as GramEigh,
+    MatrixBasis as MatrixBasis,
+    Oja as Oja,
+    OjaState as OjaState,
+    Power as Power,
+    Projector as Projector,
+    Quantized as Quantized,
+    QuantizedMatrix as QuantizedMatrix,
+    RandomizedSVD as RandomizedSVD,
+    RandomOrthonormal as RandomOrthonormal,
+    RangeFinder as RangeFinder,
+    RefreshContext as RefreshContext,
+    RowProjector as RowProjector,
+    SampledSVD as SampledSVD,
+    ScaledRows as ScaledRows,
+    SelectedRows as SelectedRows,
+    Shared as Shared,
+    Switch as Switch,
+)
+from .error_feedback import ErrorFeedback as ErrorFeedback
+from .grow_basis import grow_basis as grow_basis
+from .lifts import (
+    Blend as Blend,
+    Lift as Lift,
+    Project as Project,
+    Projected as Projected,
+    Residual as Residual,
+    SampledResidual as SampledResidual,
+    ScaledGradient as ScaledGradient,
+    ScaledResidual as ScaledResidual,
+    SignResidual as SignResidual,
+    Transformed as Transformed,
+    limit_growth as limit_growth,
+)
+from .project_updates import (
+    ProjectUpdatesState as ProjectUpdatesState,
+    project_updates as project_updates,
+)
+from .schedules import (
+    Adaptive as Adaptive,
+    AdaptiveState as AdaptiveState,
+    Always as Always,
+    OnRequest as OnRequest,
+    Periodic as Periodic,
+    Schedule as Schedule,
+    ScheduleContext as ScheduleContext,
+)
+from .sparse_residual import SparseResidual as SparseResidual
+from .transport import (
+    Align as Align,
+    BasisChange as BasisChange,
+    Keep as Keep,
+    MomentTransport as MomentTransport,
+    Reset as Reset,
+    Rotate as Rotate,
+    RotateVariance as RotateVariance,
+    SeededReset as SeededReset,
 )

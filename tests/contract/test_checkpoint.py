@@ -12,6 +12,9 @@ from tests.helpers import assert_close
 from tests.registry import PARAMS, PARTS
 
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
+
+
 @pytest.mark.parametrize("entry", PARTS.values(), ids=PARTS.keys())
 def test_restored_states_continue_bit_for_bit(entry, tmp_path):
     params = PARAMS[entry.params](jr.key(7), jnp.float32)

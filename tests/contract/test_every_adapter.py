@@ -1,114 +1,285 @@
-"""What every kind of adapter must do, on one model with every kind of layer."""
+"""What every kind of adapter must do, on one model with everything that breaks adapters."""
 
 import inspect
+import itertools
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import lrjax
 from lrjax import adapters as room
-from tests.helpers import all_finite, assert_close
+from lrjax.adapters import WithBias, WithMagnitude
+from tests.adapters.models import ZOO_PATHS, ZOO_SITES, moved, zoo, zoo_axes, zoo_where
+from tests.helpers import all_finite, assert_close, tol
 
 
-KINDS = {"LoRA": lrjax.LoRA(rank=2)}
-every = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-KEY = jr.key(0)
+def count(of_matrix, shared=0, biases=0):
+    """Trained numbers: of each matrix, of the pool and of biases."""
+    return sum(k * of_matrix(m, n) for m, n, k in ZOO_SITES) + shared + biases
 
 
-class Model(eqx.Module):
-    embedding: eqx.nn.Embedding
-    attention: eqx.nn.MultiheadAttention
-    convolution: eqx.nn.Conv1d
-    blocks: eqx.nn.Linear  # two layers, stacked for scan
-    out: eqx.nn.Linear
-
-    def __init__(self, key):
-        k = jr.split(key, 5)
-        self.embedding = eqx.nn.Embedding(11, 8, key=k[0])
-        self.attention = eqx.nn.MultiheadAttention(2, 8, key=k[1])
-        self.convolution = eqx.nn.Conv1d(8, 8, 3, padding=1, key=k[2])
-        layer = lambda key: eqx.nn.Linear(8, 8, key=key)
-        self.blocks = eqx.filter_vmap(layer)(jr.split(k[3], 2))
-        self.out = eqx.nn.Linear(8, 3, key=k[4])
-
-    def __call__(self, tokens):
-        x = jax.vmap(self.embedding)(tokens)
-        x = x + self.attention(x, x, x)
-        x = x + self.convolution(x.T).T
-        arrays, static = eqx.partition(self.blocks, eqx.is_array)
-        body = lambda x, layer: (jnp.tanh(jax.vmap(eqx.combine(layer, static))(x)), None)
-        x, _ = jax.lax.scan(body, x, arrays)
-        return jax.vmap(self.out)(x)
+@eqx.filter_jit
+def adapters_of(kind, key):
+    data = DATA if kind is KINDS["cores"][0] else None
+    where = zoo_where
+    return lrjax.adapt(MODEL, kind, where=where, axes=zoo_axes, key=key, data=data)
 
 
-MODEL, TOKENS = Model(jr.key(1)), jnp.array([1, 4, 9, 0, 3])
+R = 2
+MODEL, TOKENS = zoo(jr.key(1)), jnp.array([1, 4, 0, 3])
+OLD = [
+    lrjax.adapt(MODEL, lrjax.LoRA(R), where=zoo_where, axes=zoo_axes, key=jr.key(i))
+    for i in range(2)
+]
+DATA = {"normed.layer": MODEL.normed.layer.weight}  # in the place of a gradient
+# name: the kind, and the number of parameters that its paper says.
+KINDS = {
+    "LoRA": (lrjax.LoRA(R), count(lambda m, n: R * (m + n))),
+    "DoRA": (lrjax.DoRA(R), count(lambda m, n: R * (m + n) + m)),
+    "BoRA": (room.BoRA(R), count(lambda m, n: R * (m + n) + m + n)),
+    "NOLA": (room.NOLA(R, 3), count(lambda m, n: 2 * 3)),
+    "LoRA-XS": (lrjax.LoRAXS(R, std=0.0), count(lambda m, n: R**2)),
+    "EDoRA": (WithMagnitude(lrjax.LoRAXS(R, std=0.0)), count(lambda m, n: R**2 + m)),
+    "TinyLoRA, one v": (room.TinyLoRA(R, 3, group="v"), 3),
+    "LoTR": (room.LoTR(R), count(lambda m, n: R**2, shared=R * (12 + 7))),
+    "VeRA": (lrjax.VeRA(5), count(lambda m, n: 5 + m)),
+    "Tied-LoRA": (lrjax.TiedLoRA(R), count(lambda m, n: R + m, shared=R * (12 + 7))),
+    "biases": (WithBias(lrjax.LoRA(R)), count(lambda m, n: R * (m + n), biases=5 * 4)),
+    "Full": (room.Full(), count(lambda m, n: m * n, biases=5 * 4)),
+}
+BOTH = lambda m, n: R * (m + n)
+GATED = lambda m, n: R * (m + n) + R
+NESTED = lambda m, n: 2 * R * 3
+# Kinds that each meet some sites of the model, in the order of ``ZOO_SITES``.
+MIXES = {
+    "factors": [
+        (lrjax.LoRA(R, 4.0, rank_stabilized=True), BOTH),
+        (lrjax.LoRA(R, train="left"), lambda m, n: R * m),
+        (lrjax.LoRA(R, 3.0, init="pissa"), BOTH),
+        (room.IncreLoRA(R), GATED),
+        (room.SoRA(R), GATED),
+        (room.DyLoRA(R), BOTH),
+        (room.AdaLoRA(R), GATED),
+        (room.NLS((R, 1)), BOTH),
+        (room.CapaBoost(R), BOTH),
+    ],
+    "structured": [
+        (room.HiRA(R), BOTH),
+        (room.Tucker(R), lambda m, n: R**3 + R * (2 + 2 + n)),  # two heads of size two
+        (room.RandLoRA(R, R), lambda m, n: 2 * (R + 4)),  # two bases of four sides
+        (room.OFT(2), lambda m, n: n // 2),
+        (room.MiSS(R), lambda m, n: R * m),
+        (room.IA3(), lambda m, n: m),
+        (room.SODA(), lambda m, n: m + 2 * 1),  # two rotations of size two
+        (room.LoKr(1), lambda m, n: 2 * 1 + 2 * 2 * 3),  # two channels, three taps
+        (room.DoTA(R, cores=2), lambda m, n: 2 * 1 * R + R * 2 * n),
+    ],
+    "cores": [
+        (room.TinyLoRA(R, 3), lambda m, n: 3),
+        (room.PMSS(R), lambda m, n: R**2),
+        (room.SVFit(R), lambda m, n: R),
+        (room.NoRA(R, 3), NESTED),
+        (room.LoLDU(R, 3.0), lambda m, n: R),
+        (room.LoRASB(R, learning_rate=0.0), lambda m, n: R**2),
+        (room.PoLAR(R), lambda m, n: R * (m + n + R)),
+        (room.EigenLoRAx(OLD, R, components=2, random=1, spread=0.0), NESTED),
+        (room.StelLA(R, core=0.0), lambda m, n: R * (m + n + R)),
+    ],
+}
 
 
-def setting(kind):
-    adapters = lrjax.adapt(MODEL, kind, where=lambda path, layer: True, key=KEY)
+# In tests/adapters/test_structured.py, of an adapter class that another kind brings here.
+ELSEWHERE = {room.BAT, room.FusedRows, room.GraLoRA, room.LoHa, room.TokenRows}
+
+
+def mixed(kinds):
+    """A rule that answers with a kind for each site, and the numbers of all."""
+    numbers = sum(
+        k * of_matrix(m, n)
+        for (m, n, k), (_, of_matrix) in zip(ZOO_SITES, kinds, strict=True)
+    )
+    return (lambda path, site: kinds[ZOO_PATHS.index(path)][0]), numbers
+
+
+KINDS |= {name: mixed(kinds) for name, kinds in MIXES.items()}
+BASES = {room.AdapterKind, WithBias, WithMagnitude}
+# Settings of a kind that is there already: all of them, but not in every run.
+AGAIN = {"EDoRA", "TinyLoRA, one v", "LoTR", "BoRA", "NOLA"}
+every = pytest.mark.parametrize(
+    "name", [pytest.param(k, marks=[pytest.mark.slow] * (k in AGAIN)) for k in KINDS]
+)
+PLAIN = jax.jit(lambda tokens: MODEL(tokens))
+
+
+def setting(name, getkey):
+    adapters = adapters_of(KINDS[name][0], getkey())
     params, frozen = lrjax.partition(adapters)
-
-    def loss(params):
-        bound = lrjax.bind(MODEL, eqx.combine(params, frozen))
-        return jnp.mean(bound(TOKENS) ** 2)
-
-    return adapters, params, frozen, loss
+    return adapters, moved(params, getkey()), frozen
 
 
-def disturbed(params):
-    return jax.tree.map(lambda x: x + 0.1, params)
+def loss_of(attach, policy=None):
+    def loss(params, frozen):
+        output = attach(MODEL, eqx.combine(params, frozen))(TOKENS, policy)
+        return jnp.mean(output**2), output
+
+    return loss
 
 
 def test_every_kind_is_here():
     public = {
-        name
-        for name, value in vars(room).items()
-        if inspect.isclass(value)
-        and issubclass(value, room.AdapterKind)
-        and value is not room.AdapterKind
+        value
+        for value in vars(room).values()
+        if inspect.isclass(value) and issubclass(value, room.AdapterKind)
     }
-    assert public == set(KINDS)
+    kinds = [kind for group in (KINDS.values(), *MIXES.values()) for kind, _ in group]
+    here = {type(kind) for kind in kinds if isinstance(kind, room.AdapterKind)} | ELSEWHERE
+    assert public - BASES == here - BASES
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_number_of_parameters(name, getkey):
+    kind, numbers = KINDS[name]
+    shapes = eqx.filter_eval_shape(adapters_of, kind, getkey())
+    params, _ = lrjax.partition(shapes)
+    assert sum(x.size for x in jax.tree.leaves(params)) == numbers
+    assert shapes.summary().splitlines()[-1].split()[-1] == f"{numbers:,}"
+
+
+def flat(tree):
+    """All numbers of a tree in one vector: parts that vanish have no size of their own."""
+    return ravel_pytree(tree)[0]
 
 
 @every
-def test_starts_as_the_model_and_merges_to_what_is_bound(kind):
-    adapters, params, frozen, _ = setting(kind)
-    assert_close(lrjax.bind(MODEL, adapters)(TOKENS), MODEL(TOKENS), condition=10)
-    moved = eqx.combine(disturbed(params), frozen)
-    bound, merged = lrjax.bind(MODEL, moved), lrjax.merge(MODEL, moved)
-    assert_close(merged(TOKENS), bound(TOKENS), condition=100)
-    assert jax.tree.structure(merged) == jax.tree.structure(MODEL)
-    assert eqx.tree_equal(lrjax.detach(bound), (MODEL, moved))
+def test_bound_is_merged_and_vmap_is_a_loop(name, getkey):
+    """In value and gradient, from the start on, under jit, scan and a remat policy."""
+    start, params, frozen = setting(name, getkey)
+    bound = jax.jit(jax.value_and_grad(loss_of(lrjax.bind), has_aux=True))
+    merged = jax.jit(jax.value_and_grad(loss_of(lrjax.merge), has_aux=True))
+    policy = jax.checkpoint_policies.dots_saveable
+    together = jax.value_and_grad(loss_of(lrjax.bind, policy), has_aux=True)
+
+    begin, plain = lrjax.partition(start)[0], PLAIN(TOKENS)
+    (_, output), _ = bound(begin, frozen)
+    assert_close(output, plain, condition=100)
+    (_, output), _ = merged(begin, frozen)
+    assert_close(output, plain, condition=100)
+
+    (_, output), gradient = bound(params, frozen)
+    (_, other), same = merged(params, frozen)
+    assert_close(output, other, condition=1e3)
+    assert_close(flat(gradient), flat(same), condition=1e3)
+    assert all_finite(gradient)
+    assert all(np.any(g) for g in jax.tree.leaves(gradient)), "some numbers do nothing"
+    assert np.linalg.norm(output - plain) > 1e-2
+    back = lrjax.merge(MODEL, eqx.combine(params, frozen))
+    assert jax.tree.structure(back) == jax.tree.structure(MODEL)
+
+    second = moved(params, getkey())
+    two = jax.tree.map(lambda a, b: jnp.stack([a, b]), params, second)
+    (_, outputs), gradients = jax.jit(jax.vmap(together, (0, None)))(two, frozen)
+    (_, second_output), second_gradient = bound(second, frozen)
+    assert_close(outputs, jnp.stack([output, second_output]), condition=1e3)
+    for i, want in enumerate((gradient, second_gradient)):
+        got = jax.tree.map(lambda x, i=i: x[i], gradients)
+        assert_close(flat(got), flat(want), condition=1e3)
+
+
+LAYERS = ("blocks", "grouped")
+
+
+@eqx.filter_jit
+def with_dropout(kind, key):
+    return lrjax.adapt(MODEL, kind, where=list(LAYERS), key=key)
+
+
+RATED = {
+    "LoRA": lrjax.LoRA(R, dropout=0.5),
+    "PiSSA": lrjax.LoRA(R, init="pissa", dropout=0.5),
+    "DoRA": lrjax.DoRA(R, dropout=0.5),
+    "LoRA-XS": lrjax.LoRAXS(R, dropout=0.5),
+    "VeRA": lrjax.VeRA(R, dropout=0.5),
+    "Tied-LoRA": lrjax.TiedLoRA(R, dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("name", RATED)
+def test_dropout_acts_on_the_change_alone(name, getkey):
+    params, frozen = lrjax.partition(with_dropout(RATED[name], getkey()))
+    adapters = eqx.combine(moved(params, getkey()), frozen)
+    x = jr.normal(getkey(), (4,))
+    layer = jax.tree.map(lambda a: a[0] if eqx.is_array(a) else a, MODEL.blocks)
+
+    @eqx.filter_jit
+    def outputs(adapters, keys):
+        def one(key):
+            bound = lrjax.bind(MODEL, adapters, key=key).blocks
+            return jax.tree.map(lambda a: a[0] if eqx.is_array(a) else a, bound)(x)
+
+        return jax.vmap(one)(keys)
+
+    got = np.asarray(outputs(adapters, jr.split(getkey(), 2000)))
+    change = np.asarray(lrjax.merge(MODEL, adapters).blocks.weight[0] - layer.weight)
+    # An input is kept, with its double, or not at all: one of sixteen outputs each time.
+    masks = np.array(list(itertools.product((0, 2), repeat=4)))
+    possible = np.asarray(layer(x)) + (masks * np.asarray(x)) @ change.T
+    distances = np.linalg.norm(got[:, None] - possible[None], axis=2)
+    assert distances.min(axis=1).max() < tol(got, condition=100)
+    # Each input vanishes half of the time: 2,000 draws, six standard errors.
+    kept = masks[distances.argmin(axis=1)] > 0
+    assert np.all(np.abs(kept.mean(axis=0) - 0.5) < 6 * 0.5 / np.sqrt(2000))
 
 
 @every
-def test_jit_is_eager_and_gradients_reach_all_that_is_trained(kind):
-    _, params, _, loss = setting(kind)
-    params = disturbed(params)
-    value, grads = jax.value_and_grad(loss)(params)
-    jitted = jax.jit(jax.value_and_grad(loss))(params)
-    assert_close(jitted, (value, grads), condition=1e3)
-    assert all_finite(grads)
-    assert all(jnp.any(g != 0) for g in jax.tree.leaves(grads))
-
-
-@every
-def test_vmap_over_adapters_is_a_loop(kind):
-    _, params, _, loss = setting(kind)
-    two = jax.tree.map(lambda a, b: jnp.stack([a, b]), params, disturbed(params))
-    together = jax.vmap(loss)(two)
-    assert_close(
-        together, jnp.stack([loss(params), loss(disturbed(params))]), condition=100
+def test_bfloat16(name, getkey):
+    half = lambda tree: jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, tree
     )
+    model = half(MODEL)
+
+    @eqx.filter_jit
+    def run(key, change):
+        where = lambda path, layer: path in LAYERS or path == "table"
+        adapters = lrjax.adapt(model, KINDS[name][0], where=where, key=key)
+        params, frozen = lrjax.partition(adapters)
+        params = moved(params, change)
+
+        def loss(params, attach):
+            attached = attach(model, eqx.combine(params, frozen))
+            y = attached.grouped(jax.vmap(attached.table)(TOKENS).T)
+            return jnp.sum(y.astype(jnp.float32) ** 2), (y, attached.table.weight)
+
+        each = [
+            jax.grad(loss, has_aux=True)(params, attach)
+            for attach in (lrjax.bind, lrjax.merge)
+        ]
+        return params, *each
+
+    params, (grads, bound), (other, merged) = run(getkey(), getkey())
+    assert {x.dtype for x in (*bound, *merged)} == {jnp.dtype(jnp.bfloat16)}
+    assert jax.tree.map(lambda x: x.dtype, grads) == jax.tree.map(lambda x: x.dtype, params)
+    size = max(1.0, float(np.max(np.abs(np.asarray(merged[0], np.float32)))))
+    gap = np.max(np.abs(np.asarray(bound[0] - merged[0], np.float32)))
+    assert gap < tol(*bound) * size
+    assert all_finite((grads, other))
 
 
 @every
-def test_survives_a_checkpoint(kind, tmp_path):
-    adapters, *_ = setting(kind)
+def test_survives_checkpoints_without_the_model(name, getkey, tmp_path):
+    orbax = pytest.importorskip("orbax.checkpoint")
+    adapters, params, frozen = setting(name, getkey)
+    adapters = eqx.combine(params, frozen)
+    shapes = jax.eval_shape(lambda: adapters)
     eqx.tree_serialise_leaves(tmp_path / "adapters.eqx", adapters)
-    fresh = lrjax.adapt(MODEL, kind, where=lambda path, layer: True, key=jr.key(9))
-    back = eqx.tree_deserialise_leaves(tmp_path / "adapters.eqx", fresh)
+    back = eqx.tree_deserialise_leaves(tmp_path / "adapters.eqx", shapes)
+    assert eqx.tree_equal(back, adapters)
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", adapters)
+        checkpointer.wait_until_finished()
+        back = checkpointer.restore(tmp_path / "orbax", shapes)
     assert eqx.tree_equal(back, adapters)

@@ -10,7 +10,8 @@ from scipy.linalg import fractional_matrix_power
 import lrjax
 from lrjax import LowRank, flows, gradient_flow
 
-from ..helpers import assert_close
+from ..helpers import assert_close, random_low_rank
+from ..reference.flows import balanced_flow
 from .conftest import approximation
 
 
@@ -34,6 +35,43 @@ def test_aligned_modes_solve_their_equation(scale):
         assert jnp.max(jnp.abs(db - speed * a)) <= 1e-13 * size
         assert jnp.max(jnp.abs(da - speed * b)) <= 1e-13 * size
         assert jnp.max(jnp.abs(b**2 - a**2 - b0**2 + a0**2)) <= 1e-13 * 10
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 1e-8, 1e-10, 1e-20, 1e-30])
+def test_aligned_modes_in_float32_leave_any_start(alpha):
+    sigma = jnp.array([1.0, 0.5], jnp.float32)
+    t = jnp.array([2.0, 30.0, 90.0, 500.0])
+    exact = flows.aligned_modes(t, *(jnp.full(2, alpha),) * 2, sigma.astype(float))
+    start = jnp.full(2, alpha, jnp.float32)
+    got = flows.aligned_modes(t.astype(jnp.float32), start, start, sigma)
+    assert got[0].dtype == jnp.float32
+    # A relative error of the rate is one of t times that in the exponent.
+    for g, e in zip(got, exact, strict=True):
+        assert jnp.max(jnp.abs(g / e - 1)) <= 100 * jnp.finfo(jnp.float32).eps
+    assert_close(got[0][3] * got[1][3], sigma, condition=10)
+
+
+def test_a_small_factor_beside_a_large_one_keeps_its_digits():
+    b0, a0 = jnp.array([1.0, -2.0]), jnp.array([1e-9, 1e-7])
+    sigma, t = jnp.array([1e-9, 3e-8]), jnp.array([0.1, 1.0, 20.0])
+    exact = flows.aligned_modes(t, b0, a0, sigma)
+    narrow = (x.astype(jnp.float32) for x in (t, b0, a0, sigma))
+    for got, want in zip(flows.aligned_modes(*narrow), exact, strict=True):
+        assert jnp.max(jnp.abs(got / want - 1)) <= 100 * jnp.finfo(jnp.float32).eps
+
+
+@pytest.mark.parametrize("t", [0.0, 1.0, 500.0])
+def test_derivatives_of_aligned_modes_are_finite_everywhere(t):
+    b0, a0 = jnp.array([0.0, 1.0, 1.0, 0.0, 0.5]), jnp.array([0.0, -1.0, 1.0, 0.3, 2.0])
+    sigma = jnp.array(
+        [1.0, 1.0, 1.0, 0.0, 1.0]
+    )  # the last two do not move, or have arrived
+
+    def ends(t, b, a, sigma):
+        return flows.aligned_modes(t, b, a, sigma)
+
+    for row in jax.tree.leaves(jax.jacrev(ends, (0, 1, 2, 3))(jnp.array(t), b0, a0, sigma)):
+        assert jnp.all(jnp.isfinite(row))
 
 
 def test_aligned_modes_approach_at_the_rate_of_their_imbalance():
@@ -128,6 +166,16 @@ def test_end_to_end_velocity(depth):
     assert_close(got, want, rtol=1e-5 if depth > 1 else 1e-12)
 
 
+def test_directions_that_a_deep_product_lacks_do_not_move_it(getkey):
+    """A singular value of rounding error would have a root of 4e-2 at depth ten."""
+    x = random_low_rank(getkey(), 6, 5, 2, dtype=jnp.float64)
+    weight, gradient = x.materialize(), jr.normal(getkey(), (6, 5))
+    (u, _), (v, _) = (jnp.linalg.qr(side) for side in (x.left, x.right))
+    velocity = flows.end_to_end_velocity(weight, gradient, 10)
+    beside = velocity - u @ (u.T @ velocity)
+    assert jnp.max(jnp.abs(beside - beside @ v @ v.T)) <= 1e-12 * jnp.max(jnp.abs(velocity))
+
+
 def deep_loss(weights, target):
     product = weights[0]
     for weight in weights[1:]:
@@ -176,3 +224,42 @@ def test_balance_moves_by_the_square_of_the_step_exactly():
     want = x.right.T @ dense.T @ dense @ x.right - x.left.T @ dense @ dense.T @ x.left
     assert_close(drift, eta**2 * want, condition=1e4)
     assert jnp.max(jnp.abs(drift - eta**2 * want)) <= 1e-14
+
+
+@pytest.mark.parametrize("reach", [2, 20, 60, 200])  # 2 σ₁ t
+def test_riccati_has_its_digits_at_any_time(reach, getkey):
+    u, v = (jnp.linalg.qr(jr.normal(getkey(), (n, n)))[0] for n in (5, 4))
+    sigma = jnp.array([1.0, 0.7, 0.4, 0.1])
+    target = u[:, :4] @ jnp.diag(sigma) @ v.T
+    start = lrjax.balance(random_low_rank(getkey(), 5, 4, 3, dtype=jnp.float64))
+    start = jax.tree.map(lambda x: 0.1 * x, start)
+    want = balanced_flow(reach / 2, start.left, start.right, u, sigma, v)
+    blocks = flows.riccati(jnp.array(reach / 2), start, target)
+    got = jnp.block(
+        [[blocks.left_gram, blocks.product], [blocks.product.T, blocks.right_gram]]
+    )
+    assert jnp.max(jnp.abs(got - want)) <= 1e-13
+
+
+def test_the_riccati_solution_differentiates_by_its_start():
+    target = jr.normal(jr.key(0), (4, 3)) / 2
+    start = lrjax.balance(random_low_rank(jr.key(1), 4, 3, 2, dtype=jnp.float64))
+
+    def product(size):
+        grown = jax.tree.map(lambda x: size * x, start)
+        return flows.riccati(jnp.array(0.8), grown, target).product
+
+    slope = jax.jvp(product, (1.0,), (1.0,))[1]
+    assert_close(slope, (product(1 + 1e-6) - product(1 - 1e-6)) / 2e-6, rtol=1e-7)
+
+
+def test_riccati_with_a_zero_target_is_decay():
+    """``dZ/dt = −½ Z ZᵀZ`` has ``Z Zᵀ = Z₀ (I + t Z₀ᵀZ₀)⁻¹ Z₀ᵀ``."""
+    start = lrjax.balance(random_low_rank(jr.key(0), 5, 4, 2, dtype=jnp.float64))
+    z = jnp.concatenate([start.left, start.right])
+    for t in (0.0, 0.7, 1e3):
+        want = z @ jnp.linalg.solve(jnp.eye(2) + t * z.T @ z, z.T)
+        blocks = flows.riccati(jnp.array(t), start, jnp.zeros((5, 4)))
+        assert_close(blocks.product, want[:5, 5:], condition=100)
+        assert_close(blocks.left_gram, want[:5, :5], condition=100)
+        assert_close(blocks.right_gram, want[5:, 5:], condition=100)

@@ -6,12 +6,13 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+import scipy.special
 
 import lrjax
 from lrjax import LowRank, flows, gradient_flow
 
 from ..helpers import assert_close, random_low_rank
-from .conftest import approximation
+from .conftest import Aligned, approximation
 
 
 def half_square(x, target):
@@ -289,3 +290,46 @@ def test_any_diffrax_solver(aligned):
         solver=diffrax.Dopri8(),
     )
     assert_close(solution.params.materialize(), aligned.matrix(b * a), rtol=1e-9)
+
+
+def test_default_tolerances_follow_the_size_of_the_start():
+    """From 1e-9: the time of the escape, to which every digit of the start counts."""
+    aligned = Aligned(left=(1e-9, 3e-9), right=(2e-9, 1e-9), sigma=(1.0, 0.9))
+    ts = jnp.array([10.0, 20.0, 22.0])
+    solution = gradient_flow(approximation, aligned.start, aligned.target, t1=ts[-1], ts=ts)
+    b, a = flows.aligned_modes(ts, aligned.left, aligned.right, aligned.sigma)
+    exact = aligned.matrix(b * a)
+    error = jnp.linalg.norm(solution.params.materialize() - exact, axis=(-2, -1))
+    size = jnp.linalg.norm(exact, axis=(-2, -1))
+    assert size[0] < 1e-8  # still at the saddle
+    assert size[2] > 0.1  # away from it
+    assert jnp.all(error < 1e-5 * size)
+
+
+def test_friction_that_falls_with_the_time_is_nesterovs():
+    """``x'' + 3/(1 + t) x' + x = 0`` is Bessel's equation for ``(1 + t) x``."""
+    ts = jnp.linspace(0, 12, 7)
+    solution = gradient_flow(
+        half_square,
+        jnp.ones(1),
+        jnp.zeros(1),
+        t1=12.0,
+        ts=ts,
+        friction=lambda t: 3 / (1 + t),
+    )
+    s = 1 + np.asarray(ts)
+    basis = lambda k, s: np.array([scipy.special.jv(k, s), scipy.special.yv(k, s)])
+    # x = (A J₁(s) + B Y₁(s))/s has x' = −(A J₂(s) + B Y₂(s))/s.
+    weights = np.linalg.solve(np.stack([basis(1, 1.0), basis(2, 1.0)]), [1.0, 0.0])
+    assert_close(solution.params[:, 0], weights @ basis(1, s) / s, rtol=1e-6)
+
+
+def test_one_observer_watches_a_flow_and_a_recovery():
+    key = jr.key(0)
+    problem = lrjax.matrix_sensing(key, (6, 5), 1, 90, objective=lrjax.recovery.Squared())
+    start = lrjax.spectral_init(problem, 2, key=key)
+    loss = lambda x, problem: problem.loss(x)
+    watch = lambda state: (lrjax.recovery.spectrum(state), state.loss, state.t)
+    flow = gradient_flow(loss, start, problem, t1=1.0, ts=jnp.zeros(1), observe=watch)
+    steps = lrjax.solve(problem, optax.sgd(0.1), start, steps=1, observe=watch)
+    assert_close(flow.observed, steps.history.observed, rtol=1e-6)

@@ -63,3 +63,33 @@ def test_a_rule_that_never_fires_does_not_stop(aligned):
     assert not stats.stopped
     assert stats.success
     assert stats.time == 1
+
+
+def half_square(x):
+    return 0.5 * jnp.sum(x**2)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_stationary_is_relative_to_the_parameters(size):
+    """``x' = −x`` has the relative rate one at every size, and never more."""
+    start = jnp.full(1, size)
+    run = lambda rate: gradient_flow(
+        half_square, start, t1=30.0, until=flows.stationary(rate)
+    )
+    assert not run(0.99).stats.stopped
+    early = run(1.01).stats
+    assert early.stopped
+    assert early.time < 5
+
+
+def test_a_rule_may_wait_longer_than_it_needs():
+    run = lambda after: (
+        gradient_flow(
+            half_square, jnp.ones(1), t1=99.0, until=flows.gradient_below(1e-2, after=after)
+        ).stats
+    )
+    natural = run(0.0)
+    assert jnp.log(100.0) <= natural.time < 8
+    late = run(20.0)
+    assert late.stopped
+    assert 20 <= late.time < 40

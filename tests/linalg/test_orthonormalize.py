@@ -69,3 +69,23 @@ def test_not_differentiated_through(getkey):
 def test_refuses_a_wide_matrix():
     with pytest.raises(ValueError, match=r"tall matrix.*\(2, 5\)"):
         orthonormalize(jnp.ones((2, 5)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("outside", [1.0, 1e-3, 1e-6])
+def test_within_the_complement_of_other_columns(getkey, method, outside):
+    """Down to what little of x lies outside of the other columns."""
+    basis = orthonormalize(jr.normal(getkey(), (2, 40, 9)))
+    others, rest = basis[..., :5], basis[..., 5:]
+    x = others @ jr.normal(getkey(), (2, 5, 4)) + outside * rest
+    padded = jnp.concatenate([others, jnp.zeros((2, 40, 3))], axis=-1)
+    q = orthonormalize(x, method=method, against=padded)
+    assert_close(q.mT @ q, jnp.broadcast_to(jnp.eye(4), (2, 4, 4)))
+    assert jnp.abs(q.mT @ others).max() <= tol(q)
+    assert_close(q, rest, condition=1 / outside)
+
+
+def test_the_complement_of_everything_is_finite(getkey):
+    others = orthonormalize(jr.normal(getkey(), (8, 4)))
+    for method in METHODS:
+        assert all_finite(orthonormalize(others[:, :2], method=method, against=others))

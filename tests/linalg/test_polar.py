@@ -81,6 +81,16 @@ def test_steps_cut_or_repeat_the_polynomials(getkey):
     assert relative_error(polar(x, method="cubic", steps=30), polar(x)) < 1e-5
 
 
+def test_more_steps_of_polar_express_are_exact_to_rounding(getkey, x64):
+    """The polynomial that is repeated is the last one, which converges by itself."""
+    x = with_spectrum(getkey(), 20, 8, jnp.geomspace(1, 1e-4, 8), jnp.float64)
+    error = lambda **steps: relative_error(
+        polar(x, method="polar_express", **steps), polar(x)
+    )
+    assert error(steps=12) < 1e-12
+    assert error() > 1e-3
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="not iterative"):
         polar(jnp.eye(2), method="svd", steps=3)

@@ -3,7 +3,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from lrjax.linalg import principal_angles, truncated_svd
+from lrjax.linalg import principal_angles, product_svd, truncated_svd
 from tests.helpers import all_finite, assert_close, relative_error, with_spectrum
 
 
@@ -62,6 +62,20 @@ def test_refuses_ranks_out_of_range(rank):
 def test_needs_a_key_or_a_start():
     with pytest.raises(ValueError, match="key="):
         truncated_svd(jnp.ones((5, 7)), 2, method="randomized")
+
+
+@pytest.mark.parametrize("method", ["cholesky", "qr"])
+def test_product_svd_keeps_columns_a_billion_times_smaller(method, getkey):
+    """In single precision, where a common scale of the columns would lose them."""
+    u = jnp.linalg.qr(jr.normal(getkey(), (30, 4)))[0]
+    v = jnp.linalg.qr(jr.normal(getkey(), (20, 4)))[0]
+    sizes = jnp.array([1.0, 1e-9, 1.0, 1e-9])
+    want = jnp.array([4.0, 3.0, 2.0, 1.0])
+    core = jnp.diag(want / sizes**2)
+    got = product_svd(u * sizes[None], core, v * sizes[None], 4, method=method)
+    assert_close(got.values, want, condition=10)
+    assert_close(jnp.abs(jnp.sum(got.left * u, axis=0)), jnp.ones(4), condition=10)
+    assert_close(jnp.abs(jnp.sum(got.right * v, axis=0)), jnp.ones(4), condition=10)
 
 
 def test_principal_angles_of_known_subspaces(getkey, x64):

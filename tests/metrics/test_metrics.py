@@ -93,6 +93,22 @@ def test_hessian_overlap_agrees_with_the_dense_hessian(x64):
         metrics.hessian_overlap(quadratic, x, a, k=5, key=jr.key(3), steps=4)
 
 
+def test_a_clustered_spectrum_makes_no_ghosts():
+    """Four distinct eigenvalues exhaust the Krylov space long before the steps end.
+
+    What follows is rounding, in which single precision finds the largest ones again.
+    """
+    n, k = 30, 3
+    values = jnp.concatenate([jnp.array([9.0, 7.0, 5.0]), jnp.ones(n - 3)])
+    q = jnp.linalg.qr(jr.normal(jr.key(0), (n, n)))[0]
+    a = (q * values[None]) @ q.T
+    x = {"a": jr.normal(jr.key(1), (4, 5)), "b": jr.normal(jr.key(2), (10,))}
+    found = metrics.hessian_overlap(quadratic, x, a, k=k, key=jr.key(3), steps=n)
+    g = a @ jnp.concatenate([x["a"].ravel(), x["b"]])
+    assert_close(found.values, values[:k], rtol=1e-5)
+    assert_close(found.overlap, jnp.sum((q[:, :k].T @ g) ** 2) / jnp.sum(g**2), rtol=1e-4)
+
+
 def test_intruders_are_what_was_put_in(x64):
     values = jnp.linspace(8, 1, 24)
     base = with_spectrum(jr.key(0), 40, 24, values, jnp.float64)
@@ -110,6 +126,14 @@ def test_intruders_are_what_was_put_in(x64):
     assert batch.tolist() == [0, 2]
     with pytest.raises(ValueError, match="one shape"):
         metrics.intruder_dimensions(base, base.T)
+
+
+def test_a_vector_that_was_last_before_is_no_intruder(x64):
+    """Tuned vectors are looked for among all those of the base, not its leading ones."""
+    base = with_spectrum(jr.key(0), 40, 24, jnp.linspace(8, 1, 24), jnp.float64)
+    u, _, vt = jnp.linalg.svd(base, full_matrices=False)
+    tuned = base + 100 * u[:, 23:24] @ vt[23:24]
+    assert metrics.intruder_dimensions(base, tuned, top=5) == 0
 
 
 def test_phase_times_of_a_sigmoid(x64):

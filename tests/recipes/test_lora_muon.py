@@ -15,7 +15,7 @@ def test_both_halves_move_the_product_by_half_a_polar_factor(getkey, x64):
     x = lrjax.LowRank(30 * x.left, x.right)
     params = {"pair": x, "bias": jr.normal(getkey(), (3,), jnp.float64)}
     full = jr.normal(getkey(), (2, 7, 9), jnp.float64)
-    tx = lrjax.lora_muon(0.2, damping=0.0, decay=0.5)
+    tx = lrjax.lora_muon(0.2, damping=0.0, momentum=0.5)
 
     def grads(g):
         return {"pair": lrjax.LowRank(g @ x.right, g.T @ x.left), "bias": params["bias"]}

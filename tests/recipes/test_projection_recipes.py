@@ -9,7 +9,7 @@ import pytest
 
 import lrjax
 from lrjax import subspaces as sub
-from lrjax.subspaces.view import as_matrices, from_matrices
+from lrjax._matrices import MatrixLeaf
 
 from ..helpers import assert_close, random_low_rank
 
@@ -25,7 +25,7 @@ def first_step(recipe, g):
 
 
 def is_loop(x):
-    return isinstance(x, lrjax.transforms.ProjectUpdatesState)
+    return isinstance(x, sub.ProjectUpdatesState)
 
 
 def test_randomized_galore_is_galore_where_the_rank_suffices(rollout, noisy, getkey):
@@ -33,6 +33,20 @@ def test_randomized_galore_is_galore_where_the_rank_suffices(rollout, noisy, get
     g = noisy(getkey(), 4, 8, 1) * noisy(getkey(), 4, 1, 12)
     run = lambda method: rollout(lrjax.galore(1.0, 1, method=method, where=anything), g)[0]
     assert_close(run("randomized"), run("svd"), condition=100)
+
+
+def test_four_leaves_take_turns_over_a_period(rollout, noisy, getkey):
+    """They refresh a quarter of 200 steps apart: updates of rank one show the basis."""
+    g = {name: noisy(getkey(), 201, 8, 9) for name in "abcd"}
+    updates, _ = rollout(lrjax.galore(1.0, 1), g)
+
+    def moments_of_change(u):
+        direction = u / jnp.linalg.norm(u, axis=1, keepdims=True)
+        cosines = jnp.abs(jnp.sum(direction[1:] * direction[:-1], axis=1)[:, 0])
+        return (jnp.flatnonzero(cosines < 1 - 1e-3) + 1).tolist()
+
+    found = {name: moments_of_change(u) for name, u in updates.items()}
+    assert found == {"a": [200], "b": [150], "c": [100], "d": [50]}
 
 
 def test_sara_draws_everything_at_full_rank(rollout, noisy, getkey):
@@ -63,7 +77,7 @@ def test_the_heads_of_galore_plus_share_the_basis_of_one(getkey):
     got, state = first_step(
         lrjax.galore_plus(1.0, 2, scale=1.0, fraction=0.25, where=anything), heads
     )
-    (p,) = state.leaves.basis
+    (p,) = state.basis
     inside = p @ (p.T @ heads)
     lost = jnp.linalg.norm(heads - inside, axis=(1, 2)) / jnp.linalg.norm(heads)
     drawn, other = (0, 2) if lost[0] < lost[2] else (2, 0)
@@ -79,13 +93,15 @@ def test_the_heads_of_galore_plus_share_the_basis_of_one(getkey):
 def test_fused_heads_are_cut_apart(getkey):
     spec = sub.MatrixSpec(blocks=3)
     x = jr.normal(getkey(), (2, 24, 8))
-    heads = as_matrices(x, spec)
+    fused = MatrixLeaf("w", 0, spec, x.shape)
+    heads = fused.view(x)
     assert sub.matrix_shape(x.shape, spec) == (2, 3, 8, 8)
     assert_close(heads, x.reshape(2, 3, 8, 8), rtol=0)
-    assert_close(from_matrices(heads, spec, x.shape), x, rtol=0)
+    assert_close(fused.restore(heads), x, rtol=0)
     columns = sub.MatrixSpec(rows=(-1,), cols=(-2,), blocks=3)
-    assert_close(as_matrices(x.mT, columns), heads, rtol=0)
-    assert_close(from_matrices(heads, columns, x.mT.shape), x.mT, rtol=0)
+    fused = MatrixLeaf("w", 0, columns, x.mT.shape)
+    assert_close(fused.view(x.mT), heads, rtol=0)
+    assert_close(fused.restore(heads), x.mT, rtol=0)
     five = lambda path, shape: sub.MatrixSpec(blocks=5)
     with pytest.raises(ValueError, match=r"24 rows .* into 5 equal blocks"):
         lrjax.galore_plus(1.0, where=five).init(x)
@@ -93,11 +109,11 @@ def test_fused_heads_are_cut_apart(getkey):
 
 def test_a_basis_shared_by_all_is_that_of_their_gradients_side_by_side(getkey):
     a = jr.normal(getkey(), (2, 3, 6, 9))
-    basis = sub.shared(sub.svd(2), choice="all")
+    basis = sub.Shared(sub.SVD(2), choice="all")
     tx = lrjax.project_updates(optax.identity(), basis, where=anything)
     step = jax.jit(lambda a: tx.update(a, tx.init(a)))
     got, state = step(a)
-    assert state.leaves.basis.shape == (2, 1, 6, 2)
+    assert state.basis.shape == (2, 1, 6, 2)
     joined = jnp.concatenate([a[:, h] for h in range(3)], axis=-1)
     p = jnp.linalg.svd(joined, full_matrices=False)[0][:, None, :, :2]
     assert_close(got, p @ (p.mT @ a), condition=10)
@@ -110,12 +126,13 @@ def test_q_galore_steps_in_a_quantized_basis(getkey):
     g = jr.normal(getkey(), (16, 24))
     recipe = lrjax.q_galore(1.0, 4, block=32, min_size=1, where=anything)
     got, state = first_step(recipe, g)
-    frame = sub.quantized(sub.svd(4), group=32).frame(state.leaves.basis, None, 16, 4)
+    basis = sub.Quantized(sub.SVD(4), group=32)
+    projector = basis.projector(state.basis, jr.key(0), 16, 4, True)
     p = jnp.linalg.svd(g)[0][:, :4]
-    step = state.leaves.basis.scale.max()
-    assert jnp.max(jnp.abs(frame.matrix - p)) <= 0.5 * step * (1 + 1e-3)
+    step = state.basis.scale.max()
+    assert jnp.max(jnp.abs(projector.matrix - p)) <= 0.5 * step * (1 + 1e-3)
     assert jnp.linalg.matrix_rank(got) == 4
-    assert_close(got, 0.25 * frame.up(jnp.sign(frame.down(g))), rtol=1e-4)
+    assert_close(got, 0.25 * projector.lift(jnp.sign(projector.project(g))), rtol=1e-4)
 
 
 def test_accumulated_gradients_are_the_projection_of_their_mean(rollout, noisy, getkey):
@@ -136,3 +153,18 @@ def test_accumulated_gradients_are_the_projection_of_their_mean(rollout, noisy, 
     assert_close(got["b"][7], means["b"][1] + 0.5 * means["b"][0])
     assert np.linalg.matrix_rank(got["w"][3]) == 2
     assert np.linalg.matrix_rank(got["w"][7]) == 4  # the next cycle draws anew
+
+
+def test_a_bad_microbatch_is_left_out_of_the_mean(rollout, noisy, getkey):
+    g = {"w": noisy(getkey(), 4, 6, 9), "b": noisy(getkey(), 4, 1, 5)[:, 0]}
+    spoilt = {"w": g["w"].at[1, 2, 3].set(jnp.nan), "b": g["b"]}
+    key = getkey()
+
+    def run(steps, g):
+        tx = lrjax.accumulate_gradients(optax.identity(), 2, steps, where=anything, key=key)
+        return jax.tree.map(lambda x: x[-1], rollout(tx, g)[0])
+
+    kept = jax.tree.map(lambda x: x[jnp.array([0, 2, 3])], g)
+    assert_close(run(4, spoilt), run(3, kept), condition=10)
+    all_bad = jax.tree.map(lambda x: x * jnp.inf, g)
+    assert not any(x.any() for x in jax.tree.leaves(run(4, all_bad)))

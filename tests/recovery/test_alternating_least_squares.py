@@ -103,6 +103,7 @@ def test_rows_without_entries_and_vmap():
     assert_close(both.x.left[0], one.x.left, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_scaled_gd_completes_at_the_same_rate_for_every_condition(x64):
     def steps(key, condition):
         *k_factors, k_places, k_start = jr.split(key, 4)

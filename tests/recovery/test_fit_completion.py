@@ -258,6 +258,18 @@ def test_bad_arguments_are_refused():
         run(i, i, y, (4, 0))
 
 
+def test_indices_may_be_constants_of_a_jitted_function():
+    at, p = problem().operator, problem()
+    run = lambda y, **shape: lrjax.fit_completion(
+        at.rows, at.cols, y, (M, shape.get("n", N)), rank=WIDTH, max_steps=2
+    )
+    got = jax.jit(run)(p.targets).low_rank.materialize()
+    want = complete(p, max_steps=2).low_rank.materialize()
+    assert_close(got, want, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"cols in \[0, 5\)"):
+        jax.jit(lambda y: run(y, n=5))(p.targets)
+
+
 def test_rows_are_visited_in_blocks_of_slabs(monkeypatch):
     monkeypatch.setattr(lrjax.recovery.completion.grouped, "ROWS", 5)
     key_place, key_value, key_vector = jr.split(jr.key(0), 3)

@@ -8,8 +8,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lrjax
+from lrjax import recovery
 
-from ..helpers import all_finite, assert_close
+from ..helpers import all_finite, assert_close, with_spectrum
 
 
 fit = jax.jit(lrjax.fit_robust_pca, static_argnames=("rank", "max_steps"))
@@ -223,3 +224,37 @@ X = jnp.ones((6, 5))
 def test_refuses(matrix, options, message):
     with pytest.raises(ValueError, match=message):
         lrjax.fit_robust_pca(matrix, **options)
+
+
+def test_the_weight_is_that_of_pursuit_where_most_entries_are_missing(x64):
+    """At 30 % observed, where the solution is not the truth and follows the weight."""
+    p = recovery.robust_pca(jr.key(0), (40, 24), 3, 0.1, observed=0.3, dtype=jnp.float64)
+    options = {"mask": p.operator.mask, "tol": 1e-7}
+    exact = recovery.principal_component_pursuit(
+        p.targets, penalty_growth=1.05, max_steps=300, **options
+    ).low_rank.materialize()
+
+    @jax.jit
+    @jax.vmap
+    def distance(weight):
+        found = lrjax.fit_robust_pca(p.targets, nuclear_weight=weight, rank=24, **options)
+        return jnp.linalg.norm(found.low_rank.materialize() - exact)
+
+    # Pursuit's own weight, and two in which the observed share does not count as it should.
+    same, without, squared = distance(jnp.array([1.0, 0.3**0.5, 0.3**-0.5]))
+    assert same < 0.5 * min(without, squared)
+
+
+@pytest.mark.parametrize(("size", "rank"), [(5, 1), (30, 2)])
+def test_a_singular_value_near_the_tolerance_is_no_rank(getkey, x64, size, rank):
+    """5 · tol · σ₁ is not told from noise, 30 · tol · σ₁ is."""
+    tol = 1e-4
+    matrix = with_spectrum(getkey(), 40, 24, [100.0, size * tol * 100.0], jnp.float64)
+    found = lrjax.fit_robust_pca(matrix, rank=4, tol=tol)
+    assert found.rank == rank
+    assert found.converged
+    assert jnp.count_nonzero(found.values) == rank
+
+
+def test_an_unfinished_fit_says_so():
+    assert not lrjax.fit_robust_pca(problem().targets, max_steps=3).converged

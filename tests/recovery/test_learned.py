@@ -26,7 +26,8 @@ def draw(key, size, rank, fraction=0.1):
 def errors(layers, truth, y, rank):
     """Relative errors before every layer and after the last."""
     distance = lambda x: jnp.linalg.norm(x.materialize() - truth) / jnp.linalg.norm(truth)
-    fit = recovery.learned_descent(y, layers, rank, observe=distance)
+    observe = lambda state: distance(state.params)
+    fit = recovery.learned_robust_pca(y, layers, rank, observe=observe)
     return jnp.append(fit.observed, distance(fit.low_rank))
 
 
@@ -96,8 +97,8 @@ def test_gradients_are_those_of_finite_differences(x64):
 def test_a_layer_is_its_formula(x64):
     y = np.asarray(draw(jr.key(0), 16, 2)[1], np.float64)
     layers = recovery.geometric_layers(2, first=jnp.float64(0.05), decay=0.5, rate=0.4)
-    observe = lambda x: x.materialize()
-    fit = recovery.learned_descent(jnp.asarray(y), layers, 2, observe=observe)
+    observe = lambda state: state.params.materialize()
+    fit = recovery.learned_robust_pca(jnp.asarray(y), layers, 2, observe=observe)
     u, s, vt = np.linalg.svd(np.asarray(fit.observed[0]))
     left, right = u[:, :2] * s[:2], vt[:2].T
     for zeta in (0.05, 0.025):
@@ -118,7 +119,7 @@ def test_missing_entries_and_a_sweep_over_layers():
         lambda r: recovery.geometric_layers(40, first=1 / SIZE, decay=0.8, rate=r)
     )
     fit = jax.jit(
-        jax.vmap(lambda layers: recovery.learned_descent(y, layers, 1, mask=mask))
+        jax.vmap(lambda layers: recovery.learned_robust_pca(y, layers, 1, mask=mask))
     )
     result = fit(sweep(jnp.array([0.0, 0.5])))
     low_rank = jnp.einsum("kmr,knr->kmn", result.low_rank.left, result.low_rank.right)
@@ -131,4 +132,4 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="depth"):
         recovery.geometric_layers(0, first=1.0)
     with pytest.raises(ValueError, match="rank must be between 1 and 5"):
-        recovery.learned_descent(jnp.ones((6, 5)), untrained(), 6)
+        recovery.learned_robust_pca(jnp.ones((6, 5)), untrained(), 6)

@@ -42,7 +42,9 @@ def wide_sensing(condition, method, steps):
         start = lrjax.spectral_init(problem, 6, key=jr.key(0), symmetric=True, trim=0.0)
         tx = lrjax.prec_gd()
     else:
-        start = recovery.small_init(problem, 6, 1e-7, key=jr.key(0), symmetric=True)
+        start = lrjax.lowrank.small_init(
+            problem.shape, 6, 1e-7, key=jr.key(0), symmetric=True
+        )
         damping = 1e-8 if method == "tiny" else 0.05 / condition
         tx = lrjax.scaled_gd(0.3, damping=damping, relative=False)
     return lrjax.solve(problem, tx, start, steps=steps).history.relative_error
@@ -115,7 +117,8 @@ def _searched(f_min, size):
 
 
 def _geometric(f_min, size):
-    return lrjax.opsa(lambda t: 0.3 * size * 0.93**t, damping=lambda t: 0.1 * 0.93**t)
+    rate, damping = lambda t: 0.3 * size * 0.93**t, lambda t: 0.1 * 0.93**t
+    return lrjax.opsa(rate, f_min=None, damping=damping)
 
 
 def _marquardt(f_min, size):
@@ -149,7 +152,7 @@ def test_subgm_at_full_width(x64):
         problem = lrjax.matrix_sensing(
             jr.key(seed), (12, 12), 1, 480, outlier_fraction=0.2, dtype=jnp.float64
         )
-        start = recovery.small_init(problem, 12, 1e-6, key=jr.key(seed))
+        start = lrjax.lowrank.small_init(problem.shape, 12, 1e-6, key=jr.key(seed))
         rate = optax.exponential_decay(0.1, 1, 0.97, transition_begin=200)
         x = lrjax.solve(problem, lrjax.subgm(rate), start, steps=500).x
         return problem.relative_error(x)
@@ -223,7 +226,7 @@ def test_alternating_scaled_descent_is_approximate_gauss_newton(x64):
     start = lrjax.LowRank(jr.normal(key_l, (30, 4)) / 10, jr.normal(key_r, (30, 4)) / 10)
     tx = lrjax.scaled_gd(0.5, order="alternating")
     solution = jax.jit(lambda: lrjax.solve(problem, tx, start, steps=6))()
-    rows, y = np.asarray(problem.operator.rows), np.asarray(problem.targets)
+    rows, y = np.asarray(problem.operator.matrices), np.asarray(problem.targets)
     left, right = np.asarray(start.left), np.asarray(start.right)
 
     def slope():
@@ -235,3 +238,32 @@ def test_alternating_scaled_descent_is_approximate_gauss_newton(x64):
     want = left @ right.T
     got = np.asarray(solution.x.materialize())
     assert np.linalg.norm(got - want) <= 1e-8 * np.linalg.norm(want)
+
+
+def test_opsa_told_nothing_solves_the_first_problem_of_the_readme():
+    problem = lrjax.matrix_sensing(
+        jr.key(0), (40, 40), 4, 1280, outlier_fraction=0.1, condition=20.0
+    )
+    start = lrjax.spectral_init(problem, 4, key=jr.key(1), trim=0.1)
+    run = jax.jit(lambda p, x: lrjax.solve(p, lrjax.opsa(), x, steps=150))
+    assert problem.relative_error(run(problem, start).x) < 1e-6
+
+
+@functools.partial(jax.jit, static_argnames="constant")
+@functools.partial(jax.vmap, in_axes=(0, None))
+def searching(seed, constant):
+    """OPSA by a searched level at n = 20, r = 2, d = 4, m = 24 n r, 10 % outliers."""
+    problem = lrjax.matrix_sensing(
+        jr.key(seed), (20, 20), 2, 960, outlier_fraction=0.1, dtype=jnp.float64
+    )
+    start = lrjax.spectral_init(problem, 4, key=jr.key(1), trim=0.1)
+    options = {"loss_power": None} if constant else {}
+    tx = lrjax.opsa(f_min="search", **options)
+    return lrjax.solve(problem, tx, start, steps=160).history.relative_error[-1]
+
+
+def test_the_damping_of_a_searched_level_vanishes_with_its_gap(x64):
+    """A constant one stalls."""
+    seeds = jnp.arange(5)
+    assert (searching(seeds, False) < 1e-9).all()
+    assert (searching(seeds, True) > 1e-6).all()

@@ -15,7 +15,7 @@ from ..helpers import assert_close, random_low_rank
 def test_distances_are_those_of_dense_matrices():
     truth = random_low_rank(jr.key(0), 9, 7, 3)
     x = random_low_rank(jr.key(1), 9, 7, 2)
-    got = recovery.staircase(truth)(x).distances
+    got = recovery.staircase(truth)(recovery.SolveState(0, x, 0.0)).distances
     for s in (1, 2, 3):
         best = lrjax.truncate(truth, s).materialize()
         want = jnp.linalg.norm(x.materialize() - best) / jnp.linalg.norm(best)
@@ -36,8 +36,8 @@ def climb():
     @jax.jit
     @jax.vmap
     def run(alpha):
-        start = recovery.small_init(problem, 4, alpha, key=jr.key(2))
-        observe = lambda x: (recovery.spectrum(x), see(x))
+        start = lrjax.lowrank.small_init(problem.shape, 4, alpha, key=jr.key(2))
+        observe = lambda state: (recovery.spectrum(state), see(state))
         return lrjax.solve(problem, optax.sgd(0.05), start, steps=600, observe=observe)
 
     return run(jnp.array([1e-1, 1e-3, 1e-5]))

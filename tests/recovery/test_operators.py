@@ -32,7 +32,7 @@ def make(kind, key, dtype):
 def dense_matrices(kind, operator):
     """What the operator measures, written down entry by entry."""
     if kind == "dense":
-        return operator.rows.reshape(-1, M, N)
+        return operator.matrices.reshape(-1, M, N)
     if kind == "rank_one":
         return jnp.einsum("km,kn->kmn", operator.a, operator.b)
     if kind == "entries":
@@ -61,8 +61,8 @@ def test_measures_inner_products(kind, getkey):
     assert_close(operator.adjoint(y), want)
     v = jr.normal(getkey(), (N, 3))
     assert_close(operator.adjoint_matmul(y, v), want @ v)
-    assert_close(operator.T(x.T).T, operator(x))
-    assert_close(operator.T.adjoint(y.T), want.T)
+    u = jr.normal(getkey(), (M, 3))
+    assert_close(operator.adjoint_rmatmul(y, u), want.T @ u)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,3 +176,45 @@ def test_sharded_entries_are_gathered_where_they_are(many_entries):
     compiled = step.lower(placed, here).compile()
     assert "all-gather" not in compiled.as_text()
     assert_close(compiled(placed, here), step(problem, x), condition=10)
+
+
+class Diagonals(recovery.Operator):
+    """Sums of the entries along the rows, and the entry in the corner: a user's own."""
+
+    weights: jax.Array
+
+    @property
+    def shape(self):
+        return M, N
+
+    def __call__(self, x):
+        sums = x.left @ (self.weights.T @ x.right).T
+        return jnp.concatenate([sums.ravel(), x.left[:1] @ x.right[0]])
+
+
+def test_a_users_own_operator_needs_shape_and_call_only(getkey, x64):
+    operator = Diagonals(jr.normal(getkey(), (N, 4), jnp.float64))
+    y = jr.normal(getkey(), (4 * M + 1,), jnp.float64)
+    x = random_low_rank(getkey(), M, N, 2, dtype=jnp.float64)
+    adjoint = operator.adjoint(y)
+    assert_close(jnp.sum(operator(x) * y), jnp.sum(x.materialize() * adjoint), condition=10)
+    v, u = (jr.normal(getkey(), (k, 3), jnp.float64) for k in (N, M))
+    assert_close(operator.adjoint_matmul(y, v), adjoint @ v)
+    assert_close(operator.adjoint_rmatmul(y, u), adjoint.T @ u)
+
+
+def test_a_users_own_operator_and_objective_are_solved(x64):
+    class LogCosh(recovery.Objective):
+        def pointwise(self, r):
+            return jnp.logaddexp(r, -r)
+
+    keys = jr.split(jr.key(0), 3)
+    operator = Diagonals(jr.normal(keys[0], (N, 12), jnp.float64))
+    truth = random_low_rank(keys[1], M, N, 1, dtype=jnp.float64)
+    problem = recovery.Problem(operator, operator(truth), LogCosh(), truth)
+    start = lrjax.spectral_init(problem, 1, key=keys[2], trim=0.0)
+    assert problem.relative_error(start) < 0.8
+    solution = jax.jit(lambda p, x: lrjax.solve(p, lrjax.scaled_gd(0.02), x, steps=500))(
+        problem, start
+    )
+    assert problem.relative_error(solution.x) < 1e-6

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lrjax import recovery
+from lrjax.recovery.separation.augmented_lagrangian import eliminated, factorized
 
 from ..helpers import all_finite, assert_close, relative_error
 from ..reference import robust_pca as reference
@@ -19,7 +20,9 @@ SIZE, RANK = 48, 2
 METHODS = {
     "scaled_descent": partial(recovery.scaled_descent, rank=RANK, outlier_fraction=0.1),
     "alternating_projections": partial(recovery.alternating_projections, rank=RANK),
-    "principal_component_pursuit": partial(recovery.principal_component_pursuit, steps=40),
+    "principal_component_pursuit": partial(
+        recovery.principal_component_pursuit, max_steps=40
+    ),
 }
 
 
@@ -97,14 +100,14 @@ def data(seed=0, m=24, n=20):
 
 
 def trajectory(method, y, **settings):
-    observe = lambda x: x.materialize()
+    observe = lambda state: state.params.materialize()
     run = jax.jit(lambda y: method(y, **settings, tol=None, observe=observe))
     return np.asarray(run(y).observed)
 
 
 def test_scaled_descent_is_the_slow_reference(x64):
     y = data()
-    settings = {"outlier_fraction": 0.1, "learning_rate": 0.4, "steps": 10}
+    settings = {"outlier_fraction": 0.1, "learning_rate": 0.4, "max_steps": 10}
     got = trajectory(recovery.scaled_descent, y, rank=RANK, **settings)
     want = reference.scaled_descent(np.asarray(y), got[0], RANK, 0.1, 0.4, 10)
     assert_close(got, want, condition=1e3)
@@ -113,7 +116,7 @@ def test_scaled_descent_is_the_slow_reference(x64):
 @pytest.mark.parametrize("incoherence", [None, 1.5])
 def test_alternating_projections_are_the_slow_reference(x64, incoherence):
     y = data()
-    settings = {"level": 0.15, "decay": 0.6, "steps": 10, "incoherence": incoherence}
+    settings = {"level": 0.15, "decay": 0.6, "max_steps": 10, "incoherence": incoherence}
     got = trajectory(recovery.alternating_projections, y, rank=RANK, **settings)
     want = reference.alternating_projections(
         np.asarray(y), got[0], RANK, 0.15, 0.6, 10, incoherence
@@ -121,9 +124,25 @@ def test_alternating_projections_are_the_slow_reference(x64, incoherence):
     assert_close(got, want, condition=1e3)
 
 
+def test_a_step_of_scaled_descent_is_longer_by_the_observed_share(x64):
+    """η divided by the share: the error sees no more than that of the gradient."""
+    y, mask = data(), np.asarray(jr.bernoulli(jr.key(7), 0.6, (24, 20)))
+    settings = {"outlier_fraction": 0.1, "learning_rate": 0.4, "max_steps": 2, "tol": None}
+    watch = lambda state: state.params
+    run = jax.jit(partial(recovery.scaled_descent, rank=RANK, **settings, observe=watch))
+    left, right = (np.asarray(a) for a in jax.tree.leaves(run(y, mask=mask).observed))
+    rest = np.where(mask, y - left[0] @ right[0].T, 0)
+    error = rest - reference.keep_largest(rest, 0.2)
+    rate = 0.4 / np.mean(mask)
+    step_left = error @ right[0] @ np.linalg.inv(right[0].T @ right[0])
+    step_right = error.T @ left[0] @ np.linalg.inv(left[0].T @ left[0])
+    assert_close(left[1], left[0] + rate * step_left, condition=1e4)
+    assert_close(right[1], right[0] + rate * step_right, condition=1e4)
+
+
 def test_pursuit_is_the_slow_reference(x64):
     y = data()
-    settings = {"weight": 0.2, "growth": 1.3, "steps": 25}
+    settings = {"sparse_weight": 0.2, "penalty_growth": 1.3, "max_steps": 25}
     got = trajectory(recovery.principal_component_pursuit, y, **settings)
     want = reference.principal_component_pursuit(np.asarray(y), 0.2, 1.3, 25)
     assert_close(got, want, condition=1e3)
@@ -131,7 +150,8 @@ def test_pursuit_is_the_slow_reference(x64):
 
 def test_the_multiplier_of_pursuit_proves_that_it_is_optimal(x64):
     """A feasible multiplier and no duality gap; also where L is not the truth."""
-    fit = jax.jit(partial(recovery.principal_component_pursuit, growth=1.02, steps=600))
+    options = {"penalty_growth": 1.02, "max_steps": 600}
+    fit = jax.jit(partial(recovery.principal_component_pursuit, **options))
     for seed, accuracy in ((0, 1e-2), (1, 1e-4)):
         y = data(seed)
         result = jax.device_get(fit(y))
@@ -167,8 +187,8 @@ def test_the_rate_of_scaled_descent_is_free_of_the_condition_number():
     y, truth = (jnp.stack(x) for x in zip(*cases, strict=True))
 
     def errors(y, truth):
-        observe = lambda x: jnp.linalg.norm(x.materialize() - truth)
-        settings = {"outlier_fraction": 0.05, "steps": 30, "tol": None}
+        observe = lambda state: jnp.linalg.norm(state.params.materialize() - truth)
+        settings = {"outlier_fraction": 0.05, "max_steps": 30, "tol": None}
         fit = recovery.scaled_descent(y, 5, **settings, observe=observe)
         return fit.observed / jnp.linalg.norm(truth)
 
@@ -183,7 +203,8 @@ def test_steps_of_alternating_projections():
     outliers = rng.uniform(-1, 1, truth.shape) * np.abs(truth).mean()
     y = truth + np.where(rng.random(truth.shape) < 0.1, outliers, 0)
     truth = jnp.asarray(truth, jnp.float32)
-    observe = lambda x: jnp.linalg.norm(x.materialize() - truth) / jnp.linalg.norm(truth)
+    distance = lambda x: jnp.linalg.norm(x.materialize() - truth) / jnp.linalg.norm(truth)
+    observe = lambda state: distance(state.params)
     fit = jax.jit(partial(recovery.alternating_projections, rank=5, observe=observe))
     result = fit(jnp.asarray(y, jnp.float32))
     steps = int(np.argmax(np.asarray(result.observed) < 1.8e-6))
@@ -199,8 +220,33 @@ def test_bad_arguments_are_refused():
         with pytest.raises(ValueError, match="entries"):
             trace(method, jnp.ones((0, 5)))
         with pytest.raises(ValueError, match="steps"):
-            trace(method, y, steps=0)
+            trace(method, y, max_steps=0)
     with pytest.raises(ValueError, match="rank must be between 1 and 5"):
         trace(METHODS["scaled_descent"], y, rank=6)
     with pytest.raises(ValueError, match="2 · rank"):
         trace(METHODS["alternating_projections"], y, rank=3)
+
+
+def test_results_say_whether_they_converged():
+    y = recovery.robust_pca(jr.key(0), (24, 20), RANK, 0.1).targets
+    run = lambda **options: recovery.alternating_projections(y, RANK, **options)
+    done, cut, all_steps = run(tol=1e-3), run(max_steps=2), run(tol=None, max_steps=3)
+    assert done.converged
+    assert done.residual[-1] <= 1e-3
+    assert not cut.converged
+    assert not all_steps.converged
+    assert int(all_steps.steps) == 3
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_library_calls_factorize_as_elimination_does(getkey, dependent):
+    """The route of accelerators and that of CPU: the same factor, and the same rank."""
+    x = jr.normal(getkey(), (60, 9))
+    if dependent:
+        x = x.at[:, 4].set(x[:, 1] - x[:, 2])
+    x = x / jnp.linalg.norm(x, axis=0, keepdims=True)
+    for factor, inverse in (eliminated(x.T @ x), factorized(x.T @ x)):
+        assert_close(factor.T @ factor, x.T @ x, rtol=1e-3)
+        assert jnp.sum(jnp.any(factor != 0, axis=1)) == 9 - dependent
+        columns = jnp.delete(x @ inverse, 4, axis=1) if dependent else x @ inverse
+        assert_close(columns.T @ columns, jnp.eye(columns.shape[1]), rtol=1e-2)

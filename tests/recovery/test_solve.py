@@ -145,7 +145,7 @@ def test_observe_and_callback_and_plot():
         lrjax.scaled_subgradient(f_min=problem.loss(problem.truth)),
         start,
         steps=5,
-        observe=lambda x: jnp.diag(lrjax.svd(x).core),
+        observe=lambda state: jnp.diag(lrjax.svd(state.params).core),
         callback=lambda step, loss: seen.append((int(step), float(loss))),
         progress=True,
     )

@@ -66,7 +66,7 @@ def test_symmetric_factors_stay_equal():
 
 def test_does_not_depend_on_the_scale_of_the_operator():
     problem = lrjax.matrix_sensing(jr.key(0), (10, 8), 2, 600)
-    operator = recovery.DenseSensing(1e3 * problem.operator.rows, (10, 8))
+    operator = recovery.DenseSensing(1e3 * problem.operator.matrices, (10, 8))
     scaled = recovery.Problem(operator, 1e3 * problem.targets, recovery.L1())
     want = init(problem, rank=2, key=jr.key(1)).materialize()
     assert_close(init(scaled, rank=2, key=jr.key(1)).materialize(), want, rtol=1e-4)

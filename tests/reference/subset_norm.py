@@ -1,19 +1,35 @@
-"""A slow dense reference of SNSM in numpy, one m × n gradient with m <= n."""
+"""Slow dense references of AdamSN and SNSM in numpy, one m × n gradient with m <= n."""
 
 import numpy as np
 
+from .dense import leading
 
-def snsm(grads, rank, every, b1=0.9, b2=0.999, eps=1e-8):
-    """Momentum forgotten at each refresh; bias corrections by the running step count."""
-    n = grads[0].shape[1]
-    squares, out = np.zeros(n), []
-    for t, g in enumerate(grads, start=1):
-        if (t - 1) % every == 0:
-            basis = np.linalg.svd(g, full_matrices=False)[0][:, :rank]
-            momentum = np.zeros((rank, n))
-        r = basis.T @ g
-        momentum = b1 * momentum + (1 - b1) * r
-        numerator = basis @ (momentum / (1 - b1**t)) + (g - basis @ r)
+
+def over_subset_norms(grads, numerators, *, b2, eps):
+    """``N_ij / (√v̂_j + ε)``: one averaged sum of squares for each column."""
+    squares, out = np.zeros(grads[0].shape[1]), []
+    for t, (g, numerator) in enumerate(zip(grads, numerators, strict=True), start=1):
         squares = b2 * squares + (1 - b2) * (g**2).sum(axis=0)
         out.append(numerator / (np.sqrt(squares / (1 - b2**t)) + eps))
-    return out
+    return np.stack(out)
+
+
+def adam_sn(grads, *, b1, b2, eps):
+    momentum, numerators = np.zeros_like(grads[0]), []
+    for t, g in enumerate(grads, start=1):
+        momentum = b1 * momentum + (1 - b1) * g
+        numerators.append(momentum / (1 - b1**t))
+    return over_subset_norms(grads, numerators, b2=b2, eps=eps)
+
+
+def snsm(grads, due, *, rank, b1, b2, eps):
+    """Momentum forgotten at each refresh; bias corrections by the running step count."""
+    numerators = []
+    for t, g in enumerate(grads):
+        if t in due:
+            basis = leading(g, rank)
+            momentum = np.zeros((rank, g.shape[1]))
+        r = basis.T @ g
+        momentum = b1 * momentum + (1 - b1) * r
+        numerators.append(basis @ (momentum / (1 - b1 ** (t + 1))) + (g - basis @ r))
+    return over_subset_norms(grads, numerators, b2=b2, eps=eps)

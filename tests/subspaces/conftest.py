@@ -1,5 +1,6 @@
 import jax
 import jax.random as jr
+import jaxtyping
 import pytest
 
 
@@ -35,3 +36,11 @@ def noisy():
         return mean + noise * jr.normal(fresh, (steps, m, n), dtype)
 
     return make
+
+
+@pytest.fixture
+def without_type_checks():
+    """As a user runs it: a wrong type reaches the error that the library itself raises."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -16,16 +16,15 @@ anything = lambda path, shape: len(shape) >= 2
 
 def refresh_once(basis, a, key, count=0, state=None, momentum=None):
     """One refresh of a basis outside any optimizer, as a dense matrix."""
-    to = sub.Refresh(key, jnp.asarray(count, jnp.int32), momentum, R)
+    to = sub.RefreshContext(key, jnp.asarray(count, jnp.int32), momentum, R)
     first = state is None
     state = basis.init(a.shape, R, a.dtype, key) if first else state
-    if basis.observe is not None:
-        state = basis.observe(state, a)
-    rule = basis.start if first and basis.start is not None else basis.refresh
+    state = basis.observe(state, a)
+    rule = basis.start if first else basis.refresh
     state = jax.jit(lambda s, a, c: rule(s, a, to._replace(count=c)))(state, a, to.count)
-    frame = basis.frame(state, key, a.shape[-2], R)
+    projector = basis.projector(state, key, a.shape[-2], R, True)
     identity = jnp.broadcast_to(jnp.eye(R), (*a.shape[:-2], R, R))
-    return frame.up(identity), state
+    return projector.lift(identity), state
 
 
 def energy(p, a):
@@ -33,17 +32,17 @@ def energy(p, a):
 
 
 ORTHONORMAL = {
-    "gram_eigh": sub.gram_eigh(R),
-    "randomized_svd": sub.randomized_svd(R),
-    "range_finder": sub.range_finder(R),
-    "power": sub.power(R),
-    "power_blocks": sub.power(R, blocks=2),
-    "random": sub.random_orthonormal(R),
-    "rows": sub.rows(R),
-    "uniform_rows": sub.rows(R, choice="uniform"),
-    "sampled_svd": sub.sampled_svd(R),
-    "geodesic": sub.geodesic(R, 1e-3),
-    "ema_gram": sub.ema_gram(R),
+    "gram_eigh": sub.GramEigh(R),
+    "randomized_svd": sub.RandomizedSVD(R),
+    "range_finder": sub.RangeFinder(R),
+    "power": sub.Power(R),
+    "power_blocks": sub.Power(R, blocks=2),
+    "random": sub.RandomOrthonormal(R),
+    "rows": sub.SelectedRows(R),
+    "uniform_rows": sub.SelectedRows(R, choice="uniform"),
+    "sampled_svd": sub.SampledSVD(R),
+    "geodesic": sub.Geodesic(R, 1e-3),
+    "ema_gram": sub.EmaGram(R),
 }
 
 
@@ -62,9 +61,9 @@ def test_the_best_bases_capture_what_the_svd_does(getkey):
     values = jnp.exp(-jnp.arange(P) / 2.0)
     a = with_spectrum(getkey(), P, Q, values)
     best = jnp.sum(values[:R] ** 2) / jnp.sum(values**2)
-    for basis in (sub.svd(R), sub.gram_eigh(R), sub.ema_gram(R)):
+    for basis in (sub.SVD(R), sub.GramEigh(R), sub.EmaGram(R)):
         assert_close(energy(refresh_once(basis, a, getkey())[0], a), best)
-    sketched = energy(refresh_once(sub.randomized_svd(R), a, getkey())[0], a)
+    sketched = energy(refresh_once(sub.RandomizedSVD(R), a, getkey())[0], a)
     assert 0.999 * best < sketched <= best * (1 + 1e-5)
 
 
@@ -72,12 +71,12 @@ def test_the_best_bases_capture_what_the_svd_does(getkey):
 def test_power_steps_never_lose_energy_and_find_the_dominant_subspace(blocks, getkey, x64):
     values = jnp.exp(-jnp.arange(P, dtype=jnp.float64) / 2.0)
     a = with_spectrum(getkey(), P, Q, values, jnp.float64)
-    basis = sub.power(R, blocks=blocks)
+    basis = sub.Power(R, blocks=blocks)
     state = basis.init(a.shape, R, a.dtype, getkey())
     key = getkey()
 
     def step(state, count):
-        state = basis.refresh(state, a, sub.Refresh(key, count, None, R))
+        state = basis.refresh(state, a, sub.RefreshContext(key, count, None, R))
         return state, energy(state, a)
 
     _, energies = jax.lax.scan(step, state, jnp.arange(200 * blocks))
@@ -87,13 +86,13 @@ def test_power_steps_never_lose_energy_and_find_the_dominant_subspace(blocks, ge
 
 
 def test_blocks_stay_orthonormal_over_thousands_of_noisy_steps(getkey):
-    basis = sub.power(R, blocks=4)
+    basis = sub.Power(R, blocks=4)
     key = getkey()
     state = basis.init((P, Q), R, jnp.float32, key)
 
     def step(state, count):
         a = jr.normal(jr.fold_in(key, count), (P, Q))
-        return basis.refresh(state, a, sub.Refresh(key, count, None, R)), None
+        return basis.refresh(state, a, sub.RefreshContext(key, count, None, R)), None
 
     state, _ = jax.lax.scan(step, state, jnp.arange(2000))
     assert_close(state.mT @ state, jnp.eye(R))
@@ -101,7 +100,7 @@ def test_blocks_stay_orthonormal_over_thousands_of_noisy_steps(getkey):
 
 def test_geodesic_steps_go_downhill_and_stop_at_the_optimum(getkey, x64):
     a = with_spectrum(getkey(), P, Q, jnp.linspace(2.0, 0.5, P), jnp.float64)
-    basis = sub.geodesic(R, 0.02)
+    basis = sub.Geodesic(R, 0.02)
     start = jnp.linalg.qr(jr.normal(getkey(), (P, R), jnp.float64))[0]
     energies, p = [energy(start, a)], start
     for count in range(5):
@@ -114,7 +113,7 @@ def test_geodesic_steps_go_downhill_and_stop_at_the_optimum(getkey, x64):
 
 def test_oja_with_plain_descent_is_ojas_rule(getkey, x64):
     a = with_spectrum(getkey(), P, Q, jnp.linspace(2.0, 0.5, P), jnp.float64)
-    basis = sub.oja(R, optax.sgd(0.3))
+    basis = sub.Oja(R, optax.sgd(0.3))
     p = jnp.linalg.qr(jr.normal(getkey(), (P, R), jnp.float64))[0]
     state = basis.init(a.shape, R, a.dtype, getkey())._replace(matrix=p)
     got, _ = refresh_once(basis, a, getkey(), 1, state)
@@ -125,7 +124,7 @@ def test_oja_with_plain_descent_is_ojas_rule(getkey, x64):
 def test_oja_descends_its_loss(getkey, x64):
     a = with_spectrum(getkey(), P, Q, jnp.linspace(2.0, 0.5, P), jnp.float64)
     p = jr.normal(getkey(), (P, R), jnp.float64)
-    basis = sub.oja(R, optax.sgd(1.0), penalty=0.7)
+    basis = sub.Oja(R, optax.sgd(1.0), penalty=0.7)
     state = basis.init(a.shape, R, a.dtype, getkey())._replace(matrix=p)
     got, _ = refresh_once(basis, a, getkey(), 1, state)
     unit = a / jnp.linalg.norm(a)
@@ -139,7 +138,7 @@ def test_oja_descends_its_loss(getkey, x64):
 
 def test_coap_follows_the_momentum_and_recalibrates_to_the_svd(getkey, x64):
     a = with_spectrum(getkey(), P, Q, jnp.linspace(2.0, 0.5, R), jnp.float64)
-    basis = sub.coap(R, period=1, recalibrate=3)
+    basis = sub.CorrelationDescent(R, period=1, recalibrate=3)
     p, _ = refresh_once(basis, a, getkey())
     u = jnp.linalg.svd(a)[0][:, :R]
     assert_close(jnp.abs(u.T @ p), jnp.eye(R), condition=1e3)  # rank r: sketch is exact
@@ -161,9 +160,9 @@ def test_coap_follows_the_momentum_and_recalibrates_to_the_svd(getkey, x64):
 
 
 def test_gaussian_bases_are_unbiased_and_inflate_norms(getkey):
-    basis = sub.gaussian(R)
+    basis = sub.Gaussian(R)
     key = getkey()
-    draw = jax.vmap(lambda e: basis.frame(e, key, P, R).matrix)
+    draw = jax.vmap(lambda e: basis.projector(e, key, P, R, True).matrix)
     p = draw(jnp.arange(4000))
     product = p @ p.mT
     mean, spread = product.mean(0), product.std(0) / 4000**0.5
@@ -178,14 +177,14 @@ def test_gaussian_bases_are_unbiased_and_inflate_norms(getkey):
 
 def test_sampled_rows_are_unbiased(getkey):
     a = jr.normal(getkey(), (P, Q)) * jnp.arange(1.0, P + 1)[:, None]
-    basis = sub.rows(R, choice="sampled")
+    basis = sub.SelectedRows(R, choice="sampled")
 
     @jax.vmap
     def project(key):
-        frame = basis.frame(
-            basis.refresh(None, a, sub.Refresh(key, jnp.array(0), None, R)), key, P, R
-        )
-        return frame.up(frame.down(a))
+        context = sub.RefreshContext(key, jnp.array(0), None, R)
+        state = basis.refresh(basis.init(a.shape, R, a.dtype, key), a, context)
+        projector = basis.projector(state, key, P, R, True)
+        return projector.lift(projector.project(a))
 
     draws = project(jr.split(getkey(), 4000))
     error = jnp.abs(draws.mean(0) - a)
@@ -194,9 +193,9 @@ def test_sampled_rows_are_unbiased(getkey):
 
 def test_top_rows_are_the_largest(getkey):
     a = jr.normal(getkey(), (P, Q)) * jnp.arange(1.0, P + 1)[:, None]
-    p, index = refresh_once(sub.rows(R), a, getkey())
+    p, state = refresh_once(sub.SelectedRows(R), a, getkey())
     norms = jnp.linalg.norm(a, axis=1)
-    assert set(index.tolist()) == set(jnp.argsort(norms)[-R:].tolist())
+    assert set(state.index.tolist()) == set(jnp.argsort(norms)[-R:].tolist())
     assert_close(p.mT @ p, jnp.eye(R))
 
 
@@ -204,8 +203,8 @@ def test_sampled_svd_draws_by_singular_value(getkey):
     values = jnp.array([4.0, 2.0, 1.0, 1.0])
     a = with_spectrum(getkey(), 4, 6, values)
     u = jnp.linalg.svd(a)[0]
-    basis = sub.sampled_svd(1)
-    to = lambda key: sub.Refresh(key, jnp.array(0), None, 1)
+    basis = sub.SampledSVD(1)
+    to = lambda key: sub.RefreshContext(key, jnp.array(0), None, 1)
     draw = jax.vmap(lambda key: basis.refresh(None, a, to(key)))
     picked = jnp.abs(jnp.einsum("pk,spr->sk", u, draw(jr.split(getkey(), 4000)))) > 0.5
     share = picked.mean(0)
@@ -218,24 +217,28 @@ def test_align_undoes_flips_and_swaps(getkey):
     g = jr.normal(getkey(), (3, 6, 9))
     span = jnp.linalg.qr(jr.normal(getkey(), (6, 2)))[0]
 
-    def scrambled(state, a, to):
-        turn = jnp.where(to.count % 2 == 0, jnp.eye(2), jnp.array([[0.0, -1], [1, 0]]))
-        return span @ turn
+    class Scrambled(sub.MatrixBasis):
+        rank: sub.Rank = 2
+        side: sub.Side = "left"
+
+        def refresh(self, state, a, context):
+            even = context.count % 2 == 0
+            return span @ jnp.where(even, jnp.eye(2), jnp.array([[0.0, -1], [1, 0]]))
 
     def run(basis, carry):
         tx = lrjax.project_updates(
             optax.scale_by_adam(),
             basis,
-            schedule=sub.always(),
+            schedule=sub.Always(),
             carry=carry,
             where=anything,
         )
         step = lambda state, g: tx.update(g, state)[::-1]
         return jax.lax.scan(step, tx.init(g[0]), g)[1]
 
-    want = run(sub.fixed(span), sub.keep())
-    assert_close(run(sub.Basis(2, "left", scrambled), sub.align()), want, condition=100)
-    assert relative_error(run(sub.Basis(2, "left", scrambled), sub.keep()), want) > 0.1
+    want = run(sub.Fixed(span), sub.Keep())
+    assert_close(run(Scrambled(), sub.Align()), want, condition=100)
+    assert relative_error(run(Scrambled(), sub.Keep()), want) > 0.1
 
 
 def counter_example(tx, key, steps):
@@ -274,8 +277,8 @@ def test_random_subspaces_do_not_stall():
     tx = optax.chain(
         lrjax.project_updates(
             optax.identity(),
-            sub.random_orthonormal(4),
-            schedule=sub.every(20),
+            sub.RandomOrthonormal(4),
+            schedule=sub.Periodic(20),
             where=anything,
         ),
         optax.scale(-3e-3),

@@ -31,8 +31,8 @@ kept = jax.jit(tx.init)(whole[0])
 for g, w in zip(grads, whole):
     updates, state = update(g, state)
     want, kept = alone(w, kept)
-assert state[0].leaves.basis.sharding.is_equivalent_to(by_rows, 2)
-for got, full in ((updates, want), (state[0].leaves.basis, kept[0].leaves.basis)):
+assert state[0].basis.sharding.is_equivalent_to(by_rows, 2)
+for got, full in ((updates, want), (state[0].basis, kept[0].basis)):
     (mine,) = got.addressable_shards
     assert mine.data.shape[0] == 4
     error = np.abs(np.asarray(mine.data) - np.asarray(full)[mine.index]).max()

@@ -57,20 +57,20 @@ def test_collectives_move_a_small_part_of_the_gradient(shape, spec, limit):
 
 sub = lrjax.subspaces
 BASES = {
-    "power": sub.power(4),
-    "power(blocks)": sub.power(4, blocks=2),
-    "power(qr)": sub.power(4, blocks=2, method="qr"),
-    "svd": sub.svd(4),
-    "gram_eigh": sub.gram_eigh(4),
-    "randomized_svd": sub.randomized_svd(4),
-    "range_finder": sub.range_finder(4),
-    "random_orthonormal": sub.random_orthonormal(4),
-    "gaussian": sub.gaussian(4),
-    "sampled_svd": sub.sampled_svd(4),
-    "oja": sub.oja(4),
-    "coap": sub.coap(4),
-    "geodesic": sub.geodesic(4),
-    "ema_gram": sub.ema_gram(4),
+    "power": sub.Power(4),
+    "power(blocks)": sub.Power(4, blocks=2),
+    "power(qr)": sub.Power(4, blocks=2, method="qr"),
+    "svd": sub.SVD(4),
+    "gram_eigh": sub.GramEigh(4),
+    "randomized_svd": sub.RandomizedSVD(4),
+    "range_finder": sub.RangeFinder(4),
+    "random_orthonormal": sub.RandomOrthonormal(4),
+    "gaussian": sub.Gaussian(4),
+    "sampled_svd": sub.SampledSVD(4),
+    "oja": sub.Oja(4),
+    "coap": sub.CorrelationDescent(4),
+    "geodesic": sub.Geodesic(4),
+    "ema_gram": sub.EmaGram(4),
 }
 
 
@@ -79,7 +79,7 @@ def test_every_basis_lives_on_explicit_meshes(basis):
     """Types tell: JAX tracks shardings in them, so that nothing need be compiled."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     tx = lrjax.project_updates(
-        optax.scale_by_adam(), basis, schedule=sub.every(2, when="after")
+        optax.scale_by_adam(), basis, schedule=sub.Periodic(2, when="after")
     )
     specs = {"rows": P("x", None), "both": P("y", "x"), "stack": P("x", None, None)}
     shapes = {"rows": (16, 32), "both": (32, 16), "stack": (4, 8, 12)}

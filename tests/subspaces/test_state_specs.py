@@ -1,5 +1,9 @@
 """Where the state of an optimizer lies on a mesh, told beforehand and kept by steps."""
 
+import contextlib
+import re
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -79,19 +83,77 @@ def test_a_state_placed_by_its_specs_stays_there(name, axis_type, alone):
     assert_close(jax.device_get(updates), jax.device_get(alone[name]), condition=1e3)
 
 
-def test_bases_follow_the_cut_axis_and_moments_the_other():
-    tx = lrjax.project_updates(optax.scale_by_adam(), lrjax.subspaces.power(4))
+@pytest.mark.parametrize(
+    ("name", "is_set"), [("subspace_adam", True), ("galore", False), ("adam", False)]
+)
+def test_on_mesh_places_states_by_itself(name, is_set, alone):
+    on = mesh(AxisType.Auto)
+    by_spec = {n: NamedSharding(on, SPECS[n]) for n in LEAVES[name]}
+    put = lambda seed: jax.device_put(tree(seed, LEAVES[name]), by_spec)
+    tx = lrjax.on_mesh(OPTIMIZERS[name](), by_spec)
+    with jax.set_mesh(on) if is_set else contextlib.nullcontext():
+        specs = lrjax.state_specs(OPTIMIZERS[name](), put(0), by_spec)
+        state, step = tx.init(put(0)), stepper(tx)
+        types = jax.tree.map(jax.typeof, state)
+        _, state = step(state, put(1))
+        updates, state = step(state, put(2))
+    assert jax.tree.map(jax.typeof, state) == types
+    for x, sharding in zip(
+        jax.tree.leaves((state, updates)), jax.tree.leaves((specs, by_spec)), strict=True
+    ):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim), (x.sharding, sharding)
+    assert_close(jax.device_get(updates), jax.device_get(alone[name]), condition=1e3)
+
+
+def test_on_mesh_sends_what_an_explicit_mesh_sends():
+    def sent(axis_type, wrap):
+        by_spec = {"tall": NamedSharding(mesh(axis_type), SPECS["tall"])}
+        put = jax.device_put({"tall": jnp.ones((32, 16))}, by_spec)
+        tx = wrap(OPTIMIZERS["subspace_adam"](), by_spec)
+        text = stepper(tx).lower(tx.init(put), put).compile().as_text() or ""
+        kinds = r"all-\w+|collective-permute|reduce-scatter"
+        return Counter(re.findall(rf"= (\S+) ({kinds})\(", text))
+
+    explicit = sent(AxisType.Explicit, lambda tx, specs: tx)
+    assert sent(AxisType.Auto, lrjax.on_mesh) == explicit
+    assert explicit
+
+
+def test_on_mesh_moves_further_arguments_too():
+    on = NamedSharding(mesh(AxisType.Auto), P("x"))
+    params = jax.device_put(tree(0, ("wide",)), on)
+    alone = optax.with_extra_args_support(lrjax.scale_by_polyak(0.0))
+    wanted = jax.device_get(params)
+    want, _ = alone.update(wanted, alone.init(wanted), wanted, value=0.5, grad=wanted)
+    tx = lrjax.on_mesh(alone, on)
+    got, _ = tx.update(params, tx.init(params), params, value=jnp.float32(0.5), grad=params)
+    assert_close(jax.device_get(got), jax.device_get(want))
+
+
+@pytest.mark.parametrize(
+    ("specs", "words"),
+    [
+        (lambda: P("x"), "on 0 meshes"),
+        (lambda: {}, "got none"),
+        (lambda: NamedSharding(mesh(AxisType.Explicit), P("x")), "needs no wrapper"),
+    ],
+    ids=["spec", "empty", "explicit"],
+)
+def test_on_mesh_takes_one_auto_mesh(specs, words):
+    with pytest.raises(ValueError, match=words):
+        lrjax.on_mesh(optax.adam(1e-3), specs())
+
+
+def test_whatever_side_is_projected_all_of_the_state_is_cut():
+    tx = lrjax.project_updates(optax.scale_by_adam(), lrjax.subspaces.Power(4))
     with jax.set_mesh(mesh(AxisType.Auto)):
         state = lrjax.state_specs(tx, tree(0), SPECS)
-    bases = {n: leaf.basis for n, leaf in state.leaves.items() if n != "bias"}
-    assert bases == {
-        "wide": P("x", None),
-        "tall": P("y", None),
-        "stack": P("x", None, None),
-    }
-    moments = {"wide": P(None, None), "tall": P("x", None), "stack": P("x", None, None)}
+    both = P(("x", "y"), None)  # rows of "tall" are cut by x, its columns by y
+    bases = {"wide": P("x", None), "tall": both, "stack": P("x", None, None)}
+    assert state.basis == {**bases, "bias": optax.MaskedNode()}
+    moments = {"wide": P(None, "x"), "tall": both, "stack": P("x", None, None)}
     assert state.inner.mu == {**moments, "bias": P("y")}
-    assert state.leaves["stack"].started == P("x")
+    assert state.waiting["stack"] == P("x")
     assert state.count == P()
 
 

@@ -10,8 +10,8 @@ from tests.helpers import assert_close, relative_error, with_spectrum
 anything = lambda path, shape: len(shape) >= 2
 
 
-def make(rank, decay=0.95, **kwargs):
-    return lrjax.compress_momentum(rank, decay, where=anything, **kwargs)
+def make(rank, momentum=0.95, **kwargs):
+    return lrjax.compress_momentum(rank, momentum, where=anything, **kwargs)
 
 
 def run(tx, grads):
@@ -30,7 +30,7 @@ def test_full_rank_momentum_is_heavy_ball(getkey, x64):
 def test_a_constant_momentum_converges_to_its_polar_factor(normalize, getkey, x64):
     values = jnp.array([4.0, 3.0, 2.0, 0.5, 0.2, 0.1], jnp.float64)
     m = with_spectrum(getkey(), 6, 9, values, jnp.float64)
-    tx = make(3, 1.0, normalize=normalize)  # decay 1 never takes anything away
+    tx = make(3, 1.0, normalize=normalize)  # momentum 1 never takes anything away
     state = tx.init(m)._replace(buffer=m)
     step = lambda state, _: tx.update(jnp.zeros_like(m), state)[::-1]
     _, updates = jax.lax.scan(step, state, length=200)

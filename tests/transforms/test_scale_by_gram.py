@@ -80,7 +80,9 @@ def test_alternating_is_alternating_least_squares(getkey, x64):
         still = updates.right if turn == 0 else updates.left
         assert not still.any()
         x = optax.apply_updates(x, updates)
-    assert_close(x.materialize(), target, condition=1e5)
+    # The second solve is with the Gram matrix of the factor that the first one found.
+    gram = x.left.T @ x.left
+    assert_close(x.materialize(), target, condition=float(jnp.linalg.cond(gram)))
 
 
 def test_damping_follows_the_loss(pair):

@@ -49,6 +49,17 @@ def test_the_closed_form_solves_the_whole_system(pair, damping):
     assert_close(step, dense_gauss_newton(x, g, damping), condition=1e6)
 
 
+def test_relative_damping_is_in_units_of_the_mean_diagonal(pair):
+    """Of the diagonals of both Gram matrices together."""
+    x, g = pair
+    x = lrjax.LowRank(5 * x.left, x.right)
+    mean = (jnp.sum(x.left**2) + jnp.sum(x.right**2)) / (2 * R)
+    step = lambda tx: tx.update(g, tx.init(x), x)[0]
+    relative = step(lrjax.scale_by_gauss_newton(0.3))
+    absolute = step(lrjax.scale_by_gauss_newton(0.3 * mean, relative=False))
+    assert_close(relative, absolute, condition=100)
+
+
 def test_without_damping_the_product_moves_along_the_tangent(pair):
     x, g = pair
     moves = []
@@ -100,7 +111,7 @@ def test_every_damping_policy_is_one_setting(pair, name, scale_by):
 def test_aiming_at_the_true_minimum_is_polyak(pair):
     x, g = pair
     value, f_min = jnp.array(5.0), 2.0
-    level = lrjax.scale_by_level(fraction=(5.0 - f_min) / 5.0)
+    level = lrjax.scale_by_target_level(fraction=(5.0 - f_min) / 5.0)
     polyak = lrjax.scale_by_polyak(f_min)
     got, _ = level.update(g, level.init(x), x, value=value, grad=g)
     want, _ = polyak.update(g, polyak.init(x), x, value=value, grad=g)
@@ -109,7 +120,7 @@ def test_aiming_at_the_true_minimum_is_polyak(pair):
 
 def follow(values, **arguments):
     """The gaps and bases of the search along given losses."""
-    tx = lrjax.scale_by_level(**arguments)
+    tx = lrjax.scale_by_target_level(**arguments)
     x = jnp.ones(())
     state, seen = tx.init(x), []
     for value in values:
@@ -175,4 +186,31 @@ def test_rebalancing_once_happens_once_and_in_every_member_by_itself(x64):
 
 def test_damping_by_the_gap_needs_the_minimum():
     with pytest.raises(ValueError, match="loss_power"):
-        lrjax.levenberg_marquardt(f_min="search", loss_power=1.0)
+        lrjax.levenberg_marquardt(loss_power=1.0)
+
+
+def test_levenberg_marquardt_takes_steps_of_the_scheduled_length(pair):
+    """Without f_min: the schedule times the direction of length one in its metric."""
+    x, g = pair
+    schedule = optax.exponential_decay(0.5, 1, 0.8)
+    tx = lrjax.levenberg_marquardt(schedule, damping=0.3, relative=False)
+    state = tx.init(x)
+    direction = dense_gauss_newton(x, g, 0.3)
+    dual = jnp.sum(g.left * direction.left) + jnp.sum(g.right * direction.right)
+    for t in range(3):
+        step, state = tx.update(g, state, x)
+        unit = jax.tree.map(lambda a: a / jnp.sqrt(dual), direction)
+        want = optax.tree.scale(-0.5 * 0.8**t, unit)
+        assert_close(step, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", [lrjax.opsa, lrjax.levenberg_marquardt])
+def test_a_searched_level_is_the_minimum_that_the_damping_is_told(pair, recipe):
+    """The first level is a tenth of the loss below it."""
+    x, g = pair
+    value = jnp.array(5.0)
+    options = {"damping": 0.3, "loss_power": 1.0, "relative": False}
+    searched, known = recipe(f_min="search", **options), recipe(f_min=4.5, **options)
+    got, _ = searched.update(g, searched.init(x), x, value=value, grad=g)
+    want, _ = known.update(g, known.init(x), x, value=value, grad=g)
+    assert_close(got, want)

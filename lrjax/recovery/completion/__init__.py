@@ -3,4 +3,8 @@
 from .alternating_least_squares import (
     alternating_least_squares as alternating_least_squares,
 )
-from .fit_completion import CompletionFit as CompletionFit, fit_completion as fit_completion
+from .fit_completion import (
+    CompletionFit as CompletionFit,
+    Prior as Prior,
+    fit_completion as fit_completion,
+)

@@ -3,7 +3,8 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from ...lowrank import LowRank
+from ...linalg import nonzero
+from ...lowrank import LowRank, relative_step
 from ..losses import Squared
 from ..operators import Entries, Identity, Masked
 from ..problem import Problem
@@ -26,7 +27,7 @@ def alternating_least_squares(
     sketch_tol: ArrayLike = 1e-6,
     key: PRNGKeyArray | None = None,
 ) -> Solution:
-    """Solve for one factor, then for the other: exact regressions of all rows in turn.
+    """Alternating least squares: exact regressions of all rows of one factor in turn.
 
     A step is ``L ← argmin_L ½ Σ (y_ij − l_iᵀ r_j)² + ½ ρ ‖L‖²`` and the same for R, over
     the observed entries: Gauss-Newton in Gauss-Seidel order with a step size of one. On
@@ -51,7 +52,8 @@ def alternating_least_squares(
         key: of the signs of the sketch, ``jax.random.key(0)`` by default.
 
     Returns:
-        A :class:`Solution`, with ``state=None``.
+        A :class:`Solution`, with ``state=None`` and ``converged`` false: all steps are
+        taken.
 
     Raises:
         ValueError: for another operator, a start of another shape, ``steps < 1``, or a
@@ -98,8 +100,9 @@ def alternating_least_squares(
         k_left, k_right = jr.split(jr.fold_in(key, index))
         left = half(by_row, x.left, x.right, k_left)
         right = half(by_col, x.right, left, k_right)
+        new = LowRank(left, right)
         value = problem.loss(x)
-        move = _distance(LowRank(left, right), x)
+        move = relative_step(new, LowRank(left - x.left, right - x.right))
         record = History(
             loss=value,
             relative_error=None if problem.truth is None else problem.relative_error(x),
@@ -107,10 +110,11 @@ def alternating_least_squares(
             finite=jnp.isfinite(value) & jnp.isfinite(move),
             observed=None,
         )
-        return LowRank(left, right), record
+        return new, record
 
     x, history = lax.scan(step, init, jnp.arange(steps))
-    return Solution(x, None, history, jnp.asarray(steps, jnp.int32))
+    steps_taken = jnp.asarray(steps, jnp.int32)
+    return Solution(x, None, history, steps_taken, jnp.array(False))
 
 
 def _check(problem: Problem, init: LowRank, steps: int, sketch: int | None) -> None:
@@ -212,7 +216,7 @@ def _sketched(
 def _conjugate_gradients(product, precondition, rest: Array, tol: ArrayLike) -> Array:
     """Solve many symmetric systems at once, each until its gradient has fallen enough."""
     dot = lambda a, b: jnp.sum(a * b, axis=-1, keepdims=True)
-    ratio = lambda a, b: jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
+    ratio = lambda a, b: jnp.where(b > 0, a / nonzero(b), 0)
     direction = precondition(rest)
     first = dot(rest, direction)
 
@@ -233,14 +237,3 @@ def _conjugate_gradients(product, precondition, rest: Array, tol: ArrayLike) -> 
 
     start = (jnp.zeros_like(rest), rest, direction, first, 0)
     return lax.while_loop(running, step, start)[0]
-
-
-def _distance(x: LowRank, y: LowRank) -> Float[Array, ""]:
-    """``‖X − Y‖ / ‖X‖``, to first order in the change of the factors."""
-    gram = lambda a, b: contract("nr,ns->rs", a, b)
-    left, right = x.left - y.left, x.right - y.right
-    square = jnp.sum(gram(left, left) * gram(x.right, x.right))
-    square += jnp.sum(gram(x.left, x.left) * gram(right, right))
-    square += 2 * jnp.sum(gram(x.left, left) * gram(right, x.right))
-    size = jnp.sum(gram(x.left, x.left) * gram(x.right, x.right))
-    return jnp.sqrt(jnp.maximum(square, 0) / jnp.where(size > 0, size, 1))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ..._sharding import einsum
+from ...linalg import eigh, times
 from .grouped import Block, Grouped, Reduce, identity, scan_rows
 from .normal_equations import Weigh, contract, inverse_root, normal_equations
 
@@ -39,14 +39,14 @@ class Regression(NamedTuple):
     Attributes:
         covariance: ``(d, d)``, the sum of the posterior covariances of rows with entries.
         spread: ``(d, d)``, the same, every row as often as it has entries.
-        rows: the number of rows with entries.
+        count: the number of rows with entries.
         squares: the sum of the expected (weighted) squared residuals.
         weight: the sum of the weights of the entries.
     """
 
     covariance: Float[Array, "d d"]
     spread: Float[Array, "d d"]
-    rows: Float[Array, ""]
+    count: Float[Array, ""]
     squares: Float[Array, ""]
     weight: Float[Array, ""]
 
@@ -82,22 +82,27 @@ def regress(
     def work(sums: Regression, block: Block):
         start = padded[block.rows]
         sums_of_rows = normal_equations(block, start, weigh)
+        # Other devices may hold other entries of the same rows.
         g, b, weight, squares = jax.tree.map(combine, sums_of_rows)
+        # The uncertainty C of the columns acts as a ridge along their uncertain directions.
         a = g + weight[:, None, None] * spread[None] + noise * one[None]
+        # b is the gradient of the squares alone; this is that of the ridge and the prior.
         shrink = weight[:, None] * (start @ spread) + noise * (start - mean[None, :])
         root = inverse_root(a)
         change = contract("bkr,bk->br", root, contract("bkr,br->bk", root, b - shrink))
+        # Places without a row, and rows without entries, say nothing of the prior.
         real = ((block.rows < m) & (weight > 0)).astype(dtype)
         new = start + change
         # The squares after the change, and what the uncertainty of both factors adds.
         squares += contract("br,brs,bs->b", change, g, change)
         squares -= 2 * jnp.sum(change * b, axis=1)
         unsure = weight * contract("br,rs,bs->b", new, spread, new)
+        # tr(σ² A⁻¹ (A − σ² I)), by the uncertainty of the row itself.
         unsure += noise * (d - noise * jnp.sum(root * root, axis=(1, 2)))
         sums = Regression(
             sums.covariance + noise * contract("bkr,bks,b->rs", root, root, real),
             sums.spread + noise * contract("bkr,bks,b->rs", root, root, weight),
-            sums.rows + jnp.sum(real),
+            sums.count + jnp.sum(real),
             sums.squares + jnp.sum(real * (jnp.maximum(squares, 0) + unsure)),
             sums.weight + jnp.sum(real * weight),
         )
@@ -122,7 +127,7 @@ def whiten(this: Side, other: Side, moment: Float[Array, "d d"]) -> tuple[Side, 
     sizes = jnp.diagonal(this.prior)
     shift = 4 * d * jnp.finfo(dtype).eps * sizes + 1e-20 * jnp.max(sizes) + 1e-24
     lower = lax.linalg.cholesky(this.prior + jnp.diag(shift))
-    _, turn = jnp.linalg.eigh(lower.T @ moment @ lower)
+    _, turn = eigh(lower.T @ moment @ lower)
     turn = turn[:, ::-1]
     change = lower @ turn
 
@@ -132,15 +137,15 @@ def whiten(this: Side, other: Side, moment: Float[Array, "d d"]) -> tuple[Side, 
 
     turned = unchange(one).T
     white = Side(
-        einsum("md,de->me", this.factor, turned),
+        times(this.factor, turned),
         this.change,
         turned.T @ this.spread @ turned,
         this.mean @ turned,
         one,
     )
     rest = Side(
-        einsum("md,de->me", other.factor, change),
-        einsum("md,de->me", other.change, change),
+        times(other.factor, change),
+        times(other.change, change),
         change.T @ other.spread @ change,
         other.mean @ change,
         change.T @ other.prior @ change,

@@ -1,3 +1,4 @@
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,14 +7,24 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..._sharding import einsum
-from ...linalg import gram, orthonormalize
-from ...linalg.gram import working_dtype
-from ...lowrank import LowRank
+from ...linalg import (
+    cross,
+    gram,
+    nonzero,
+    orthonormalize,
+    outer,
+    subspace_iteration,
+    svd,
+    times,
+    working_dtype,
+)
+from ...lowrank import LowRank, relative_step
+from ..derivatives import refuse_derivatives
 from ..operators import Entries
 from .bayes import Side, regress, student_weights, whiten
 from .grouped import Grouped, Reduce, back_project, group_by_row, identity
@@ -26,6 +37,12 @@ FIRST_NOISE = 1e-3  # share of the variance: more would let weak directions fade
 CLIP = 3.0  # robust scales beyond which the start cuts values off
 SCALE_STEPS = 20  # of the iteration for the robust scale of the values
 NEW_ROW_STEPS = 20  # of the reweighting of new rows
+NO_DERIVATIVE = (
+    "{} cannot be differentiated: it iterates until it has converged and decides on a "
+    "rank. Continue from fit.low_rank by a fixed number of steps of lrjax.solve, which can "
+    "be, on lrjax.matrix_completion.from_data(rows, cols, values, shape), or hold the fit "
+    "constant with jax.lax.stop_gradient."
+)
 
 
 class Prior(NamedTuple):
@@ -54,6 +71,7 @@ class CompletionFit(eqx.Module):
         noise: the standard deviation of the noise in the entries, as estimated.
         residual: how far the last step moved the matrix, relative to its norm.
         steps: iterations taken.
+        converged: whether the last one moved it by less than the tolerance.
         prior: what :meth:`transform` needs beside ``low_rank``.
         robust: whether gross errors were reckoned with.
     """
@@ -63,6 +81,7 @@ class CompletionFit(eqx.Module):
     noise: Float[Array, ""]
     residual: Float[Array, ""]
     steps: Int[Array, ""]
+    converged: Bool[Array, ""]
     prior: Prior
     robust: bool = eqx.field(static=True)
 
@@ -99,12 +118,15 @@ class CompletionFit(eqx.Module):
             ``fit.transform(…) @ fit.low_rank.right.T``.
 
         Raises:
-            ValueError: for indices out of range or arrays of different lengths.
+            ValueError: for indices out of range or arrays of different lengths; where it
+                is differentiated, as :func:`fit_completion`.
         """
+        sentence = NO_DERIVATIVE.format("CompletionFit.transform")
+        self, values = refuse_derivatives(sentence, (self, jnp.asarray(values)))
         shape = (count, self.low_rank.shape[1])
         rows, cols, values = _check_entries("transform", rows, cols, values, shape)
         rows, cols, values = _observed(rows, cols, values, shape)
-        basis = einsum("nr,rs->ns", self.low_rank.right, self.prior.gauge)
+        basis = times(self.low_rank.right, self.prior.gauge)
         entries = group_by_row(rows, cols, values.astype(basis.dtype), count)
 
         def step(_, u):
@@ -115,7 +137,7 @@ class CompletionFit(eqx.Module):
 
         start = jnp.broadcast_to(self.prior.mean[None, :], (count, basis.shape[1]))
         u = lax.fori_loop(0, NEW_ROW_STEPS if self.robust else 2, step, start)
-        return einsum("mr,sr->ms", u, self.prior.gauge)
+        return outer(u, self.prior.gauge)
 
 
 class _State(NamedTuple):
@@ -159,6 +181,10 @@ def fit_completion(
     and ``vmap`` it over matrices; where they have different numbers of entries, fill up
     with NaN.
 
+    Not differentiable, and refused in both modes: it iterates for as long as it takes, and
+    where the width exceeds the rank of data without noise the solution has no derivative.
+    A fixed number of steps of :func:`lrjax.solve` from ``fit.low_rank`` has one.
+
     Args:
         rows: ``(count,)``, integers in ``[0, m)``, in any order.
         cols: ``(count,)``, integers in ``[0, n)``.
@@ -183,7 +209,7 @@ def fit_completion(
     Raises:
         ValueError: for arrays that are no vectors of one length, no entries, indices or
             a rank out of range. What is traced is not checked: then entries with indices
-            out of range count as missing.
+            out of range count as missing. Where it is differentiated by the values.
 
     Example:
         >>> import jax, lrjax
@@ -199,6 +225,8 @@ def fit_completion(
         in the presence of missing values" (2010).
     """
     shape = tuple(shape)
+    sentence = NO_DERIVATIVE.format("fit_completion")
+    values, tol = refuse_derivatives(sentence, (jnp.asarray(values), tol))
     rows, cols, values = _check_entries("fit_completion", rows, cols, values, shape)
     width = _check_rank(shape, rank, spread=reduce is not None)
     reduce = identity if reduce is None else reduce
@@ -213,7 +241,9 @@ def fit_completion(
             by_row, state.left, state.right, state.noise, robust, reduce, identity
         )
         right, left, noise = _half(by_col, right, left, noise, robust, identity, reduce)
-        move = _relative_move(left, right, reduce)
+        factors = LowRank(left.factor, right.factor)
+        changes = LowRank(left.change, right.change)
+        move = relative_step(factors, changes, reduce=reduce)
         return _State(left, right, noise, move, state.taken + 1)
 
     def running(state: _State) -> Array:
@@ -221,7 +251,7 @@ def fit_completion(
 
     start = _start(by_row, by_col, width, robust, reduce)
     end = lax.while_loop(running, step, start)
-    return _assemble(end, scale, robust, reduce)
+    return _assemble(end, scale, tol, robust, reduce)
 
 
 def _check_entries(owner, rows, cols, values, shape) -> tuple[Array, Array, Array]:
@@ -241,7 +271,8 @@ def _check_entries(owner, rows, cols, values, shape) -> tuple[Array, Array, Arra
             raise TypeError(f"{owner} needs integers as {name}, got {index.dtype}.")
         if isinstance(index, Tracer):
             continue
-        least, most = int(jnp.min(index)), int(jnp.max(index))
+        # With numpy: under jit even the minimum of a constant is traced.
+        least, most = np.asarray(index).min(), np.asarray(index).max()
         if least < 0 or most >= size:
             raise ValueError(
                 f"{owner} needs {name} in [0, {size}) for a matrix of shape {shape}; got "
@@ -298,11 +329,13 @@ def _start(
     if robust:
         by_row = by_row._replace(values=jnp.clip(by_row.values, -CLIP, CLIP))
         by_col = by_col._replace(values=jnp.clip(by_col.values, -CLIP, CLIP))
-    basis = orthonormalize(jr.normal(jr.key(0), (n, width), dtype), method="cholesky")
+    orthonormal = functools.partial(orthonormalize, method="cholesky")
+    basis = orthonormal(jr.normal(jr.key(0), (n, width), dtype))
+    product = lambda v: reduce(back_project(by_col, back_project(by_row, v)))
 
+    # One step at a time within a loop: the products are long programs.
     def power(_, basis):
-        image = back_project(by_col, back_project(by_row, basis))
-        return orthonormalize(reduce(image), method="cholesky")
+        return subspace_iteration(product, None, basis, steps=1, orthonormalize=orthonormal)
 
     basis = lax.fori_loop(0, POWER_STEPS, power, basis)
     total = reduce(jnp.asarray(m, dtype))
@@ -341,11 +374,11 @@ def _half(entries, this, other, noise, robust, over_this, over_other):
         combine=over_other,
     )
     sums = jax.tree.map(over_this, sums)
-    rows = jnp.maximum(sums.rows, 1)
+    count = jnp.maximum(sums.count, 1)
     used = entries.used[:, None]
-    mean = over_this(jnp.sum(jnp.where(used, factor, 0), axis=0)) / rows
+    mean = over_this(jnp.sum(jnp.where(used, factor, 0), axis=0)) / count
     centered = jnp.where(used, factor - mean[None, :], 0)
-    prior = (over_this(gram(centered)) + sums.covariance) / rows
+    prior = (over_this(gram(centered)) + sums.covariance) / count
     weight = jnp.maximum(sums.weight, 1)
     spread = sums.spread / weight
     noise = sums.squares / weight
@@ -353,45 +386,35 @@ def _half(entries, this, other, noise, robust, over_this, over_other):
     return Side(factor, factor - this.factor, spread, mean, prior), other, noise
 
 
-def _relative_move(left: Side, right: Side, reduce: Reduce) -> Array:
-    """``‖dL Rᵀ + L dRᵀ‖ / ‖L Rᵀ‖``: the two halves of a step undo part of each other."""
-    products = lambda a, b: einsum("md,me->de", a, b)
-    second = reduce(gram(left.factor)), gram(right.factor)
-    changes = reduce(gram(left.change)), gram(right.change)
-    mixed = reduce(products(left.factor, left.change))
-    square = jnp.sum(changes[0] * second[1]) + jnp.sum(second[0] * changes[1])
-    square += 2 * jnp.sum(mixed * products(right.change, right.factor))
-    size = jnp.sum(second[0] * second[1])
-    return jnp.sqrt(jnp.maximum(square, 0) / jnp.where(size > 0, size, 1))
-
-
-def _assemble(state: _State, scale: Array, robust: bool, reduce: Reduce) -> CompletionFit:
+def _assemble(
+    state: _State, scale: Array, tol: ArrayLike, robust: bool, reduce: Reduce
+) -> CompletionFit:
     moment = gram(state.right.factor)
     left, right = whiten(state.left, state.right, moment)
     # The factors are well-conditioned but for the sizes of their columns.
     sizes = jnp.sqrt(jnp.sum(right.factor**2, axis=0))
-    columns = right.factor / jnp.where(sizes > 0, sizes, 1)[None, :]
+    columns = right.factor / nonzero(sizes)[None, :]
     basis = orthonormalize(columns, method="cholesky")
-    triangular = einsum("nd,ne->de", basis, columns) * sizes[None, :]
+    triangular = cross(basis, columns) * sizes[None, :]
     second = reduce(gram(left.factor))
     d = len(sizes)
     diagonal = jnp.diagonal(second)
     shift = 4 * d * jnp.finfo(second.dtype).eps * diagonal + 1e-20
     lower = lax.linalg.cholesky(second + jnp.diag(shift))
-    vectors, _, _ = jnp.linalg.svd(triangular @ lower)
-    turned = einsum("nd,de->ne", basis, vectors)
-    gauge = einsum("nd,ne->de", turned, right.factor)
+    turned = times(basis, svd(triangular @ lower)[0])
+    gauge = cross(turned, right.factor)
     known = lambda side: 1 - jnp.diagonal(side.spread) / jnp.diagonal(side.prior)
     share = known(left) * known(right)
     rank = jnp.sum((share > SUPPORTED) & (sizes > 0), dtype=jnp.int32)
     kept = jnp.arange(d)[None, :] < rank
     gauge = jnp.where(kept.T, gauge, 0) * scale
     return CompletionFit(
-        low_rank=LowRank(einsum("md,ed->me", left.factor, gauge), turned),
+        low_rank=LowRank(outer(left.factor, gauge), turned),
         rank=rank,
         noise=jnp.sqrt(state.noise) * scale,
         residual=state.move,
         steps=state.taken,
+        converged=state.move <= tol,
         prior=Prior(gauge, left.mean, right.spread * scale**2),
         robust=robust,
     )

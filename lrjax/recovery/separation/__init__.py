@@ -9,10 +9,10 @@ from .fit_robust_pca import (
     RobustPCAFit as RobustPCAFit,
     fit_robust_pca as fit_robust_pca,
 )
-from .learned_descent import (
+from .learned_robust_pca import (
     DescentLayers as DescentLayers,
     geometric_layers as geometric_layers,
-    learned_descent as learned_descent,
+    learned_robust_pca as learned_robust_pca,
 )
 from .principal_component_pursuit import (
     PursuitState as PursuitState,

@@ -3,10 +3,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
-from ..._sharding import einsum
-from ...linalg import orthonormalize
+from ...linalg import (
+    TruncatedSVD,
+    cross,
+    hard_threshold,
+    nonzero,
+    product_svd,
+    times,
+)
 from ...lowrank import LowRank
-from ..thresholds import hard_threshold
 from .alternation import (
     Observer,
     Rule,
@@ -41,7 +46,7 @@ def alternating_projections(
     first_level: ArrayLike | None = None,
     decay: ArrayLike = 0.7,
     incoherence: ArrayLike | None = None,
-    steps: int = 100,
+    max_steps: int = 100,
     tol: ArrayLike | None = 1e-6,
     observe: Observer | None = None,
 ) -> Separation:
@@ -57,7 +62,7 @@ def alternating_projections(
     no step decomposes a matrix of the size of the data. Missing entries of Z are filled
     from L.
 
-    Pure: jit it with ``rank`` and ``steps`` static; ``vmap`` it over matrices and over
+    Pure: jit it with ``rank`` and ``max_steps`` static; ``vmap`` it over matrices and over
     the other numbers.
 
     Args:
@@ -69,9 +74,10 @@ def alternating_projections(
         decay: how fast the threshold falls toward the noise; nearer one is safer.
         incoherence: if given, μ: singular vectors are trimmed to rows no longer than
             ``√(μ r / m)``, or ``√(μ r / n)`` on the right, before every projection.
-        steps: at most as many.
+        max_steps: at most as many.
         tol: stop at this relative residual; ``None`` takes all steps.
-        observe: called with the low-rank part in every step.
+        observe: called with a :class:`SolveState` in every step; its loss is the
+            relative residual.
 
     Returns:
         A :class:`Separation`; ``right`` of its low-rank part has orthonormal columns,
@@ -79,7 +85,7 @@ def alternating_projections(
 
     Raises:
         ValueError: for a matrix without entries or axes, a mask of another shape, a
-            rank out of range or above half of the shorter side, or ``steps < 1``.
+            rank out of range or above half of the shorter side, or ``max_steps < 1``.
 
     Example:
         >>> import jax
@@ -107,103 +113,67 @@ def alternating_projections(
     decay = jnp.asarray(decay, dtype)
 
     def low_rank(x: LowRank, error: Array, state: ProjectionState):
-        form = _Singular(state.left, _column_norms(x.left), x.right)
+        values = jnp.sqrt(jnp.sum(x.left * x.left, axis=0))
+        form = TruncatedSVD(state.left, values, x.right)
         if incoherence is not None:
             error, form = _trimmed(error, x, form, jnp.asarray(incoherence, dtype))
-        form, values = _tangent_step(form, error)
+        left, values, right = _tangent_step(form, error)
+        form = TruncatedSVD(left[:, :rank], values[:rank], right[:, :rank])
         count = state.count + 1
         zeta = beta * (values[rank] + decay**count * values[0])
-        return form.low_rank(), ProjectionState(form.left, zeta, count)
+        return _low_rank(form), ProjectionState(form.left, zeta, count)
 
     rule = Rule(
         sparse=lambda rest, state: hard_threshold(rest, state.level), low_rank=low_rank
     )
     start = _start(data.matrix, rank, first)
     state = ProjectionState(start.left, beta * start.values[0], jnp.zeros((), jnp.int32))
+    first_part = _low_rank(start)
     return alternate(
-        data, start.low_rank(), state, rule, steps=steps, tol=tol, observe=observe
+        data, first_part, state, rule, max_steps=max_steps, tol=tol, observe=observe
     )
 
 
-class _Singular(NamedTuple):
-    left: Array
-    values: Array
-    right: Array
+def _tangent_step(form: TruncatedSVD, error: Array) -> TruncatedSVD:
+    """The leading triplets, one more than r, of ``L + P_T(error)``.
 
-    def low_rank(self) -> LowRank:
-        return LowRank(self.left * self.values[None, :], self.right)
-
-
-def _start(matrix: Array, rank: int, first_level: ArrayLike) -> _Singular:
-    largest = _decompose(leading_factors(matrix, 1)).values[0]
-    trimmed = matrix - hard_threshold(matrix, first_level * largest)
-    return _decompose(leading_factors(trimmed, rank))
-
-
-def _decompose(x: LowRank) -> _Singular:
-    """Singular triplets in matrix products with the tall factors."""
-    left, right = _basis(x.left), _basis(x.right)
-    core = einsum("mr,ms,nt,ns->rt", left, x.left, right, x.right)
-    return _rotated(left, core, right, x.rank)[0]
-
-
-def _tangent_step(form: _Singular, error: Array) -> tuple[_Singular, Array]:
-    """The best rank-r approximation of ``L + P_T(error)``, and all 2r singular values.
-
-    In the bases ``[U Q₂]`` and ``[V Q₁]`` of the ranges of error·V and errorᵀ·U joined
-    to U and V, ``L + P_T(error)`` is ``[[Σ + Uᵀ error V, R₁ᵀ], [R₂, 0]]``.
+    With ``P_T(E) = UUᵀE + EVVᵀ − UUᵀEVVᵀ`` it is ``[U EV] core [V EᵀU]ᵀ`` for the core
+    ``[[Σ − UᵀEV, I], [I, 0]]``.
     """
-    rank = form.values.shape[0]
-    image = einsum("mn,nr->mr", error, form.right)
-    image_rows = einsum("mn,mr->nr", error, form.left)
-    inner = einsum("mr,ms->rs", form.left, image)
-    # Scaled to the size of the bases, where they cannot be lost against them.
-    left = _basis(jnp.concatenate([form.left, _unit(image)], axis=1))
-    right = _basis(jnp.concatenate([form.right, _unit(image_rows)], axis=1))
-    below = einsum("mr,ms->rs", left[:, rank:], image)
-    beside = einsum("nr,ns->rs", right[:, rank:], image_rows)
-    top = jnp.concatenate([jnp.diag(form.values) + inner, beside.T], axis=1)
-    bottom = jnp.concatenate([below, jnp.zeros_like(below)], axis=1)
-    core = jnp.concatenate([top, bottom], axis=0)
-    return _rotated(left, core, right, rank)
+    u, values, v = form
+    image, image_rows = times(error, v), cross(error, u)
+    identity = jnp.eye(len(values), dtype=values.dtype)
+    inside = jnp.diag(values) - cross(u, image)
+    core = jnp.block([[inside, identity], [identity, jnp.zeros_like(identity)]])
+    left, right = jnp.hstack([u, image]), jnp.hstack([v, image_rows])
+    return product_svd(left, core, right, len(values) + 1)
 
 
-def _rotated(left, core, right, rank: int) -> tuple[_Singular, Array]:
-    """The leading singular triplets of ``left @ core @ right.T``."""
-    u, values, vt = jnp.linalg.svd(core)
-    leading = _Singular(
-        einsum("mk,kr->mr", left, u[:, :rank]),
-        values[:rank],
-        einsum("nk,rk->nr", right, vt[:rank]),
-    )
-    return leading, values
+def _start(matrix: Array, rank: int, first_level: ArrayLike) -> TruncatedSVD:
+    largest = _svd(leading_factors(matrix, 1)).values[0]
+    trimmed = matrix - hard_threshold(matrix, first_level * largest)
+    return _svd(leading_factors(trimmed, rank))
+
+
+def _svd(x: LowRank) -> TruncatedSVD:
+    return product_svd(x.left, None, x.right, x.rank)
+
+
+def _low_rank(form: TruncatedSVD) -> LowRank:
+    return LowRank(form.left * form.values[None, :], form.right)
 
 
 def _trimmed(
-    error: Array, x: LowRank, form: _Singular, incoherence: ArrayLike
-) -> tuple[Array, _Singular]:
+    error: Array, x: LowRank, form: TruncatedSVD, incoherence: ArrayLike
+) -> tuple[Array, TruncatedSVD]:
     """Cap the rows of the singular vectors; the error is that of the trimmed matrix."""
     left = _cap_rows(form.left, incoherence) * form.values[None, :]
     capped = LowRank(left, _cap_rows(form.right, incoherence))
     error = error + x.materialize() - capped.materialize()
-    return error, _decompose(capped)
+    return error, _svd(capped)
 
 
 def _cap_rows(x: Array, incoherence: ArrayLike) -> Array:
     limit = jnp.sqrt(incoherence * x.shape[1] / x.shape[0])
     length = jnp.sqrt(jnp.sum(x * x, axis=1, keepdims=True))
-    return x * jnp.minimum(1, limit / jnp.where(length > 0, length, 1))
-
-
-def _basis(x: Array) -> Array:
-    return orthonormalize(x, method="cholesky")
-
-
-def _unit(x: Array) -> Array:
-    """Columns of length one; zero stays zero."""
-    length = _column_norms(x)[None, :]
-    return x / jnp.where(length > 0, length, 1)
-
-
-def _column_norms(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(x * x, axis=0))
+    return x * jnp.minimum(1, limit / nonzero(length))

@@ -9,15 +9,18 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Real
 
-from ..._sharding import einsum
-from ...linalg import inverse_gram, inverse_root_gram
-from ...linalg.gram import working_dtype
+from ...linalg import (
+    cross,
+    inverse_gram,
+    inverse_root_gram,
+    nonzero,
+    subspace_iteration,
+    times,
+    working_dtype,
+)
 from ...lowrank import LowRank
 from ..problems import observed_entries
-from ..solve import scan_until_stopped
-
-
-Observer = Callable[[LowRank], PyTree]
+from ..solve import Observer, SolveState, scan_until_stopped
 
 
 class Separation(eqx.Module):
@@ -29,9 +32,9 @@ class Separation(eqx.Module):
         residual: ``(steps,)``, at the start of every step
             ``‖matrix − low_rank − sparse‖ / ‖matrix‖`` over what is observed; after an
             early stop the last one repeats.
-        observed: what ``observe`` returned for the low-rank part at the start of every
-            step, stacked.
+        observed: what ``observe`` returned at the start of every step, stacked.
         steps: the steps taken.
+        converged: whether the residual fell to ``tol``; false without ``tol``.
         state: what the method keeps between steps, see there.
     """
 
@@ -40,6 +43,7 @@ class Separation(eqx.Module):
     residual: Float[Array, " steps"]
     observed: PyTree
     steps: Int[Array, ""]
+    converged: Bool[Array, ""]
     state: PyTree
 
 
@@ -100,7 +104,7 @@ def alternate(
     state: PyTree,
     rule: Rule,
     *,
-    steps: int,
+    max_steps: int,
     tol: ArrayLike | None = None,
     observe: Observer | None = None,
 ) -> Separation:
@@ -111,24 +115,24 @@ def alternate(
         x: the first low-rank part.
         state: the first state of the rule.
         rule: the two updates.
-        steps: at most as many.
+        max_steps: at most as many.
         tol: stop at this relative residual, or at one that is not finite; ``None``
             takes all steps, and only then can the result be differentiated in reverse.
-        observe: called with the low-rank part in every step.
+        observe: called with a :class:`lrjax.recovery.SolveState` in every step.
 
     Returns:
         The parts.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
-    size = _norm(data.matrix)
-    size = jnp.where(size > 0, size, 1)
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
+    size = nonzero(_norm(data.matrix))
 
-    def step(carry: _Carry, _) -> tuple[_Carry, tuple]:
+    def step(carry: _Carry, index) -> tuple[_Carry, tuple]:
         rest = data.rest(carry.x)
         error = rest - rule.sparse(rest, carry.state)
         residual = _norm(lax.stop_gradient(error)) / size
-        record = residual, None if observe is None else observe(carry.x)
+        state = SolveState(index, carry.x, residual)
+        record = residual, None if observe is None else observe(state)
         running = carry.running
         if tol is not None:
             # A NaN compares false, so a member of a batch that diverged stops too.
@@ -138,12 +142,13 @@ def alternate(
 
     start = _Carry(x, state, jnp.array(True), jnp.zeros((), jnp.int32))
     if tol is None:
-        end, record = lax.scan(step, start, jnp.arange(steps))
+        end, record = lax.scan(step, start, jnp.arange(max_steps))
     else:
-        end, record = scan_until_stopped(step, start, steps)
+        end, record = scan_until_stopped(step, start, max_steps)
     sparse = rule.sparse(data.rest(end.x), end.state)
     residuals, seen = record
-    return Separation(end.x, sparse, residuals, seen, end.taken, end.state)
+    converged = ~end.running & jnp.isfinite(residuals[-1])
+    return Separation(end.x, sparse, residuals, seen, end.taken, converged, end.state)
 
 
 class _Carry(eqx.Module):
@@ -156,19 +161,19 @@ class _Carry(eqx.Module):
 def leading_factors(matrix: Float[Array, "m n"], rank: int, *, rounds: int = 4) -> LowRank:
     """The projection of a matrix on about its leading right singular vectors.
 
-    Subspace iteration in matrix products and ``r × r`` factorizations: rows may be
-    sharded, and unlike an SVD it is differentiable as it stands.
+    Matrix products and ``r × r`` factorizations: rows may be sharded, and unlike an SVD it
+    is differentiable as it stands.
     """
-    basis = jr.normal(jr.key(0), (matrix.shape[1], rank), matrix.dtype)
-    for _ in range(rounds):
-        image = _whiten(einsum("mn,nr->mr", matrix, basis))
-        basis = _whiten(einsum("mn,mr->nr", matrix, image))
-    image = einsum("mn,nr->mr", matrix, basis)
-    return LowRank(einsum("mr,rs->ms", image, inverse_gram(basis)), basis)
-
-
-def _whiten(x: Array) -> Array:
-    return einsum("nr,rs->ns", x, inverse_root_gram(x))
+    start = jr.normal(jr.key(0), (matrix.shape[1], rank), matrix.dtype)
+    basis = subspace_iteration(
+        lambda v: times(matrix, v),
+        lambda u: cross(matrix, u),
+        start,
+        steps=rounds,
+        # orthonormalize counts as a constant; this can be differentiated.
+        orthonormalize=lambda x: times(x, inverse_root_gram(x)),
+    )
+    return LowRank(times(times(matrix, basis), inverse_gram(basis)), basis)
 
 
 def _norm(x: Array) -> Array:

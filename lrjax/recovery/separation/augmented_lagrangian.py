@@ -4,8 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..._sharding import einsum
-from ...linalg import gram
+from ...linalg import cholesky, cross, gram, identity_like, nonzero, outer, svd, times
 
 
 class Parts(NamedTuple):
@@ -47,20 +46,20 @@ def separate(
     start: Float[Array, "m n"],
     basis: Float[Array, "n d"],
     *,
-    weight: ArrayLike,
+    sparse_weight: ArrayLike,
     penalty: ArrayLike,
-    growth: ArrayLike,
+    penalty_growth: ArrayLike,
     tol: ArrayLike,
     max_steps: int,
     adapt_basis: bool = True,
 ) -> Parts:
-    """The inexact augmented Lagrangian of ``min ‖L‖_* + weight · ‖S‖_1, L + S = matrix``.
+    """The inexact augmented Lagrangian of ``min ‖L‖_* + w ‖S‖_1, L + S = matrix``.
 
     With the multiplier Λ and the cleaned matrix ``C = matrix − S + Λ/μ``::
 
         L ← soft threshold of the singular values of C at 1/μ
         R ← matrix − L + Λ/μ
-        Λ ← μ clip(R, ± weight/μ),   S ← R − Λ/μ,   μ ← growth · μ
+        Λ ← μ clip(R, ± w/μ),   S ← R − Λ/μ,   μ ← penalty_growth · μ
 
     Where nothing is observed the clip is to zero: S takes up everything there, and L
     fills in. No SVD of C: its leading singular vectors are tracked by :func:`leading`
@@ -73,10 +72,10 @@ def separate(
         mask: where it is observed.
         start: first guess of C.
         basis: first guess of the right singular vectors, orthonormal.
-        weight: of the sparse part; may differ by row ``(m, 1)`` or column ``(1, n)``,
+        sparse_weight: ``w``; may differ by row ``(m, 1)`` or column ``(1, n)``,
             infinite where there are no errors.
         penalty: first ``μ``, in the units of one over the matrix.
-        growth: of μ, above one.
+        penalty_growth: what a step multiplies μ by, above one.
         tol: stop at this relative residual.
         max_steps: at most as many iterations.
         adapt_basis: if false, the basis is fixed: robust regression of the rows on it.
@@ -85,12 +84,11 @@ def separate(
         The parts.
     """
     dtype = matrix.dtype
-    growth = jnp.asarray(growth, dtype)
-    size = _norm(matrix)
-    size = jnp.where(size > 0, size, 1)
+    growth = jnp.asarray(penalty_growth, dtype)
+    size = nonzero(_norm(matrix))
 
     def limit(penalty: Array) -> Array:
-        return jnp.where(mask, weight / penalty, 0)
+        return jnp.where(mask, sparse_weight / penalty, 0)
 
     def step(state: _State) -> _State:
         vectors, values, basis = state.vectors, state.values, state.basis
@@ -98,12 +96,14 @@ def separate(
             vectors, values, basis = leading(state.cleaned, basis)
             values = jnp.maximum(values - 1 / state.penalty, 0)
         else:
-            vectors = einsum("mn,nd->md", state.cleaned, basis)
-        low_rank = einsum("md,nd->mn", vectors * values[None, :], basis)
+            vectors = times(state.cleaned, basis)
+        low_rank = outer(vectors * values[None, :], basis)
+        # Λ/μ of the last step in the units of the new μ.
         before = state.clipped / growth
         bound = limit(state.penalty)
         clipped = jnp.clip(matrix - low_rank + before, -bound, bound)
         return _State(
+            # matrix − S + Λ/μ at the next μ, where matrix − S = L − before + clipped.
             cleaned=low_rank - before + (1 + 1 / growth) * clipped,
             clipped=clipped,
             vectors=vectors,
@@ -121,7 +121,7 @@ def separate(
     first = _State(
         cleaned=start,
         clipped=jnp.zeros_like(matrix),
-        vectors=einsum("mn,nd->md", jnp.zeros_like(matrix), basis),
+        vectors=times(jnp.zeros_like(matrix), basis),
         values=jnp.zeros(width, dtype) if adapt_basis else jnp.ones(width, dtype),
         basis=basis,
         penalty=jnp.asarray(penalty, dtype),
@@ -138,7 +138,7 @@ def separate(
 def leading(
     matrix: Float[Array, "m n"], basis: Float[Array, "n d"]
 ) -> tuple[Float[Array, "m d"], Float[Array, " d"], Float[Array, "n d"]]:
-    """The leading singular triplets, by one step of subspace iteration from a basis.
+    """The leading singular triplets, tracked by one step of subspace iteration.
 
     With U an orthonormal basis of the columns of ``matrix @ basis``, the SVD of
     ``U Uᵀ matrix``. Apart from two products with the matrix it works on ``d × d``
@@ -151,12 +151,11 @@ def leading(
     Returns:
         Left vectors, falling values and right vectors.
     """
-    image = einsum("mn,nd->md", matrix, basis)
-    columns = einsum("md,de->me", image, _thin_svd(image)[0])
-    rows = einsum("mn,md->nd", matrix, columns)
-    to_right, values, rotation = _thin_svd(rows)
-    left = einsum("md,de->me", columns, rotation)
-    return left, values, einsum("nd,de->ne", rows, to_right)
+    image = times(matrix, basis)
+    columns = times(image, _thin_svd(image)[0])
+    image_rows = cross(matrix, columns)
+    to_right, values, rotation = _thin_svd(image_rows)
+    return times(columns, rotation), values, times(image_rows, to_right)
 
 
 def _thin_svd(x: Array) -> tuple[Array, Array, Array]:
@@ -171,25 +170,49 @@ def _thin_svd(x: Array) -> tuple[Array, Array, Array]:
     sizes = jnp.sqrt(jnp.maximum(jnp.diagonal(squares), 0))
     # Squares of columns that are shorter yet would underflow.
     sizes = jnp.maximum(sizes, jnp.finfo(x.dtype).eps ** 2 * jnp.max(sizes))
-    sizes = jnp.where(sizes > 0, sizes, 1)
+    sizes = nonzero(sizes)
     upper, inverse = _triangular(squares / sizes[:, None] / sizes[None, :])
     # x = (x / sizes · inverse) · (upper · sizes)
-    left, values, right = jnp.linalg.svd(upper * sizes[None, :])
+    left, values, right = svd(upper * sizes[None, :])
     # A column of zeros has the unit size above, and the value zero here.
     values = jnp.where(jnp.max(squares) > 0, values, 0)
-    return einsum("de,ef->df", inverse, left) / sizes[:, None], values, right.T
+    return times(inverse, left) / sizes[:, None], values, right.T
 
 
 def _triangular(g: Array) -> tuple[Array, Array]:
     """Upper R with ``RᵀR = g``, a matrix of cosines, and its inverse.
 
-    By elimination. A column that the others explain up to rounding has a row of zeros
-    in R, and in the inverse a pivot above the rounding error. LAPACK wakes its threads
-    for matrices as small as these: on a busy machine they wait a hundred times longer
-    for each other than the elimination takes.
+    A column that the others explain up to rounding has a row of zeros in R, and in the
+    inverse a pivot above the rounding error.
+    """
+    return lax.platform_dependent(g, cpu=eliminated, default=factorized)
+
+
+def _floor(g: Array) -> float:
+    return 8 * g.shape[-1] * float(jnp.finfo(g.dtype).eps)
+
+
+def factorized(g: Array) -> tuple[Array, Array]:
+    """:func:`_triangular` by two library calls, where a loop would be a kernel a row."""
+    floor = _floor(g)
+    identity = identity_like(g)
+    # Both sides of g are scaled back: where it is the identity nothing is changed.
+    lower = cholesky((g + floor * identity) / (1 + floor))
+    inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    # Row j of the inverse is what the other columns leave of column j, at length one: were
+    # it nothing, the shift alone would give it the square 1 / floor.
+    known = 2 * floor * jnp.sum(inverse**2, axis=1, keepdims=True) < 1
+    return jnp.where(known, jnp.triu(lower.T), 0), inverse.T
+
+
+def eliminated(g: Array) -> tuple[Array, Array]:
+    """:func:`_triangular` row by row.
+
+    LAPACK wakes its threads for matrices as small as these: on a busy machine they wait a
+    hundred times longer for each other than the elimination takes.
     """
     d = g.shape[-1]
-    floor = 8 * d * jnp.finfo(g.dtype).eps
+    floor = _floor(g)
     index = jnp.arange(d)
 
     def eliminate(i: Array, rows: Array) -> Array:

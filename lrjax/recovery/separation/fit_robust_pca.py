@@ -2,18 +2,25 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int, Real, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real, Shaped
 
-from ...linalg.gram import working_dtype
+from ...linalg import nonzero, working_dtype
 from ...lowrank import LowRank
-from ..problems import observed_entries, robust_pca
-from ..spectral_init import filled
+from ..derivatives import refuse_derivatives
+from ..fill_in import fill_in
+from ..problems import observed_entries
 from .augmented_lagrangian import Parts, leading, separate
 
 
 GROWTH = 1.5  # of the penalty; 1.3 takes 1.5 times the steps for the same errors
 WEIGHT = 0.7  # of the nuclear norm, in units of sqrt(observed fraction · longer side)
 WIDEST = 40  # default width where the rank is not given
+NO_DERIVATIVE = (
+    "{} has no derivative: at a matrix that is low-rank plus sparse its result moves by "
+    "another amount for a small error than for minus that error. Differentiate the steps "
+    "of lrjax.recovery.principal_component_pursuit(…, tol=None), or hold the fit constant "
+    "with jax.lax.stop_gradient."
+)
 NOISE = 20.0  # singular values below NOISE · tol · σ_1 do not count as rank
 
 
@@ -30,7 +37,7 @@ class RobustPCAFit(eqx.Module):
         residual: ``‖matrix − low_rank − sparse‖ / ‖matrix‖`` over what is observed.
         steps: iterations taken.
         tol: the tolerance of the fit, also that of what follows from it.
-        weight: the weight of the fit, also that of its updates.
+        nuclear_weight: that of the fit, also that of its updates.
     """
 
     low_rank: LowRank
@@ -40,7 +47,12 @@ class RobustPCAFit(eqx.Module):
     residual: Float[Array, ""]
     steps: Int[Array, ""]
     tol: Float[Array, ""]
-    weight: Float[Array, ""]
+    nuclear_weight: Float[Array, ""]
+
+    @property
+    def converged(self) -> Bool[Array, ""]:
+        """Whether the residual fell to the tolerance."""
+        return self.residual <= self.tol
 
     def transform(
         self, rows: Real[ArrayLike, "..."], mask: Shaped[ArrayLike, "..."] | None = None
@@ -60,8 +72,10 @@ class RobustPCAFit(eqx.Module):
 
         Raises:
             ValueError: if the rows have another length than those of the fit, or the
-                mask another shape than the rows.
+                mask another shape than the rows; where it is differentiated, as
+                :func:`fit_robust_pca`.
         """
+        self, rows = _without_derivative("RobustPCAFit.transform", self, rows)
         matrix, seen = _observed("transform", rows, mask)
         _check_length("transform", matrix, self.low_rank)
         parts = separate(
@@ -69,9 +83,9 @@ class RobustPCAFit(eqx.Module):
             seen,
             matrix,
             self.low_rank.right,
-            weight=1.0,
+            sparse_weight=1.0,
             penalty=_first_penalty(jnp.sqrt(jnp.max(jnp.sum(matrix * matrix, axis=-1)))),
-            growth=1.2,
+            penalty_growth=1.2,
             tol=self.tol,
             max_steps=300,
             adapt_basis=False,
@@ -111,6 +125,7 @@ class RobustPCAFit(eqx.Module):
         Raises:
             ValueError: as :meth:`transform`.
         """
+        self, rows = _without_derivative("RobustPCAFit.update", self, rows)
         matrix, seen = _observed("update", rows, mask)
         _check_length("update", matrix, self.low_rank)
         known = self.values[:, None] * self.low_rank.right.T
@@ -121,12 +136,12 @@ class RobustPCAFit(eqx.Module):
             jnp.concatenate([jnp.ones_like(known, bool), seen]),
             jnp.concatenate([known, start]),
             width,
-            weight=self.weight * _scale(seen),
+            nuclear_weight=self.nuclear_weight * _scale(seen),
             trusted=width,
             tol=self.tol,
             max_steps=max_steps,
         )
-        return _assemble(parts, self.tol, self.weight, skip=width)
+        return _assemble(parts, self.tol, self.nuclear_weight, skip=width)
 
 
 def fit_robust_pca(
@@ -134,15 +149,15 @@ def fit_robust_pca(
     *,
     mask: Shaped[ArrayLike, "..."] | None = None,
     rank: int | None = None,
-    weight: ArrayLike = WEIGHT,
+    nuclear_weight: ArrayLike = WEIGHT,
     tol: ArrayLike = 1e-6,
     max_steps: int = 100,
 ) -> RobustPCAFit:
-    """Take a matrix apart into a low-rank part and sparse gross errors.
+    """Robust PCA: a matrix taken apart into a low-rank part and sparse gross errors.
 
     Principal component pursuit, ``min w ‖L‖_* + ‖S‖_1`` with ``L + S = matrix`` where
-    observed and ``w = weight · sqrt(observed fraction · max(m, n))``, by the inexact
-    augmented Lagrangian. Its singular vectors are tracked by one step of subspace
+    observed and ``w = nuclear_weight · sqrt(observed fraction · max(m, n))``, by the
+    inexact augmented Lagrangian. Its singular vectors are tracked by one step of subspace
     iteration at a fixed width: three products with thin matrices and decompositions of
     ``width × width`` matrices an iteration, never an SVD of the matrix. Neither the
     rank, nor the share of errors, nor their size has to be known.
@@ -151,14 +166,20 @@ def fit_robust_pca(
     over matrices. Rows sharded over a mesh stay where they are. For a matrix that does
     not fit the memory see :meth:`RobustPCAFit.update`.
 
+    Not differentiable, and refused in both modes: at ``L + S`` of rank r and support Ω the
+    solution of the program follows changes within ``T_L + Ω``, where T_L is the tangent
+    space, but with an error ``E`` outside it moves as an l1 regression does, which has
+    another slope for ``E`` than for ``−E``. Decisions of its support would make it linear
+    and another estimator.
+
     Args:
         matrix: real ``(m, n)``; integers count as float32. Entries that are not finite
             count as missing, also whole rows and columns: their low-rank part is zero.
         mask: boolean, true where an entry is observed.
         rank: the width of the factors: the rank, if it is known, or anything above it;
             by default 40 or the shorter side.
-        weight: of the nuclear norm. Exactly low-rank data are recovered for a range of
-            weights; on real data more weight means a lower rank.
+        nuclear_weight: of the nuclear norm, 1 in the theory. Exactly low-rank data are
+            recovered for a range of weights; on real data more weight means a lower rank.
         tol: stop when low-rank and sparse part explain the observed matrix to this
             relative residual.
         max_steps: at most as many iterations; 20 to 40 are usual.
@@ -168,7 +189,8 @@ def fit_robust_pca(
 
     Raises:
         ValueError: for a matrix without entries or axes or with complex ones, a mask of
-            another shape or that is not boolean, or a rank out of range.
+            another shape or that is not boolean, or a rank out of range; where it is
+            differentiated by the matrix or a number.
 
     Example:
         >>> import jax, lrjax
@@ -183,18 +205,25 @@ def fit_robust_pca(
         multiplier method for exact recovery of corrupted low-rank matrices" (2010),
         arXiv 1009.5055.
     """
+    matrix, tol, nuclear_weight = _without_derivative(
+        "fit_robust_pca", matrix, tol, nuclear_weight
+    )
     matrix, seen = _observed("fit_robust_pca", matrix, mask)
-    tol, weight = jnp.asarray(tol, matrix.dtype), jnp.asarray(weight, matrix.dtype)
+    tol, weight = (jnp.asarray(x, matrix.dtype) for x in (tol, nuclear_weight))
     parts = _take_apart(
         matrix,
         seen,
         _filled(matrix, seen),
         _width(matrix.shape, rank),
-        weight=weight * _scale(seen),
+        nuclear_weight=weight * _scale(seen),
         tol=tol,
         max_steps=max_steps,
     )
     return _assemble(parts, tol, weight)
+
+
+def _without_derivative(method: str, *inputs):
+    return refuse_derivatives(NO_DERIVATIVE.format(method), inputs)
 
 
 def _observed(
@@ -253,12 +282,13 @@ def _filled(matrix: Array, mask: Array) -> Array:
     """
     if matrix.shape[0] < matrix.shape[1]:
         return _filled(matrix.T, mask.T).T
-    start = filled(robust_pca.from_data(matrix, mask))
+    start = fill_in(matrix, mask)
     return jnp.where(jnp.any(mask, axis=1, keepdims=True), start, 0)
 
 
 def _first_penalty(largest: Array) -> Array:
-    return 1.25 / jnp.where(largest > 0, largest, 1)
+    # The first step cuts the singular values by 0.8 of the largest.
+    return 1.25 / nonzero(largest)
 
 
 def _take_apart(
@@ -267,7 +297,7 @@ def _take_apart(
     start: Array,
     width: int,
     *,
-    weight: Array,
+    nuclear_weight: Array,
     tol: Array,
     max_steps: int,
     trusted: int = 0,
@@ -277,10 +307,15 @@ def _take_apart(
     With the longer side as rows: the basis that each step computes with is short.
     """
     m, n = matrix.shape
-    of_sparse = jnp.where(jnp.arange(m) < trusted, jnp.inf, 1 / weight)[:, None]
+    # The program divided by the weight of the nuclear norm. An infinite weight of the
+    # sparse part allows no errors in rows that are known to be clean.
+    sparse_weight = jnp.where(jnp.arange(m) < trusted, jnp.inf, 1 / nuclear_weight)[:, None]
     wide = m < n
     if wide:
-        matrix, mask, start, of_sparse = matrix.T, mask.T, start.T, of_sparse.T
+        matrix, mask, start = matrix.T, mask.T, start.T
+        sparse_weight = sparse_weight.T
+    # From random columns three steps settle the leading vectors, which the iteration
+    # tracks, and their order, which its decompositions rely on.
     basis = jr.normal(jr.key(0), (min(m, n), width), matrix.dtype)
     _, values, basis = lax.fori_loop(
         0, 2, lambda _, found: leading(start, found[-1]), leading(start, basis)
@@ -290,9 +325,9 @@ def _take_apart(
         mask,
         start,
         basis,
-        weight=of_sparse,
+        sparse_weight=sparse_weight,
         penalty=_first_penalty(values[0]),
-        growth=GROWTH,
+        penalty_growth=GROWTH,
         tol=tol,
         max_steps=max_steps,
     )
@@ -304,6 +339,7 @@ def _take_apart(
 
 
 def _assemble(parts: Parts, tol: Array, weight: Array, skip: int = 0) -> RobustPCAFit:
+    # What is left of a singular value near the tolerance is not told from noise.
     values = parts.values
     values = jnp.where(values > NOISE * tol * values[0], values, 0)
     left = (parts.vectors * values[None, :])[skip:]
@@ -316,5 +352,5 @@ def _assemble(parts: Parts, tol: Array, weight: Array, skip: int = 0) -> RobustP
         residual=parts.residual,
         steps=parts.steps,
         tol=tol,
-        weight=weight,
+        nuclear_weight=weight,
     )

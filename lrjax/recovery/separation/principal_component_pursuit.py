@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
 from ..._sharding import einsum
+from ...linalg import nonzero, singular_values, soft_threshold, svd
 from ...lowrank import LowRank
-from ..thresholds import soft_threshold
 from .alternation import Observer, Rule, Separation, alternate, observed
 
 
@@ -30,9 +30,9 @@ def principal_component_pursuit(
     matrix: Real[Array, "..."],
     *,
     mask: Bool[Array, "..."] | None = None,
-    weight: ArrayLike | None = None,
-    growth: ArrayLike = 1.5,
-    steps: int = 100,
+    sparse_weight: ArrayLike | None = None,
+    penalty_growth: ArrayLike = 1.5,
+    max_steps: int = 100,
     tol: ArrayLike | None = 1e-6,
     observe: Observer | None = None,
 ) -> Separation:
@@ -42,24 +42,26 @@ def principal_component_pursuit(
 
         S ← soft threshold of (matrix − L + Λ/μ) at λ/μ
         L ← soft threshold of the singular values of (matrix − S + Λ/μ) at 1/μ
-        Λ ← Λ + μ (matrix − L − S),   μ ← growth · μ
+        Λ ← Λ + μ (matrix − L − S),   μ ← penalty_growth · μ
 
     The baseline that needs neither a rank nor a start; one SVD of a matrix of the size
     of the data a step. :func:`fit_robust_pca` solves the same program on factors, in a
     fraction of the time. At the optimum Λ proves it: ``‖Λ‖₂ <= 1``, ``|Λ| <= λ``, and
     ``⟨Λ, matrix⟩`` equals the objective. The slower μ grows, the more exactly.
 
-    Pure: jit it with ``steps`` static; ``vmap`` it over matrices and over the other
+    Pure: jit it with ``max_steps`` static; ``vmap`` it over matrices and over the other
     numbers.
 
     Args:
         matrix: real ``(m, n)``; entries that are not finite count as missing.
         mask: true where an entry is observed.
-        weight: ``λ``, by default ``1 / √(observed share · max(m, n))``.
-        growth: of μ, above one.
-        steps: at most as many.
+        sparse_weight: ``λ``, by default ``1 / √(observed share · max(m, n))``. The larger,
+            the fewer errors and the higher the rank.
+        penalty_growth: what a step multiplies μ by, above one.
+        max_steps: at most as many.
         tol: stop at this relative residual; ``None`` takes all steps.
-        observe: called with the low-rank part in every step.
+        observe: called with a :class:`SolveState` in every step; its loss is the
+            relative residual.
 
     Returns:
         A :class:`Separation`; the factors are as wide as the shorter side, ``left``
@@ -67,7 +69,7 @@ def principal_component_pursuit(
 
     Raises:
         ValueError: for a matrix without entries or axes, a mask of another shape, or
-            ``steps < 1``.
+            ``max_steps < 1``.
 
     Example:
         >>> import jax
@@ -87,11 +89,12 @@ def principal_component_pursuit(
     m, n = data.matrix.shape
     dtype = data.matrix.dtype
     share = data.share()
-    weight = 1 / jnp.sqrt(share * max(m, n)) if weight is None else weight
-    weight, growth = jnp.asarray(weight, dtype), jnp.asarray(growth, dtype)
-    largest = jnp.linalg.svd(data.matrix, compute_uv=False)[0]
+    if sparse_weight is None:
+        sparse_weight = 1 / jnp.sqrt(share * max(m, n))
+    weight, growth = (jnp.asarray(x, dtype) for x in (sparse_weight, penalty_growth))
+    largest = singular_values(data.matrix)[0]
     spread = jnp.maximum(largest, jnp.max(jnp.abs(data.matrix)) / weight)
-    first = 1.25 / jnp.where(largest > 0, largest, 1)
+    first = 1.25 / nonzero(largest)
 
     def sparse(rest: Array, state: PursuitState) -> Array:
         return soft_threshold(rest + state.dual / state.penalty, weight / state.penalty)
@@ -99,7 +102,7 @@ def principal_component_pursuit(
     def low_rank(x: LowRank, error: Array, state: PursuitState):
         mu = state.penalty
         cleaned = x.materialize() + error + state.dual / mu
-        u, values, vt = jnp.linalg.svd(cleaned, full_matrices=False)
+        u, values, vt = svd(cleaned)
         # What the threshold takes off, μ (cleaned − L), is the next multiplier.
         shrunk = soft_threshold(values, 1 / mu)
         dual = einsum("mk,k,kn->mn", u, jnp.minimum(mu * values, 1), vt)
@@ -112,7 +115,9 @@ def principal_component_pursuit(
 
     width = min(m, n)
     zeros = LowRank(jnp.zeros((m, width), dtype), jnp.zeros((n, width), dtype))
-    dual = data.matrix / jnp.where(spread > 0, spread, 1)
+    dual = data.matrix / nonzero(spread)
     state = PursuitState(dual, first, jnp.zeros((), jnp.int32))
     rule = Rule(sparse, low_rank)
-    return alternate(data, zeros, state, rule, steps=steps, tol=tol, observe=observe)
+    return alternate(
+        data, zeros, state, rule, max_steps=max_steps, tol=tol, observe=observe
+    )

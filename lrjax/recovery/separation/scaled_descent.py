@@ -4,10 +4,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
-from ..._sharding import einsum
+from ...linalg import cross, keep_largest, times
 from ...lowrank import LowRank
 from ...recipes import scaled_gd
-from ..thresholds import keep_largest
 from .alternation import (
     Observer,
     Rule,
@@ -26,7 +25,7 @@ def scaled_descent(
     outlier_fraction: ArrayLike,
     mask: Bool[Array, "..."] | None = None,
     learning_rate: ArrayLike = 0.5,
-    steps: int = 200,
+    max_steps: int = 200,
     tol: ArrayLike | None = 1e-6,
     observe: Observer | None = None,
 ) -> Separation:
@@ -43,7 +42,7 @@ def scaled_descent(
     rate does not depend on the condition number of X. Where nothing is observed E is
     zero, and η is divided by the observed share.
 
-    Pure: jit it with ``rank`` and ``steps`` static; ``vmap`` it over matrices and over
+    Pure: jit it with ``rank`` and ``max_steps`` static; ``vmap`` it over matrices and over
     the other numbers.
 
     Args:
@@ -52,16 +51,17 @@ def scaled_descent(
         outlier_fraction: the largest share of outliers in any row or column.
         mask: true where an entry is observed.
         learning_rate: ``η``; the error falls by about ``1 − η`` a step at best.
-        steps: at most as many.
+        max_steps: at most as many.
         tol: stop at this relative residual; ``None`` takes all steps.
-        observe: called with the low-rank part in every step.
+        observe: called with a :class:`SolveState` in every step; its loss is the
+            relative residual.
 
     Returns:
         A :class:`Separation`, its ``state`` empty.
 
     Raises:
         ValueError: for a matrix without entries or axes, a mask of another shape, a
-            rank out of range, or ``steps < 1``.
+            rank out of range, or ``max_steps < 1``.
 
     Example:
         >>> import jax
@@ -85,14 +85,12 @@ def scaled_descent(
     )
     trimmed = data.matrix - keep_largest(data.matrix, fraction)
     start = leading_factors(trimmed / data.share(), rank)
-    return alternate(data, start, (), rule, steps=steps, tol=tol, observe=observe)
+    return alternate(data, start, (), rule, max_steps=max_steps, tol=tol, observe=observe)
 
 
 def scaled_step(x: LowRank, error: Float[Array, "m n"], rate: ArrayLike) -> LowRank:
     """One step of :func:`lrjax.scaled_gd` on ``½‖error‖²``."""
-    gradient = LowRank(
-        -einsum("mn,nr->mr", error, x.right), -einsum("mn,mr->nr", error, x.left)
-    )
+    gradient = LowRank(-times(error, x.right), -cross(error, x.left))
     tx = scaled_gd(jnp.asarray(rate))
     node = cast(Any, x)  # optax's types do not know nodes
     updates, _ = tx.update(cast(Any, gradient), tx.init(node), node)

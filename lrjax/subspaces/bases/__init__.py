@@ -2,37 +2,34 @@
 
 from .basis import (
     Basis as Basis,
-    Dense as Dense,
-    Refresh as Refresh,
-    Rows as Rows,
-    fixed as fixed,
-    gram_eigh as gram_eigh,
-    randomized_svd as randomized_svd,
-    range_finder as range_finder,
-    svd as svd,
-    switch as switch,
+    DenseProjector as DenseProjector,
+    MatrixBasis as MatrixBasis,
+    Projector as Projector,
+    RefreshContext as RefreshContext,
+    RowProjector as RowProjector,
 )
-from .power import (
-    power as power,
+from .decompositions import (
+    SVD as SVD,
+    GramEigh as GramEigh,
+    RandomizedSVD as RandomizedSVD,
+    RangeFinder as RangeFinder,
+    SampledSVD as SampledSVD,
 )
-from .quantized import (
-    Codes as Codes,
-    decode as decode,
-    encode as encode,
-    quantized as quantized,
-)
+from .given import Fixed as Fixed, Switch as Switch
+from .power import Power as Power
+from .quantized import Quantized as Quantized, QuantizedMatrix as QuantizedMatrix
 from .sampled import (
-    gaussian as gaussian,
-    random_orthonormal as random_orthonormal,
-    rows as rows,
-    sampled_svd as sampled_svd,
+    Gaussian as Gaussian,
+    RandomOrthonormal as RandomOrthonormal,
+    ScaledRows as ScaledRows,
+    SelectedRows as SelectedRows,
 )
-from .shared import (
-    shared as shared,
-)
+from .shared import Shared as Shared
 from .tracking import (
-    coap as coap,
-    ema_gram as ema_gram,
-    geodesic as geodesic,
-    oja as oja,
+    CorrelationDescent as CorrelationDescent,
+    EmaGram as EmaGram,
+    EmaGramState as EmaGramState,
+    Geodesic as Geodesic,
+    Oja as Oja,
+    OjaState as OjaState,
 )

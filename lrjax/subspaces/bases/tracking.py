@@ -1,88 +1,105 @@
-from typing import Any, NamedTuple
+import abc
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from ..._batching import any_member
-from ..._sharding import einsum, gathered, placed_like
-from ...linalg import orthonormalize
-from ..view import Rank, Side
-from .basis import Basis, Dense, _dense_init, svd
+from ..._matrices import Rank, Side
+from ..._sharding import placed_like
+from ...linalg import cross, eigh, identity_like, nonzero, orthonormalize, outer, svd, times
+from .basis import Basis, DenseProjector, MatrixBasis, RefreshContext
+from .decompositions import SVD, leading_eigenvectors
+from .power import random_columns
 
 
-def _down(p: Array, a: Array) -> Array:
-    return einsum("...pr,...pq->...rq", p, a)
-
-
-def _up(p: Array, x: Array) -> Array:
-    return einsum("...pr,...rq->...pq", p, x)
-
-
-def _normalized(a: Array) -> Array:
-    norm = jnp.sqrt(jnp.sum(a**2, axis=(-2, -1), keepdims=True))
-    return a / jnp.where(norm > 0, norm, 1)
-
-
-def geodesic(
-    rank: Rank,
-    step_size: ArrayLike = 10.0,
-    *,
-    start: Basis | None = None,
-    side: Side = "short",
-) -> Basis:
+class Geodesic(MatrixBasis):
     """A step along a geodesic of the Grassmann manifold, by its leading direction.
 
     With ``R = Pᵀa`` and the residual ``Z = a − P R``, the descent direction of
     ``‖Z‖²`` is ``D = 2 Z Rᵀ ≈ σ u vᵀ``, and
     ``P ← P + (P v (cos ση − 1) + u sin ση) vᵀ``. ``P`` stays orthonormal. ``σ`` has the
-    unit of a squared gradient, so the step size ``η`` has its inverse.
+    unit of a squared gradient, so the step size ``η`` has its inverse; the angle ``ση`` is
+    cut at the one that captures most of this gradient, whatever its size.
 
     Args:
         rank: see :class:`Basis`.
         step_size: ``η``.
-        start: rule for the first basis; :func:`svd` by default.
+        first: rule for the first basis; :class:`SVD` by default.
         side: see :class:`Basis`.
-
-    Returns:
-        The basis rule.
 
     Example:
         >>> import lrjax, optax
-        >>> basis = lrjax.subspaces.geodesic(4)
+        >>> basis = lrjax.subspaces.Geodesic(4)
         >>> tx = lrjax.project_updates(optax.scale_by_adam(), basis)
 
     Reference:
         S. Rajabi, N. Nonta, S. Rambhatla, "SubTrack++" (2025), arXiv 2502.01586.
     """
 
-    def refresh(p, a, to):
-        del to
-        r = _down(p, a)
-        outside = a - _up(p, r)
+    rank: Rank
+    step_size: ArrayLike = 10.0
+    _: dataclasses.KW_ONLY
+    first: MatrixBasis | None = None
+    side: Side = "short"
+    has_start: ClassVar[bool] = True
+
+    def start(self, state: Array, a: Array, context: RefreshContext) -> Array:
+        """The basis of the rule for the first one."""
+        return _first_rule(self).refresh(state, a, context)
+
+    def refresh(self, state: Array, a: Array, context: RefreshContext) -> Array:
+        """The end of a geodesic step."""
+        del context
+        p = state
+        r = cross(p, a)
+        outside = a - times(p, r)
         # Once more: u must be orthogonal to P to rounding, whatever the residual's size.
-        outside = outside - _up(p, _down(p, outside))
-        direction = 2 * einsum("...pq,...rq->...pr", outside, r)
-        squares = einsum("...pr,...ps->...rs", direction, direction)
-        values, vectors = jnp.linalg.eigh(squares)
+        outside = outside - times(p, cross(p, outside))
+        direction = 2 * outer(outside, r)
+        values, vectors = eigh(cross(direction, direction))
         v = vectors[..., -1:]
         sigma = jnp.sqrt(jnp.maximum(values[..., -1:, None], 0))
-        u = einsum("...pr,...rk->...pk", direction, v)
+        u = times(direction, v)
         size = jnp.sqrt(jnp.sum(u**2, axis=-2, keepdims=True))
-        u = u / jnp.where(size > 0, size, 1)
-        angle = jnp.where(size > 0, sigma * step_size, 0)
-        along = einsum("...pr,...rk->...pk", p, v)
-        turned = along * (jnp.cos(angle) - 1) + u * jnp.sin(angle)
-        return p + einsum("...pk,...rk->...pr", turned, v)
+        u = u / nonzero(size)
+        # Along the geodesic the energy captured is A cos² + σ cos sin + B sin²: past the
+        # angle where it is greatest, a longer step would only turn away again.
+        inside = jnp.sum(cross(v, r) ** 2, axis=-1, keepdims=True)
+        reached = jnp.sum(cross(u, outside) ** 2, axis=-1, keepdims=True)
+        best = jnp.atan2(sigma, inside - reached) / 2
+        angle = jnp.where(size > 0, jnp.minimum(sigma * self.step_size, best), 0)
+        turned = times(p, v) * (jnp.cos(angle) - 1) + u * jnp.sin(angle)
+        return p + outer(turned, v)
 
-    first = svd(rank, side=side) if start is None else start
-    return Basis(rank, side, refresh, start=first.refresh)
+
+def _first_rule(basis: Any) -> MatrixBasis:
+    return SVD(basis.rank, side=basis.side) if basis.first is None else basis.first
+
+
+class _StatefulBasis(Basis):
+    """A rule whose state is a NamedTuple with the basis as its field ``matrix``."""
+
+    def projector(
+        self, state: Any, key: PRNGKeyArray, size: int, rank: int, on_rows: bool
+    ) -> DenseProjector:
+        """The matrix of the state, applied from the left or the right."""
+        del key, size, rank
+        return DenseProjector(matrix=state.matrix, on_rows=on_rows)
+
+    has_start: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def start(self, state: Any, a: Array, context: RefreshContext) -> Any:
+        """The state that the first usable gradient makes."""
 
 
 class OjaState(NamedTuple):
-    """The state of :func:`oja`: the basis and the state of its optimizer."""
+    """The state of :class:`Oja`: the basis and the state of its optimizer."""
 
     matrix: Float[Array, "*b p r"]
     optimizer: Any
@@ -94,14 +111,7 @@ def _batched(f: Any, ndim: int) -> Any:
     return f
 
 
-def oja(
-    rank: Rank,
-    optimizer: optax.GradientTransformation | None = None,
-    *,
-    penalty: ArrayLike = 0.0,
-    start: Basis | None = None,
-    side: Side = "short",
-) -> Basis:
+class Oja(_StatefulBasis):
     """A basis trained by gradient descent on its own reconstruction error.
 
     ``L(P) = ‖P Pᵀ ã − ã‖² + λ ‖PᵀP − I‖²`` with ``ã = a/‖a‖``; one optimizer step a
@@ -112,68 +122,59 @@ def oja(
         rank: see :class:`Basis`.
         optimizer: an optax optimizer for ``P``; ``optax.sgd(0.5)`` by default.
         penalty: ``λ``.
-        start: rule for the first basis; :func:`svd` by default.
+        first: rule for the first basis; :class:`SVD` by default.
         side: see :class:`Basis`.
-
-    Returns:
-        The basis rule.
 
     Example:
         >>> import lrjax, optax
-        >>> basis = lrjax.subspaces.oja(4, optax.adam(1e-3))
+        >>> basis = lrjax.subspaces.Oja(4, optax.adam(1e-3))
         >>> tx = lrjax.project_updates(optax.scale_by_adam(), basis)
 
     Reference:
         K. Liang, B. Liu, L. Chen, Q. Liu, "Memory-efficient LLM training with online
         subspace descent" (2024), arXiv 2408.12857.
     """
-    inner = optax.sgd(0.5) if optimizer is None else optimizer
-    first = svd(rank, side=side) if start is None else start
 
-    def init(shape, rank, dtype, key):
-        matrix = _dense_init(shape, rank, dtype, key)
-        return OjaState(matrix, _batched(inner.init, matrix.ndim - 2)(matrix))
+    rank: Rank
+    optimizer: optax.GradientTransformation = optax.sgd(0.5)
+    _: dataclasses.KW_ONLY
+    penalty: ArrayLike = 0.0
+    first: MatrixBasis | None = None
+    side: Side = "short"
+    orthonormal: ClassVar[bool] = False
 
-    def refresh(state, a, to):
-        del to
-        p, a = state.matrix, _normalized(a)
-        xp = einsum("...pq,...rq->...pr", a, _down(p, a))
-        gram = einsum("...pr,...ps->...rs", p, p)
-        eye = jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), gram.shape)
-        inside = einsum("...pr,...ps->...rs", p, xp)
+    def init(
+        self, shape: tuple[int, ...], rank: int, dtype: Any, key: PRNGKeyArray
+    ) -> OjaState:
+        """The first coordinates, and an optimizer for each member of a stack."""
+        matrix = super().init(shape, rank, dtype, key)
+        return OjaState(matrix, _batched(self.optimizer.init, matrix.ndim - 2)(matrix))
+
+    def start(self, state: OjaState, a: Array, context: RefreshContext) -> OjaState:
+        """The basis of the rule for the first one."""
+        return state._replace(matrix=_first_rule(self).refresh(state.matrix, a, context))
+
+    def refresh(self, state: OjaState, a: Array, context: RefreshContext) -> OjaState:
+        """One step of the optimizer."""
+        del context
+        p = state.matrix
+        norm = jnp.sqrt(jnp.sum(a**2, axis=(-2, -1), keepdims=True))
+        a = a / nonzero(norm)
+        image = outer(a, cross(p, a))
+        gram = cross(p, p)
         gradient = (
-            -4 * xp
-            + 2 * einsum("...pr,...rs->...ps", xp, gram)
-            + 2 * einsum("...pr,...rs->...ps", p, inside)
-            + 4 * penalty * einsum("...pr,...rs->...ps", p, gram - eye)
+            -4 * image
+            + 2 * times(image, gram)
+            + 2 * times(p, cross(p, image))
+            + 4 * self.penalty * times(p, gram - identity_like(gram))
         )
-        update = _batched(inner.update, p.ndim - 2)
-        step, optimizer_state = update(gradient, state.optimizer, p)
-        return OjaState(p + step, optimizer_state)
-
-    def begin(state, a, to):
-        return state._replace(matrix=first.refresh(state.matrix, a, to))
-
-    return Basis(
-        rank,
-        side,
-        refresh,
-        init,
-        lambda state, *_: Dense(state.matrix),
-        begin,
-        orthonormal=False,
-    )
+        update = _batched(self.optimizer.update, p.ndim - 2)
+        step, optimizer = update(gradient, state.optimizer, p)
+        return OjaState(p + step, optimizer)
 
 
-def coap(
-    rank: Rank,
-    step_size: ArrayLike = 0.1,
-    *,
-    period: int = 32,
-    recalibrate: int = 5,
-    side: Side = "short",
-) -> Basis:
-    """A basis that follows both the gradient and the momentum.
+class CorrelationDescent(MatrixBasis):
+    """A basis that descends the error of the gradient and follows the momentum.
 
     A refresh is one descent step, clipped to norm 1, on ``mean((P Pᵀ a − a)²) · (1 −
     mean_j cos((P m)_j, a_j))``, ``m`` the inner first moment. Every ``recalibrate``
@@ -184,58 +185,72 @@ def coap(
         step_size: of the descent.
         period: the period of the schedule that this basis is used with.
         recalibrate: how many refreshes there are to one recalibration.
-        side: see :class:`Basis`.
-
-    Returns:
-        The basis rule. It is orthonormal only right after a recalibration.
+        side: see :class:`Basis`. It is orthonormal only right after a recalibration.
 
     Example:
         >>> import lrjax, optax
         >>> sub = lrjax.subspaces
-        >>> tx = lrjax.project_updates(
-        ...     optax.scale_by_adam(), sub.coap(4), schedule=sub.every(32)
-        ... )
+        >>> basis, schedule = sub.CorrelationDescent(4), sub.Periodic(32)
+        >>> tx = lrjax.project_updates(optax.scale_by_adam(), basis, schedule=schedule)
 
     Reference:
         J. Xiao, S. Sang, T. Zhi et al., "COAP" (2024), arXiv 2412.00071.
     """
 
-    def sketch(p, a, to):
-        del to
-        q = orthonormalize(einsum("...pq,...pr->...qr", a, p))
-        image = gathered(einsum("...pq,...qr->...pr", a, q))
-        return placed_like(jnp.linalg.svd(image, full_matrices=False)[0], p)
+    rank: Rank
+    step_size: ArrayLike = 0.1
+    _: dataclasses.KW_ONLY
+    period: int | Array = 32
+    recalibrate: int | Array = 5
+    side: Side = "short"
+    orthonormal: ClassVar[bool] = False
+    uses_momentum: ClassVar[bool] = True
+    has_start: ClassVar[bool] = True
 
-    def objective(p, a, momentum):
-        error = jnp.mean((_up(p, _down(p, a)) - a) ** 2, axis=(-2, -1))
-        lifted = _up(p, momentum)
-        squares = jnp.sum(lifted**2, axis=-2) * jnp.sum(a**2, axis=-2)
-        product = jnp.sum(lifted * a, axis=-2)
-        cosine = product * lax.rsqrt(jnp.where(squares > 0, squares, 1))
-        return jnp.sum(error * (1 - jnp.mean(cosine, axis=-1)))
+    def init(
+        self, shape: tuple[int, ...], rank: int, dtype: Any, key: PRNGKeyArray
+    ) -> Array:
+        """Random orthonormal columns, whose image the first sketch decomposes."""
+        return random_columns(shape, rank, dtype, key)
 
-    def descend(p, a, to):
+    def start(self, state: Array, a: Array, context: RefreshContext) -> Array:
+        """The left singular vectors of ``a`` on the range of ``aᵀP``."""
+        del context
+        image = times(a, orthonormalize(cross(a, state)))
+        return placed_like(svd(image)[0], state)
+
+    def refresh(self, state: Array, a: Array, context: RefreshContext) -> Array:
+        """A descent step, or a recalibration."""
+        again = (context.count // self.period) % self.recalibrate == 0
+        descended = lambda: self._descend(state, a, context)
+        both = lambda: jnp.where(again, self.start(state, a, context), descended())
+        return lax.cond(any_member(again), both, descended)
+
+    def _descend(self, p: Array, a: Array, context: RefreshContext) -> Array:
         none = jnp.zeros((*a.shape[:-2], p.shape[-1], a.shape[-1]), a.dtype)
-        momentum = none if to.momentum is None else to.momentum
-        gradient = jax.grad(objective)(p, a, lax.stop_gradient(momentum))
+        momentum = none if context.momentum is None else context.momentum
+        gradient = jax.grad(_correlation_error)(p, a, lax.stop_gradient(momentum))
         norm = jnp.sqrt(jnp.sum(gradient**2, axis=(-2, -1), keepdims=True))
-        return p - step_size * gradient / jnp.maximum(norm, 1)
+        return p - self.step_size * gradient / jnp.maximum(norm, 1)
 
-    def refresh(p, a, to):
-        again = any_member((to.count // period) % recalibrate == 0)
-        return lax.cond(again, lambda: sketch(p, a, to), lambda: descend(p, a, to))
 
-    return Basis(rank, side, refresh, start=sketch, orthonormal=False)
+def _correlation_error(p: Array, a: Array, momentum: Array) -> Array:
+    """``mean((P Pᵀ a − a)²) · (1 − mean_j cos((P m)_j, a_j))``, summed over a stack."""
+    error = jnp.mean((times(p, cross(p, a)) - a) ** 2, axis=(-2, -1))
+    lifted = times(p, momentum)
+    squares = jnp.sum(lifted**2, axis=-2) * jnp.sum(a**2, axis=-2)
+    cosine = jnp.sum(lifted * a, axis=-2) * lax.rsqrt(nonzero(squares))
+    return jnp.sum(error * (1 - jnp.mean(cosine, axis=-1)))
 
 
 class EmaGramState(NamedTuple):
-    """The state of :func:`ema_gram`: the averaged ``a aᵀ`` and the basis."""
+    """The state of :class:`EmaGram`: the averaged ``a aᵀ`` and the basis."""
 
     gram: Float[Array, "*b p p"]
     matrix: Float[Array, "*b p r"]
 
 
-def ema_gram(rank: Rank, decay: ArrayLike = 0.95, *, side: Side = "short") -> Basis:
+class EmaGram(_StatefulBasis):
     """The dominant eigenvectors of a running average of ``a aᵀ``, by power steps.
 
     ``L ← β L + (1−β) a aᵀ`` on every step; a refresh is ``P ← orth(L P)``. At full rank
@@ -246,44 +261,42 @@ def ema_gram(rank: Rank, decay: ArrayLike = 0.95, *, side: Side = "short") -> Ba
         decay: ``β``.
         side: see :class:`Basis`.
 
-    Returns:
-        The basis rule.
-
     Example:
         >>> import lrjax, optax
         >>> sub = lrjax.subspaces
-        >>> tx = lrjax.project_updates(
-        ...     optax.scale_by_adam(), sub.ema_gram(4), schedule=sub.every(10, when="after")
-        ... )
+        >>> basis, schedule = sub.EmaGram(4), sub.Periodic(10, when="after")
+        >>> tx = lrjax.project_updates(optax.scale_by_adam(), basis, schedule=schedule)
 
     Reference:
         N. Vyas et al., "SOAP" (2024), arXiv 2409.11321, its one-sided form.
     """
 
-    def init(shape, rank, dtype, key):
+    rank: Rank
+    decay: ArrayLike = 0.95
+    _: dataclasses.KW_ONLY
+    side: Side = "short"
+    observes: ClassVar[bool] = True
+
+    def init(
+        self, shape: tuple[int, ...], rank: int, dtype: Any, key: PRNGKeyArray
+    ) -> EmaGramState:
+        """A zero average."""
         gram = jnp.zeros((*shape[:-2], shape[-2], shape[-2]), dtype)
-        return EmaGramState(gram, _dense_init(shape, rank, dtype, key))
+        return EmaGramState(gram, super().init(shape, rank, dtype, key))
 
-    def observe(state, a):
-        gram = einsum("...pq,...sq->...ps", a, a)
-        return state._replace(gram=decay * state.gram + (1 - decay) * gram)
+    def observe(self, state: EmaGramState, a: Array) -> EmaGramState:
+        """Average one more ``a aᵀ``."""
+        average = self.decay * state.gram + (1 - self.decay) * outer(a, a)
+        return state._replace(gram=average)
 
-    def refresh(state, a, to):
-        del a, to
-        image = einsum("...ps,...sr->...pr", state.gram, state.matrix)
-        return state._replace(matrix=orthonormalize(image))
-
-    def begin(state, a, to):
+    def start(self, state: EmaGramState, a: Array, context: RefreshContext) -> EmaGramState:
+        """The leading eigenvectors of the average."""
         del a
-        vectors = jnp.linalg.eigh(gathered(state.gram))[1][..., ::-1][..., : to.rank]
-        return state._replace(matrix=vectors)
+        return state._replace(matrix=leading_eigenvectors(state.gram, context.rank))
 
-    return Basis(
-        rank,
-        side,
-        refresh,
-        init,
-        lambda state, *_: Dense(state.matrix),
-        begin,
-        observe,
-    )
+    def refresh(
+        self, state: EmaGramState, a: Array, context: RefreshContext
+    ) -> EmaGramState:
+        """One power step with the average."""
+        del a, context
+        return state._replace(matrix=orthonormalize(times(state.gram, state.matrix)))

@@ -1,12 +1,7 @@
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
-from ..._sharding import einsum
 from ..._tree import check_has_nodes, check_params, like, map_nodes
-from ...linalg import TruncatedSVD, product_svd
-from ...linalg.gram import identity_like
-from ...lowrank import LowRank
+from ...lowrank import LowRank, retraction
 
 
 def retract() -> optax.GradientTransformation:
@@ -53,43 +48,9 @@ def retract() -> optax.GradientTransformation:
         check_params("retract", params)
 
         def move(u: LowRank, x: LowRank) -> LowRank:
-            new = _nearest_factors(_step(x, u), x)
+            new = retraction(x, u)
             return like(u, new.left - x.left, new.right - x.right)
 
         return map_nodes(move, updates, params), state
 
     return optax.GradientTransformation(init, update)
-
-
-def _step(x: LowRank, u: LowRank) -> TruncatedSVD:
-    """``SVD_r`` of the first-order step."""
-    if x.rank > min(x.shape[-2:]):
-        raise ValueError(
-            f"retract needs factors no wider than the matrix: shape {x.shape}, width "
-            f"{x.rank}."
-        )
-    small = jnp.zeros((*x.shape[:-2], x.rank, x.rank), jnp.result_type(x.dtype, u.dtype))
-    identity = identity_like(small)
-    top = jnp.concatenate([identity, identity], axis=-1)
-    bottom = jnp.concatenate([identity, small], axis=-1)
-    return product_svd(
-        jnp.concatenate([x.left, u.left.astype(x.dtype)], axis=-1),
-        jnp.concatenate([top, bottom], axis=-2),
-        jnp.concatenate([x.right, u.right.astype(x.dtype)], axis=-1),
-        x.rank,
-    )
-
-
-def _nearest_factors(new: TruncatedSVD, old: LowRank) -> LowRank:
-    """Balanced factors of an SVD, turned within their freedom towards old ones."""
-    root = jnp.sqrt(new.values)[..., None, :]
-    left, right = new.left * root, new.right * root
-    overlap = _overlap(left, old.left) + _overlap(right, old.right)
-    u, _, vt = jnp.linalg.svd(overlap)
-    turn = einsum("...rk,...ks->...rs", u, vt)
-    spin = lambda x: einsum("...nr,...rs->...ns", x, turn)
-    return LowRank(spin(left), spin(right))
-
-
-def _overlap(x: Array, y: Array) -> Array:
-    return einsum("...nr,...ns->...rs", x, y.astype(x.dtype))

@@ -4,10 +4,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike
 
-from ..._sharding import einsum
 from ..._tree import check_has_nodes, check_params, like, map_nodes
-from ...linalg import gram
-from ...linalg.gram import identity_like
+from ...linalg import cross, eigh, gram, identity_like, increment, nonzero, times
 from ...lowrank import LowRank
 from .._checks import check_extra, check_non_negative
 from .scale_by_gram import ScaleByGramState
@@ -40,13 +38,14 @@ def scale_by_gauss_newton(
     that are no LowRank nodes pass unchanged.
 
     Args:
-        damping: ``λ``. ``relative``: a multiple of the mean of the diagonals of the two
-            Gram matrices; else in their units. A number, or an optax schedule of the
-            step. Never less than their rounding error, so 0, Gauss-Newton, is safe.
-        relative: which of the two.
+        damping: ``λ``, or its ratio to the mean of the diagonals of the two Gram matrices,
+            see ``relative``. A number, or an optax schedule of the step. Never less than
+            their rounding error, so 0, Gauss-Newton, is safe.
+        relative: if True, ``damping`` multiplies that mean; if False it is absolute.
         loss_power: multiplies λ by ``max(value − f_min, 0)**loss_power``, as in
             :func:`scale_by_gram`.
-        f_min: the smallest value of the loss, for ``loss_power``.
+        f_min: the smallest value of the loss, for ``loss_power``. ``update(..., f_min=…)``
+            overrides it for one step, for rules that estimate it on the way.
         normalize: divide by ``sqrt(⟨G, P⟩)``, so that the length of the step in the
             metric of the preconditioner is the learning rate.
 
@@ -79,13 +78,18 @@ def scale_by_gauss_newton(
         check_has_nodes("scale_by_gauss_newton", params)
         return ScaleByGramState(jnp.zeros([], jnp.int32)) if counts else optax.EmptyState()
 
-    def update(updates, state, params=None, *, value: Any = None, **extra):
+    smallest = f_min
+
+    def update(
+        updates, state, params=None, *, value: Any = None, f_min: Any = None, **extra
+    ):
         del extra
         check_params("scale_by_gauss_newton", params)
         strength = damping(state.count) if callable(damping) else damping
         if loss_power is not None:
             check_extra("scale_by_gauss_newton(loss_power=…)", value=value)
-            strength = strength * jnp.maximum(value - f_min, 0) ** loss_power
+            gap = value - (smallest if f_min is None else f_min)
+            strength = strength * jnp.maximum(gap, 0) ** loss_power
 
         def precondition(g: LowRank, x: LowRank) -> LowRank:
             p = _solve(g, x, strength, relative)
@@ -93,7 +97,7 @@ def scale_by_gauss_newton(
 
         updates = map_nodes(precondition, updates, params)
         if counts:
-            state = ScaleByGramState(jnp.asarray(optax.safe_increment(state.count)))
+            state = ScaleByGramState(increment(state.count))
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -115,34 +119,27 @@ def _solve(
     left, right = (f.astype(a.dtype) for f in (x.left, x.right))
     g_left, g_right = (f.astype(a.dtype) for f in (g.left, g.right))
     # In the eigenvectors of both Gram matrices all of them are diagonal.
-    left, g_right = _times(left, u), _times(g_right, u)
-    right, g_left = _times(right, w), _times(g_left, w)
+    left, g_right = times(left, u), times(g_right, u)
+    right, g_left = times(right, w), times(g_left, w)
     # The two agree for a loss of the product; their mean treats both factors alike.
-    h = 0.5 * (_inner(g_left, left) + _inner(right, g_right))
+    h = 0.5 * (cross(g_left, left) + cross(right, g_right))
     v = h / (b[..., :, None] + a[..., None, :] + damping[..., None])
-    p_left = (g_left - _times(left, v.mT)) / (b + damping)[..., None, :]
-    p_right = (g_right - _times(right, v)) / (a + damping)[..., None, :]
-    return _times(p_left, w.mT), _times(p_right, u.mT)
+    p_left = (g_left - times(left, v.mT)) / (b + damping)[..., None, :]
+    p_right = (g_right - times(right, v)) / (a + damping)[..., None, :]
+    return times(p_left, w.mT), times(p_right, u.mT)
 
 
 def _eigen(g: Array) -> tuple[Array, Array]:
-    values, vectors = jnp.linalg.eigh(g)
+    values, vectors = eigh(g)
     return jnp.maximum(values, 0), vectors
 
 
 def _unit(g: LowRank, p: tuple[Array, Array]) -> tuple[Array, Array]:
     """``P / sqrt(⟨G, P⟩)`` for each member of a stack."""
-    pairs = zip((g.left, g.right), p, strict=True)
-    dual = sum(
-        jnp.sum(a.astype(b.dtype) * b, axis=(-2, -1), keepdims=True) for a, b in pairs
-    )
-    size = jnp.sqrt(jnp.where(dual > 0, dual, 1))
+
+    def product(a, b):
+        return jnp.sum(a.astype(b.dtype) * b, axis=(-2, -1), keepdims=True)
+
+    dual = product(g.left, p[0]) + product(g.right, p[1])
+    size = jnp.sqrt(nonzero(dual))
     return p[0] / size, p[1] / size
-
-
-def _times(tall: Array, small: Array) -> Array:
-    return einsum("...nr,...rs->...ns", tall, small)
-
-
-def _inner(x: Array, y: Array) -> Array:
-    return einsum("...nr,...ns->...rs", x, y)

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Int
 
-from ..._sharding import einsum
 from ..._tree import check_has_nodes, check_params, like, map_nodes
-from ...linalg import inverse_gram, inverse_root_gram
+from ...linalg import increment, inverse_gram, inverse_root_gram, nonzero, times
 from ...lowrank import LowRank
 from .._checks import check_extra, check_non_negative
 
@@ -40,11 +39,10 @@ def scale_by_gram(
     before momentum or Adam.
 
     Args:
-        damping: ``λ``. ``relative``: a dimensionless multiple of the mean squared column
-            norm ``tr(Gram)/r`` of the other factor; else in the units of the Gram
-            matrix. A number, or an optax schedule of the step. Never less than the
-            rounding error of the Gram matrix, so 0 is safe.
-        relative: which of the two.
+        damping: ``λ``, or its ratio to the mean squared column norm ``tr(Gram)/r`` of the
+            other factor, see ``relative``. A number, or an optax schedule of the step.
+            Never less than the rounding error of the Gram matrix, so 0 is safe.
+        relative: if True, ``damping`` multiplies ``tr(Gram)/r``; if False it is absolute.
         order: ``"jacobi"`` updates both factors from the old pair. ``"alternating"``
             updates ``left`` in the steps 0, 2, …, ``right`` in the steps 1, 3, …, each
             with a gradient taken after the other's update (Gauss-Seidel), and gives
@@ -57,7 +55,8 @@ def scale_by_gram(
         loss_power: multiplies λ by ``max(value − f_min, 0)**loss_power``, with the loss
             from the extra argument ``value``: 1 makes the damping proportional to the
             optimality gap, 0.5 to its root. ``None``: the loss is not read.
-        f_min: the smallest value of the loss, for ``loss_power``.
+        f_min: the smallest value of the loss, for ``loss_power``. ``update(..., f_min=…)``
+            overrides it for one step, for rules that estimate it on the way.
 
     Returns:
         An optax transform; ``update`` needs ``params``, and ``value`` for ``loss_power``.
@@ -92,13 +91,18 @@ def scale_by_gram(
         check_has_nodes("scale_by_gram", params)
         return ScaleByGramState(jnp.zeros([], jnp.int32)) if counts else optax.EmptyState()
 
-    def update(updates, state, params=None, *, value: Any = None, **extra):
+    smallest = f_min
+
+    def update(
+        updates, state, params=None, *, value: Any = None, f_min: Any = None, **extra
+    ):
         del extra
         check_params("scale_by_gram", params)
         strength = damping(state.count) if callable(damping) else damping
         if loss_power is not None:
             check_extra("scale_by_gram(loss_power=…)", value=value)
-            strength = strength * jnp.maximum(value - f_min, 0) ** loss_power
+            gap = value - (smallest if f_min is None else f_min)
+            strength = strength * jnp.maximum(gap, 0) ** loss_power
 
         def precondition(g: LowRank, x: LowRank) -> LowRank:
             left, right = _precondition(g, x, strength, relative, phi)
@@ -109,7 +113,7 @@ def scale_by_gram(
 
         updates = map_nodes(precondition, updates, params)
         if counts:
-            state = ScaleByGramState(jnp.asarray(optax.safe_increment(state.count)))
+            state = ScaleByGramState(increment(state.count))
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -127,7 +131,7 @@ def _precondition(g, x, damping, relative, phi) -> tuple[Array, Array]:
 
 
 def _apply(tall: Array, small: Array) -> Array:
-    return einsum("...nr,...rs->...ns", tall.astype(small.dtype), small)
+    return times(tall.astype(small.dtype), small)
 
 
 def unit_norm(x: LowRank) -> LowRank:
@@ -153,9 +157,9 @@ def unit_norm(x: LowRank) -> LowRank:
         jnp.max(jnp.abs(x.left), axis=(-2, -1), keepdims=True),
         jnp.max(jnp.abs(x.right), axis=(-2, -1), keepdims=True),
     )
-    scale = jnp.where(largest > 0, largest, 1)
+    scale = nonzero(largest)
     left, right = x.left / scale, x.right / scale
     square = jnp.sum(left**2, axis=(-2, -1), keepdims=True)
     square = square + jnp.sum(right**2, axis=(-2, -1), keepdims=True)
-    size = jnp.sqrt(jnp.where(square > 0, square, 1))
+    size = jnp.sqrt(nonzero(square))
     return LowRank(left / size, right / size)

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import ArrayLike, PyTree
 
-from ...linalg.gram import working_dtype
+from ..._matrices import check_real
+from ...linalg import nonzero, working_dtype
 from .._checks import check_extra
 
 
 def scale_by_polyak(f_min: ArrayLike = 0.0) -> optax.GradientTransformationExtraArgs:
-    """Polyak's step size in the metric of whatever stands before it in the chain.
+    """Polyak's step size, in the metric of whatever stands before it in the chain.
 
     For the direction ``P`` that reaches it and the raw gradient ``G``::
 
@@ -31,6 +32,7 @@ def scale_by_polyak(f_min: ArrayLike = 0.0) -> optax.GradientTransformationExtra
         ``⟨G, P⟩ <= 0`` gives a zero step.
 
     Raises:
+        TypeError: in ``init``, for complex parameters.
         ValueError: in ``update``, if ``value`` or ``grad`` is missing.
 
     Example:
@@ -49,7 +51,7 @@ def scale_by_polyak(f_min: ArrayLike = 0.0) -> optax.GradientTransformationExtra
     smallest = f_min
 
     def init(params):
-        del params
+        check_real("scale_by_polyak", params)
         return optax.EmptyState()
 
     def update(
@@ -66,7 +68,7 @@ def scale_by_polyak(f_min: ArrayLike = 0.0) -> optax.GradientTransformationExtra
 def polyak_step(updates: PyTree, grad: PyTree, gap: ArrayLike) -> PyTree:
     """Scale a direction so that the linear model of the loss falls by ``gap``."""
     dual = _inner(grad, updates)
-    step = jnp.where(dual > 0, gap / jnp.where(dual > 0, dual, 1), 0)
+    step = jnp.where(dual > 0, gap / nonzero(dual), 0)
     return jax.tree.map(
         lambda u: (step.astype(working_dtype(u.dtype)) * u).astype(u.dtype), updates
     )

@@ -1,10 +1,8 @@
 import optax
-from jaxtyping import Array, ArrayLike
+from jaxtyping import ArrayLike
 
-from ..._sharding import einsum
 from ..._tree import check_has_nodes, check_params, like, map_nodes
-from ...linalg import inverse_gram
-from ...lowrank import LowRank
+from ...lowrank import LowRank, project_to_tangent
 from .._checks import check_non_negative
 
 
@@ -28,7 +26,8 @@ def scale_by_tangent(
 
     Args:
         damping: added to the Gram matrices as in :func:`scale_by_gram`.
-        relative: whether it is a multiple of their mean diagonal.
+        relative: if True, ``damping`` multiplies their mean diagonal; if False it is
+            absolute.
 
     Returns:
         A stateless optax transform; ``update`` needs ``params``.
@@ -61,21 +60,9 @@ def scale_by_tangent(
         check_params("scale_by_tangent", params)
 
         def project(g: LowRank, x: LowRank) -> LowRank:
-            left = inverse_gram(x.left, damping, relative=relative)
-            right = inverse_gram(x.right, damping, relative=relative)
-            return like(
-                g, _half(g.left, x.left, left, right), _half(g.right, x.right, right, left)
-            )
+            step = project_to_tangent(x, g, damping, relative=relative)
+            return like(g, step.left, step.right)
 
         return map_nodes(project, updates, params), state
 
     return optax.GradientTransformation(init, update)
-
-
-def _half(gradient: Array, factor: Array, own: Array, other: Array) -> Array:
-    """``(I − ½ factor own factorᵀ) gradient other``."""
-    gradient, factor = gradient.astype(own.dtype), factor.astype(own.dtype)
-    inside = einsum("...nr,...ns->...rs", factor, gradient)
-    inside = einsum("...rs,...st->...rt", own, inside)
-    rest = gradient - 0.5 * einsum("...nr,...rs->...ns", factor, inside)
-    return einsum("...nr,...rs->...ns", rest, other)

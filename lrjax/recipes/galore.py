@@ -1,0 +1,93 @@
+from typing import Literal
+
+import optax
+from jaxtyping import Array, ArrayLike, PRNGKeyArray
+
+from .. import subspaces as sub
+from ..subspaces import project_updates
+from ._common import DecayMask, finish
+
+
+def galore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: sub.Rank | None = None,
+    *,
+    refresh_every: int | Array = 200,
+    scale: ArrayLike = 0.25,
+    method: Literal["svd", "randomized"] = "svd",
+    side: sub.Side = "short",
+    stagger: bool = True,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: ArrayLike = 0.0,
+    mask: DecayMask = None,
+    where: sub.Where | None = None,
+    precision: str | None = None,
+    key: PRNGKeyArray | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore: Adam on the projection of each gradient to its dominant subspace.
+
+    ``P`` holds the leading singular vectors of the gradient, renewed every
+    ``refresh_every`` steps; ``U = scale · P adam(Pᵀ G)``. The moments are kept as they
+    are. Projection alone can stall on noisy gradients: prefer
+    :func:`lrjax.subspace_adam`.
+
+    Args:
+        learning_rate: a number or a schedule.
+        rank: columns of the basis; an int, a fraction of the short side, or a callable of
+            ``(path, (rows, columns))``; None stands for a quarter of the short side.
+        refresh_every: the period of the basis.
+        scale: factor of the update of projected leaves.
+        method: a full SVD, or the randomized one: with ``"randomized"`` this is GaLore 2.
+        side: the projected axis; see :class:`lrjax.subspaces.Basis`.
+        stagger: spread the refreshes of the leaves over the period.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
+        mask: which leaves are decayed: a tree of bools, or a function from the parameters
+            to one; by default matrices, but no bias and no scale of a norm.
+        where: which leaves to project; see :func:`lrjax.project_updates`. The others
+            get plain Adam.
+        precision: of the products with the gradient; see :func:`lrjax.project_updates`.
+        key: source of the random numbers.
+
+    Returns:
+        An optax optimizer.
+
+    Raises:
+        ValueError: as :func:`lrjax.project_updates`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lrjax, optax
+        >>> tx = lrjax.galore(0.3, rank=2)
+        >>> params = {"weight": jnp.zeros((8, 16))}
+        >>> loss = lambda p: jnp.mean((p["weight"] - 1) ** 2)
+        >>> step = jax.jit(lambda p, s: tx.update(jax.grad(loss)(p), s, p))
+        >>> state = tx.init(params)
+        >>> for _ in range(20):
+        ...     updates, state = step(params, state)
+        ...     params = optax.apply_updates(params, updates)
+        >>> print(loss(params) < 0.5)
+        True
+
+    Reference:
+        J. Zhao et al., "GaLore" (2024), arXiv 2403.03507; D. Su et al., "GaLore 2"
+        (2025), arXiv 2504.20437. With ``side="long"``, ``scale=1`` it is
+        ``optax.contrib.galore`` within a period.
+    """
+    rank = 0.25 if rank is None else rank
+    bases = {"svd": sub.SVD, "randomized": sub.RandomizedSVD}
+    if method not in bases:
+        raise ValueError(f"galore takes method 'svd' or 'randomized', got {method!r}.")
+    tx = project_updates(
+        optax.scale_by_adam(b1, b2, eps),
+        bases[method](rank, side=side),
+        schedule=sub.Periodic(refresh_every, stagger=stagger),
+        lift=sub.Project(scale),
+        where=where,
+        precision=precision,
+        key=key,
+    )
+    return finish(tx, learning_rate, weight_decay, mask)

@@ -1,0 +1,48 @@
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike, Float
+
+from ..linalg import outer, svd, times
+
+
+def grow_basis(
+    basis: Float[Array, "n k"], inputs: Float[Array, "samples n"], energy: ArrayLike
+) -> Float[Array, "n k"]:
+    """Add to a basis the fewest directions that capture so much of the energy of data.
+
+    What the basis leaves out of the inputs, ``X − X M Mᵀ``, has the singular values
+    ``σ_i``; its leading right singular vectors are added until ``‖X M‖² ≥ energy ·
+    ‖X‖²``. The basis has room for ``k`` directions, zero columns standing for those
+    still free, so that its shape never changes; when it is full the rest is dropped.
+
+    Args:
+        basis: ``M``, orthonormal columns and then zeros.
+        inputs: ``X``, what a layer was fed on a sample of a task, a row each.
+        energy: the share to capture, in [0, 1].
+
+    Returns:
+        The grown basis, for :func:`lrjax.project_out`.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> x = jnp.array([[0.0, 3.0, 0.0], [4.0, 0.0, 0.0], [0.0, 0.0, 0.1]])
+        >>> print(abs(lrjax.subspaces.grow_basis(jnp.zeros((3, 3)), x, 0.99)))
+        [[1. 0. 0.]
+         [0. 1. 0.]
+         [0. 0. 0.]]
+
+    Reference:
+        G. Saha, I. Garg, K. Roy, "Gradient projection memory for continual learning"
+        (2021), arXiv 2103.09762.
+    """
+    x = lax.stop_gradient(inputs).astype(basis.dtype)
+    rest = x
+    for _ in range(2):  # the second time takes what rounding left of the first
+        rest = rest - outer(times(rest, basis), basis)
+    _, values, vectors = svd(rest)
+    total = jnp.sum(x**2)
+    missing = jnp.sum(values**2) - jnp.cumsum(values**2) + values**2  # before each one
+    wanted = (missing > (1 - energy) * total) & (values > 0)
+    used = jnp.sum(jnp.any(basis != 0, axis=0))
+    slots = jnp.where(wanted, used + jnp.arange(len(values)), basis.shape[1])
+    return basis.at[:, slots].set(vectors.T, mode="drop")

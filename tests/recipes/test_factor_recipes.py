@@ -1,0 +1,305 @@
+"""Every recipe for factor pairs, as a user calls it, against explicit matrices.
+
+As in test_against_references.py all defaults are written down again here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lrjax
+
+from ..helpers import relative_error
+from ..reference import dense, factor_pairs as ref
+
+
+STEPS, TOLERANCE = 20, 1e-9
+
+
+class Direction:
+    """The direction of each step, before the learning rate and its sign.
+
+    ``rule(pairs, slopes, value, t)`` gives it for the pairs; other leaves keep their
+    gradient. ``length(pair slopes, pair steps, bias slope, bias step, value)`` scales all.
+    """
+
+    def __init__(self, rule, length=None):
+        self.rule, self.length = rule, length
+
+    def __call__(self, pairs, slopes, bias, value, t):
+        steps, factor = self.rule(pairs, slopes, value), 1.0
+        if self.length is not None:
+            dual = ref.inner(slopes, steps) + np.sum(bias * bias)
+            factor = self.length(value) / dual
+        return [(factor * a, factor * b) for a, b in steps], factor * bias
+
+
+def gap_to(f_min):
+    """Polyak's step for a known smallest loss."""
+    return lambda value: max(value - f_min, 0)
+
+
+def search():
+    return ref.LevelSearch(0.1, 3.0, 0.5, 1.2).distance
+
+
+def toward_level(rule):
+    """Polyak's step towards a searched level, whose distance the damping follows too."""
+    distance, direction = search(), Direction(rule, lambda gap: gap)
+
+    def step(pairs, slopes, bias, value, t):
+        return direction(pairs, slopes, bias, distance(value), t)
+
+    return step
+
+
+def scaled(damping, relative=True, *, power=0.0, f_min=0.0, weight=0.0):
+    def rule(pairs, slopes, value):
+        slopes = ref.penalized(pairs, slopes, weight)
+        size = damping * max(value - f_min, 0) ** power
+        return ref.scaled(pairs, slopes, damping=size, relative=relative)
+
+    return rule
+
+
+def gauss_newton(damping, *, power=0.0, f_min=0.0):
+    def rule(pairs, slopes, value):
+        size = damping * max(value - f_min, 0) ** power
+        return ref.gauss_newton(pairs, slopes, damping=size)
+
+    return rule
+
+
+def unit(rule, weight=0.0):
+    """Each pair by itself of length one in the metric of its preconditioner."""
+
+    def normalized(pairs, slopes, value):
+        penalized = ref.penalized(pairs, slopes, weight)
+        return ref.unit_length(penalized, rule(pairs, slopes, value))
+
+    return normalized
+
+
+class LoraMuon:
+    """Momentum of the factors, whitened and orthogonalized; Adam for the rest."""
+
+    def __init__(self, decay, damping):
+        self.decay, self.damping, self.momenta = decay, damping, None
+        self.adam = dense.Adam(0.9, 0.999, 1e-8)
+
+    def __call__(self, pairs, slopes, bias, value, t):
+        old = self.momenta or [(0.0, 0.0)] * len(slopes)
+        self.momenta = [
+            (self.decay * m_left + g_left, self.decay * m_right + g_right)
+            for (m_left, m_right), (g_left, g_right) in zip(old, slopes, strict=True)
+        ]
+        steps = ref.whitened_polar(pairs, self.momenta, damping=self.damping)
+        return steps, self.adam.step(bias)
+
+
+class AdamOfFactors:
+    """Adam of each factor as it comes."""
+
+    def __init__(self):
+        self.left, self.right = (
+            [dense.Adam(0.9, 0.999, 1e-8) for _ in "abc"] for _ in "lr"
+        )
+        self.bias = dense.Adam(0.9, 0.999, 1e-8)
+
+    def __call__(self, pairs, slopes, bias, value, t):
+        states = zip(self.left, self.right, slopes, strict=True)
+        steps = [(left.step(a), right.step(b)) for left, right, (a, b) in states]
+        return steps, self.bias.step(bias)
+
+
+def plainly(pair, step, t):
+    return pair[0] + step[0], pair[1] + step[1]
+
+
+def balancing(pair, step, t):
+    return ref.balanced(*plainly(pair, step, t))
+
+
+def riemannian(every):
+    """Exact at the end of each period."""
+
+    def move(pair, step, t):
+        exact = (t + 1) % every == 0
+        return ref.riemannian(*pair, *step) if exact else plainly(pair, step, t)
+
+    return move
+
+
+@dataclasses.dataclass
+class Case:
+    """A recipe and its reference.
+
+    Attributes:
+        make: the optimizer.
+        direction: makes a reference with a memory of its own.
+        rate: the learning rate.
+        move: how the step ``(−η P_l, −η P_r)`` moves a pair.
+        steps: how many.
+        products: whether the products are compared alone, the factors being free.
+    """
+
+    make: Callable[[], Any]
+    direction: Callable[[], Any]
+    rate: float
+    move: Callable = plainly
+    steps: int = STEPS
+    products: bool = False
+
+
+CASES = {
+    "scaled_gd": Case(lambda: lrjax.scaled_gd(), lambda: Direction(scaled(0.0)), 0.5),
+    "scaled_gd(damped)": Case(
+        lambda: lrjax.scaled_gd(0.1, damping=0.3, relative=False),
+        lambda: Direction(scaled(0.3, False)),
+        0.1,
+    ),
+    "prec_gd": Case(
+        lambda: lrjax.prec_gd(), lambda: Direction(scaled(1.0, False, power=0.5)), 0.5
+    ),
+    "prec_gd(f_min)": Case(
+        lambda: lrjax.prec_gd(0.1, damping=2.0, f_min=1.0),
+        lambda: Direction(scaled(2.0, False, power=0.5, f_min=1.0)),
+        0.1,
+    ),
+    "scaled_subgradient": Case(
+        lambda: lrjax.scaled_subgradient(), lambda: Direction(unit(scaled(0.0))), 1.0
+    ),
+    "scaled_subgradient(polyak)": Case(
+        lambda: lrjax.scaled_subgradient(f_min=1.0, damping=0.1),
+        lambda: Direction(scaled(0.1), gap_to(1.0)),
+        1.0,
+    ),
+    "scaled_subgradient(search)": Case(
+        lambda: lrjax.scaled_subgradient(0.5, f_min="search"),
+        lambda: Direction(scaled(0.0), search()),
+        0.5,
+    ),
+    "opsa": Case(lambda: lrjax.opsa(f_min=None), lambda: Direction(unit(scaled(0.1))), 1.0),
+    "opsa(regularized)": Case(
+        lambda: lrjax.opsa(
+            0.1, f_min=None, nuclear_weight=0.2, damping=0.3, relative=False
+        ),
+        lambda: Direction(unit(scaled(0.3, False, weight=0.2), 0.2)),
+        0.1,
+    ),
+    "opsa(polyak)": Case(
+        lambda: lrjax.opsa(f_min=1.0),
+        lambda: Direction(scaled(0.1, power=1.0, f_min=1.0), gap_to(1.0)),
+        1.0,
+    ),
+    "opsa(search)": Case(
+        lambda: lrjax.opsa(), lambda: toward_level(scaled(0.1, power=1.0)), 1.0
+    ),
+    "opsa(rebalance)": Case(
+        lambda: lrjax.opsa(0.1, f_min=None, rebalance=True),
+        lambda: Direction(unit(scaled(0.1))),
+        0.1,
+        balancing,
+        products=True,
+    ),
+    "levenberg_marquardt": Case(
+        lambda: lrjax.levenberg_marquardt(),
+        lambda: Direction(unit(gauss_newton(1e-2))),
+        1.0,
+    ),
+    "levenberg_marquardt(polyak)": Case(
+        lambda: lrjax.levenberg_marquardt(0.5, f_min=1.0, damping=0.1, loss_power=0.5),
+        lambda: Direction(gauss_newton(0.1, power=0.5, f_min=1.0), gap_to(1.0)),
+        0.5,
+    ),
+    "levenberg_marquardt(search)": Case(
+        lambda: lrjax.levenberg_marquardt(f_min="search"),
+        lambda: Direction(gauss_newton(1e-2), search()),
+        1.0,
+    ),
+    "subgm": Case(
+        lambda: lrjax.subgm(),
+        lambda: Direction(lambda pairs, slopes, value: ref.subgm(pairs, slopes)),
+        0.1,
+    ),
+    "lora_muon": Case(lambda: lrjax.lora_muon(0.1), lambda: LoraMuon(0.95, 1e-3), 0.1),
+    "lora_muon(damped)": Case(
+        lambda: lrjax.lora_muon(0.1, momentum=0.5, damping=0.3),
+        lambda: LoraMuon(0.5, 0.3),
+        0.1,
+    ),
+    "loro": Case(lambda: lrjax.loro(1e-3), AdamOfFactors, 1e-3, riemannian(500), steps=502),
+    "loro(period)": Case(
+        lambda: lrjax.loro(1e-2, exact_every=4), AdamOfFactors, 1e-2, riemannian(4)
+    ),
+}
+
+
+def problem(steps):
+    """Factors, full gradients that are not theirs to influence, and values of a loss."""
+    rng = np.random.default_rng(3)
+    factor = lambda *shape: jnp.asarray(rng.normal(size=shape) + 2 * np.eye(*shape[-2:]))
+    pair = lambda *batch: lrjax.LowRank(factor(*batch, 8, 3), factor(*batch, 6, 3))
+    params = {"bias": rng.normal(size=4), "pair": pair(), "stack": pair(2)}
+    slope = lambda *shape: rng.normal(size=shape) + 0.3 * rng.normal(size=(steps, *shape))
+    full = {"bias": slope(4), "pair": slope(8, 6), "stack": slope(2, 8, 6)}
+    values = 3 + 10 * 0.8 ** np.arange(steps) * rng.uniform(0.5, 1.5, steps)
+    return params, full, values
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def trajectory(tx, params, full, values):
+    """The parameters after every step."""
+
+    def step(carry, seen):
+        params, state = carry
+        slopes, value = seen
+        through = lambda g, x: (
+            lrjax.LowRank(g @ x.right, g.mT @ x.left) if lrjax.is_low_rank(x) else g
+        )
+        grads = {name: through(slopes[name], params[name]) for name in params}
+        updates, state = tx.update(grads, state, params, value=value, grad=grads)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    return jax.lax.scan(step, (params, tx.init(params)), (full, values))[1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference(name, x64):
+    case = CASES[name]
+    params, full, values = problem(case.steps)
+    tx = optax.with_extra_args_support(case.make())
+    got = trajectory(tx, params, full, values)
+    direction = case.direction()
+    stack, bias = params["stack"], params["bias"]
+    pairs = [(params["pair"].left, params["pair"].right)]
+    pairs += list(zip(stack.left, stack.right, strict=True))
+    for t, value in enumerate(values):
+        gs = [full["pair"][t], *full["stack"][t]]
+        slopes = [(g @ r, g.T @ l) for g, (l, r) in zip(gs, pairs, strict=True)]
+        steps, bias_step = direction(pairs, slopes, full["bias"][t], value, t)
+        pairs = [
+            case.move(pair, (-case.rate * a, -case.rate * b), t)
+            for pair, (a, b) in zip(pairs, steps, strict=True)
+        ]
+        bias = bias - case.rate * bias_step
+        assert relative_error(got["bias"][t], bias) < TOLERANCE
+        at = jax.tree.map(lambda x, t=t: x[t], got)
+        lefts, rights = (
+            [getattr(at["pair"], side), *getattr(at["stack"], side)]
+            for side in ("left", "right")
+        )
+        for (left, right), l, r in zip(pairs, lefts, rights, strict=True):
+            found, want = [l @ r.T], [left @ right.T]
+            if not case.products:
+                found, want = [*found, l, r], [*want, left, right]
+            for x, y in zip(found, want, strict=True):
+                assert relative_error(x, y) < TOLERANCE, f"step {t}"

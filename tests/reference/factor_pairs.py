@@ -1,0 +1,146 @@
+"""Methods for factors of ``X = L Rᵀ``, with explicit matrices and plain inverses.
+
+A state is a list of pairs (L, R); ``slopes`` are their gradients. Each function gives the
+list of directions (P_l, P_r), before the learning rate and its sign.
+"""
+
+import numpy as np
+
+from .dense import polar
+
+
+def damped_gram(x, damping, relative):
+    """``xᵀx + λI``, λ perhaps in units of the mean diagonal."""
+    gram = x.T @ x
+    unit = np.trace(gram) / len(gram) if relative else 1.0
+    return gram + damping * unit * np.eye(len(gram))
+
+
+def scaled(pairs, slopes, *, damping, relative):
+    """``P_l = G_l (RᵀR + λI)⁻¹`` and ``P_r = G_r (LᵀL + λI)⁻¹``."""
+    out = []
+    for (left, right), (g_left, g_right) in zip(pairs, slopes, strict=True):
+        p_left = g_left @ np.linalg.inv(damped_gram(right, damping, relative))
+        p_right = g_right @ np.linalg.inv(damped_gram(left, damping, relative))
+        out.append((p_left, p_right))
+    return out
+
+
+def gauss_newton(pairs, slopes, *, damping):
+    """``(JᵀJ + λI) P = G`` with the explicit Jacobian of ``(L, R) ↦ L Rᵀ``.
+
+    λ is in units of the mean of the diagonals of both Gram matrices.
+    """
+    out = []
+    for (left, right), (g_left, g_right) in zip(pairs, slopes, strict=True):
+        (m, r), (n, _) = left.shape, right.shape
+        columns = []
+        for i in range(m * r):
+            step = np.eye(1, m * r, i).reshape(m, r)
+            columns.append((step @ right.T).ravel())
+        for i in range(n * r):
+            step = np.eye(1, n * r, i).reshape(n, r)
+            columns.append((left @ step.T).ravel())
+        jacobian = np.stack(columns, axis=1)
+        unit = (np.sum(left**2) + np.sum(right**2)) / (2 * r)
+        matrix = jacobian.T @ jacobian + damping * unit * np.eye(len(columns))
+        p = np.linalg.solve(matrix, np.concatenate([g_left.ravel(), g_right.ravel()]))
+        out.append((p[: m * r].reshape(m, r), p[m * r :].reshape(n, r)))
+    return out
+
+
+def inner(slopes, steps):
+    return sum(
+        np.sum(g * p)
+        for gs, ps in zip(slopes, steps, strict=True)
+        for g, p in zip(gs, ps, strict=True)
+    )
+
+
+def unit_length(slopes, steps):
+    """Each pair by itself over ``sqrt(⟨G, P⟩)``."""
+    out = []
+    for g, (p_left, p_right) in zip(slopes, steps, strict=True):
+        size = np.sqrt(inner([g], [(p_left, p_right)]))
+        out.append((p_left / size, p_right / size))
+    return out
+
+
+def penalized(pairs, slopes, weight):
+    """The gradients with that of ``weight/2 · (‖L‖² + ‖R‖²)``."""
+    return [
+        tuple(g + weight * x for g, x in zip(gs, xs, strict=True))
+        for gs, xs in zip(slopes, pairs, strict=True)
+    ]
+
+
+def subgm(pairs, slopes):
+    """Each factor moves along its gradient by its own length."""
+    as_long = lambda g, x: g * np.linalg.norm(x) / np.linalg.norm(g)
+    return [
+        tuple(as_long(g, x) for g, x in zip(gs, xs, strict=True))
+        for gs, xs in zip(slopes, pairs, strict=True)
+    ]
+
+
+def whitened_polar(pairs, momenta, *, damping):
+    """``½ polar(M_l K_r) K_rᵀ`` with ``K Kᵀ = (Gram + λI)⁻¹``, and likewise right."""
+
+    def half(m, partner):
+        values, vectors = np.linalg.eigh(damped_gram(partner, damping, True))
+        root = vectors @ np.diag(values**-0.5) @ vectors.T
+        return 0.5 * polar(m @ root) @ root
+
+    return [
+        (half(m_left, right), half(m_right, left))
+        for (left, right), (m_left, m_right) in zip(pairs, momenta, strict=True)
+    ]
+
+
+def balanced(left, right):
+    """Factors of the same product with equal, diagonal Gram matrices."""
+    u, s, vt = np.linalg.svd(left @ right.T, full_matrices=False)
+    r = left.shape[1]
+    return u[:, :r] * np.sqrt(s[:r]), vt[:r].T * np.sqrt(s[:r])
+
+
+def riemannian(left, right, a, b):
+    """``SVD_r(X + P(A, B))`` for a step (A, B) of the factors, as balanced factors.
+
+    ``A K_r Rᵀ + L K_l Bᵀ − L K_l C K_r Rᵀ``, ``C = ½ (Lᵀ A + Bᵀ R)``. Of all balanced
+    factors they are those nearest to the old.
+    """
+    k_left, k_right = np.linalg.inv(left.T @ left), np.linalg.inv(right.T @ right)
+    c = 0.5 * (left.T @ a + b.T @ right)
+    moved = left @ right.T + a @ k_right @ right.T + left @ k_left @ b.T
+    moved = moved - left @ k_left @ c @ k_right @ right.T
+    u, s, vt = np.linalg.svd(moved, full_matrices=False)
+    r = left.shape[1]
+    u, v = u[:, :r] * np.sqrt(s[:r]), vt[:r].T * np.sqrt(s[:r])
+    turn = polar(u.T @ left + v.T @ right)
+    return u @ turn, v @ turn
+
+
+class LevelSearch:
+    """A level to aim at in the place of the unknown smallest loss."""
+
+    def __init__(self, fraction, patience, shrink, grow):
+        self.fraction, self.patience = fraction, patience
+        self.shrink, self.grow = shrink, grow
+        self.best = None
+
+    def distance(self, value):
+        """How far the loss is above the level of this step."""
+        if self.best is None:
+            self.best = self.base = value
+            self.gap, self.path = self.fraction * abs(value), 0.0
+        else:
+            self.best = min(self.best, value)
+            reached = self.best <= self.base - self.gap / 2
+            missed = not reached and self.path > self.patience
+            if reached or missed:
+                self.gap *= self.grow if reached else self.shrink
+                self.base, self.path = self.best, 0.0
+        distance = value - (self.base - self.gap)
+        self.path += distance / self.gap
+        return distance
