@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from _harness import bound, interleaved, median_ratio, medians, write_results
 
-from lrjax import flows, gradient_flow
+from lrjax import flows, gradient_flow, lowrank
 
 
 jax.config.update("jax_enable_x64", True)
@@ -27,8 +27,8 @@ ERROR, T1 = 1e-4, 3.0
 def problem(key, shape=(64, 48), rank=8):
     ku, kv = jr.split(key)
     values = jnp.linspace(2.0, 0.5, rank)
-    target = flows.balanced_start(ku, shape, values).materialize()
-    return flows.small_start(kv, shape, rank, 0.1), target
+    target = lowrank.balanced_init(shape, values, key=ku).materialize()
+    return lowrank.gaussian_init(shape, rank, 0.1, key=kv), target
 
 
 def flow(start, target, tolerance):
@@ -119,7 +119,7 @@ def sweep():
         return gradient_flow(loss, start, target, t1=10.0, rtol=1e-8, atol=1e-11).params
 
     def start(key):
-        return flows.small_start(key, shape, rank, 1e-2)
+        return lowrank.gaussian_init(shape, rank, 1e-2, key=key)
 
     def total(stack, target):
         return jnp.sum(jax.vmap(loss, (0, None))(stack, target))

@@ -12,7 +12,7 @@ import numpy as np
 from _harness import bound, write_results
 
 import lrjax
-from lrjax import LowRank, flows, gradient_flow, metrics
+from lrjax import LowRank, flows, gradient_flow, lowrank, metrics
 
 
 jax.config.update("jax_enable_x64", True)
@@ -73,7 +73,7 @@ def riccati():
         kt, ks = jr.split(key)
         target = jr.normal(kt, (6, 5))
         target = 2 * target / jnp.linalg.norm(target, 2)
-        start = flows.balanced_start(ks, (6, 5), jnp.array([0.1, 0.05, 0.02]))
+        start = lowrank.balanced_init((6, 5), jnp.array([0.1, 0.05, 0.02]), key=ks)
         x = gradient_flow(
             flows.approximation_loss, start, target, t1=2.0, rtol=1e-12, atol=1e-13
         ).params
@@ -100,7 +100,7 @@ def rates():
             rtol=1e-10,
             atol=1e-13,
             precondition=precondition,
-            observe=lambda m: jnp.linalg.norm(m.params.materialize() - best),
+            observe=lambda state: jnp.linalg.norm(state.params.materialize() - best),
         ).observed
         until = metrics.crossing_time(ts, gap, 1e-7)
         return metrics.fitted_rate(ts, gap, (gap < 1e-4) & (ts < until))
@@ -109,8 +109,8 @@ def rates():
         k1, k2, k3 = jr.split(key, 3)
         u, v = orthonormal(k1, SHAPE[0]), orthonormal(k2, SHAPE[1])
         target, shorter = matrix(u, sigma, v), matrix(u[:, :2], sigma[:2], v[:, :2])
-        small = flows.small_start(k3, SHAPE, 3, 0.01)
-        smaller = flows.small_start(k3, SHAPE, 2, 0.01)
+        small = lowrank.gaussian_init(SHAPE, 3, 0.01, key=k3)
+        smaller = lowrank.gaussian_init(SHAPE, 2, 0.01, key=k3)
         along = lambda b, a, r=3: LowRank(b * u[:, :r], a * v[:, :r])
         gram, tangent = lrjax.scale_by_gram(), lrjax.scale_by_tangent()
         return {
@@ -150,18 +150,18 @@ def alignment():
     def best(key, alpha):
         kt, k1, k2 = jr.split(key, 3)
         task = flows.lora_task(
-            kt,
             jnp.linspace(1.5, 0.5, width),
             jnp.array([2.0]),
             shape=(width, width),
             aligned=False,
+            key=kt,
         )
         gradients = (task.base.second.T @ task.change, task.change @ task.base.first.T)
-        goals = [flows.spectral_start(g, 1, power=0.0) for g in gradients]
+        goals = [lowrank.svd_init(g, 1, power=0.0) for g in gradients]
         speeds = jnp.stack([jnp.linalg.norm(g, 2) for g in gradients])
         stack = lambda x: jnp.concatenate([x.left, x.right])
         t1 = 1.25 * jnp.log(1 / alpha) / jnp.max(speeds) + 2
-        start = (flows.small_start(k, (width, width), 1, alpha) for k in (k1, k2))
+        start = (lowrank.gaussian_init((width, width), 1, alpha, key=k) for k in (k1, k2))
         apart = gradient_flow(
             flows.two_layer_loss,
             flows.TwoLayers(*start),
@@ -169,10 +169,10 @@ def alignment():
             task.target,
             t1=t1,
             ts=jnp.linspace(0, 1, 300) * t1,
-            observe=lambda m: jnp.stack(
+            observe=lambda state: jnp.stack(
                 [
                     metrics.misalignment(stack(x), stack(goal))
-                    for x, goal in zip(m.params, goals, strict=True)
+                    for x, goal in zip(state.params, goals, strict=True)
                 ]
             ),
         ).observed

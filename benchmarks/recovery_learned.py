@@ -36,7 +36,8 @@ def draw(key, size, rank, fraction):
 def errors(layers, truth, y, rank):
     """Relative errors before every layer and after the last."""
     distance = lambda x: jnp.linalg.norm(x.materialize() - truth) / jnp.linalg.norm(truth)
-    fit = recovery.learned_descent(y, layers, rank, observe=distance)
+    observe = lambda state: distance(state.params)
+    fit = recovery.learned_robust_pca(y, layers, rank, observe=observe)
     return jnp.append(fit.observed, distance(fit.low_rank))
 
 
@@ -78,7 +79,8 @@ def projection_steps(seed):
 @jax.jit
 def _projection_steps(y, truth):
     distance = lambda x: jnp.linalg.norm(x.materialize() - truth) / jnp.linalg.norm(truth)
-    fit = recovery.alternating_projections(y, 5, observe=distance)
+    observe = lambda state: distance(state.params)
+    fit = recovery.alternating_projections(y, 5, observe=observe)
     return jnp.argmax(fit.observed < 1.8e-6)
 
 

@@ -27,7 +27,9 @@ METHODS = {
     "searched level": lambda size: lrjax.scaled_subgradient(f_min="search"),
     # Steps and damping that fall by 7 % each, from a tenth of the size of the start.
     "geometric": lambda size: lrjax.opsa(
-        lambda count: 0.1 * size * 0.93**count, damping=lambda count: 0.1 * 0.93**count
+        lambda count: 0.1 * size * 0.93**count,
+        f_min=None,
+        damping=lambda count: 0.1 * 0.93**count,
     ),
 }
 

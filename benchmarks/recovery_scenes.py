@@ -47,7 +47,8 @@ def descent(dirty, mask, weight, width):
     problem = lrjax.robust_pca.from_data(dirty, mask)
     start = lrjax.spectral_init(problem, width, key=jr.key(0))
     first = FIRST * lrjax.norm(start)
-    tx = lrjax.opsa(lambda count: first * DECAY**count, reg=weight)
+    rate = lambda count: first * DECAY**count
+    tx = lrjax.opsa(rate, f_min=None, nuclear_weight=weight)
     return lrjax.solve(problem, tx, start, steps=STEPS).x
 
 

@@ -39,17 +39,17 @@ def main():
     noise = jr.normal(jr.key(2), (MEMBERS, *start.left.shape)) * 1e-2
     starts = jax.vmap(lambda z: lrjax.LowRank(start.left + z, start.right + z))(noise)
     members = jax.jit(jax.vmap(descend, in_axes=(None, 0)))
-    rows = problem.operator.rows
-    vector = jnp.ones(rows.shape[1])
+    matrices = problem.operator.matrices
+    vector = jnp.ones(matrices.shape[1])
     seconds = _harness.interleaved(
         {
-            "plain": lambda: plain(rows, vector),
+            "plain": lambda: plain(matrices, vector),
             "one": lambda: descend(problem, start),
             "members": lambda: members(problem, starts),
         }
     )
     median = _harness.medians(seconds)
-    traffic = 2 * STEPS * rows.nbytes
+    traffic = 2 * STEPS * matrices.nbytes
     rows_of_table = [
         {
             "what": name,
@@ -60,7 +60,7 @@ def main():
     ]
     cost = _harness.compiled_cost(jax.vmap(descend, in_axes=(None, 0)), problem, starts)
     rows_of_table.append(
-        {"what": "members, compiled", **cost, "operator bytes": rows.nbytes}
+        {"what": "members, compiled", **cost, "operator bytes": matrices.nbytes}
     )
     bounds = [
         _harness.bound(
