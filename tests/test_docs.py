@@ -11,6 +11,8 @@ import pytest
 
 import lrjax
 
+from .test_names import PUBLIC
+
 
 ROOT = Path(lrjax.__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -94,3 +96,56 @@ def test_every_missed_bound_is_shown_and_explained(path, tables):
     section = tables.page().split(f"## {path.stem}\n")[1].split("\n## ")[0]
     assert section.count("**missed**") == len(missed)
     assert not missed or f"`{path.stem}`" in tables.MISSES.read_text()
+
+
+# A paper: authors, "title" (year), and where it can be found.
+PAPER = re.compile(
+    r'(?P<authors>\w[\w.\-’]*\.? [^";:]*?), "(?P<title>[^"]+)"(?:, chapter \d+)? '
+    r"\((?P<year>\d{4})\), (?P<where>arXiv[ :](?:\d{4}\.\d{4,5}|[a-z-]+/\d{7})|[A-Za-z])"
+)
+# What comes from code, not from a paper.
+FROM_CODE = {"OrthogonalStart", "TokenRows", "on_mesh", "orthogonal_init"}
+
+
+def reference(value) -> str:
+    """The Reference section of a docstring in one line, without code."""
+    section = re.search(
+        r"^Reference:\n((?:    .*\n?|\n)+)", inspect.getdoc(value) or "", re.M
+    )
+    return re.sub(r"``.*?``", "", " ".join(section[1].split())) if section else ""
+
+
+def unnamed_papers(text: str) -> list[str]:
+    """What a reference says of papers without their authors, title, year and place."""
+    papers = list(PAPER.finditer(text))
+    rest = PAPER.sub("", text)
+    nicknames = [m["title"] for m in papers if len(re.findall(r"\w+", m["title"])) < 3]
+    return nicknames + re.findall(
+        r'\d{4}\.\d{4,5}|"[^"]+" \(|(?<!repository) \(\d{4}\)', rest
+    )
+
+
+def test_references_name_the_paper():
+    named = {name: reference(value) for name, value in PUBLIC.items()}
+    named = {name: text for name, text in named.items() if text}
+    assert len(named) > 200
+    short = {name: bad for name, text in named.items() if (bad := unnamed_papers(text))}
+    assert not short, f'say: authors, "title" (year), arXiv number or venue: {short}'
+    nothing = {
+        name.split(".")[-1] for name, text in named.items() if not PAPER.search(text)
+    }
+    assert nothing == FROM_CODE
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'A. Author, "Nick" (2020), arXiv 2001.00001.',
+        "A. Author (2020), arXiv 2001.00001.",
+        '"A title of a paper" (2020), arXiv 2001.00001.',
+        'A. Author, "A title of a paper", arXiv 2001.00001.',
+        'A. Author, "A title of a paper" (2020).',
+    ],
+)
+def test_a_reference_that_leaves_something_out_is_found(text):
+    assert unnamed_papers(text)

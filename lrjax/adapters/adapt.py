@@ -114,7 +114,8 @@ def adapt(
         1 adapters                         224
 
     Reference:
-        E. Hu et al., "LoRA" (2021), arXiv:2106.09685.
+        E. Hu et al., "LoRA: low-rank adaptation of large language models" (2021),
+        arXiv:2106.09685.
     """
     _check_arguments(kind, key)
     rule = None if isinstance(kind, AdapterKind) else kind

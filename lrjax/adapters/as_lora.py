@@ -58,7 +58,8 @@ def as_lora(
 
     Reference:
         C. Eckart, G. Young, "The approximation of one matrix by another of lower rank"
-        (1936). The special case of exact factors is tested against ``merge``.
+        (1936), Psychometrika. The special case of exact factors is tested against
+        ``merge``.
     """
     _check_asked(rank, energy)
     exact = rank is None and energy is None

@@ -71,9 +71,11 @@ def loftq(
         >>> params, frozen = lrjax.partition(adapters)
 
     Reference:
-        Y. Li et al., "LoftQ" (2023), arXiv:2310.08659; F. Meng, Z. Wang, M. Zhang, "PiSSA"
-        (2024), arXiv:2404.02948, section 4. Without factors in between, with ``steps=1``,
-        the base is that of :func:`lrjax.adapters.quantize`.
+        Y. Li et al., "LoftQ: LoRA-fine-tuning-aware quantization for large language
+        models" (2023), arXiv:2310.08659; F. Meng, Z. Wang, M. Zhang, "PiSSA: principal
+        singular values and singular vectors adaptation of large language models" (2024),
+        arXiv:2404.02948, section 4. Without factors in between, with ``steps=1``, the
+        base is that of :func:`lrjax.adapters.quantize`.
     """
     kind = _checked(kind, steps, first)
     sites = {p: s for p, s in find_sites(model).items() if s.kind != "vector"}

@@ -96,8 +96,8 @@ class NF4:
         [[ 1.    -0.525  0.246  0.   ]]
 
     Reference:
-        T. Dettmers, A. Pagnoni, A. Holtzman, L. Zettlemoyer, "QLoRA" (2023),
-        arXiv:2305.14314.
+        T. Dettmers, A. Pagnoni, A. Holtzman, L. Zettlemoyer, "QLoRA: efficient finetuning
+        of quantized LLMs" (2023), arXiv:2305.14314.
     """
 
     block: int = 64
@@ -170,8 +170,8 @@ def quantize(
         (3,)
 
     Reference:
-        T. Dettmers, A. Pagnoni, A. Holtzman, L. Zettlemoyer, "QLoRA" (2023),
-        arXiv:2305.14314.
+        T. Dettmers, A. Pagnoni, A. Holtzman, L. Zettlemoyer, "QLoRA: efficient finetuning
+        of quantized LLMs" (2023), arXiv:2305.14314.
     """
     if isinstance(format, type):
         raise TypeError(

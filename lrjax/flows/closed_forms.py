@@ -48,9 +48,10 @@ def aligned_modes(
         [0. 1.]
 
     Reference:
-        Balanced: A. Saxe, J. McClelland, S. Ganguli (2014), arXiv 1312.6120; imbalanced:
-        S. Tarmoun, G. França, B. Haeffele, R. Vidal, "Understanding the dynamics of
-        gradient flow in overparameterized linear models" (2021).
+        Balanced: A. Saxe, J. McClelland, S. Ganguli, "Exact solutions to the nonlinear
+        dynamics of learning in deep linear neural networks" (2014), arXiv 1312.6120;
+        imbalanced: S. Tarmoun, G. França, B. Haeffele, R. Vidal, "Understanding the
+        dynamics of gradient flow in overparameterized linear models" (2021), ICML.
     """
     t = jnp.asarray(t)[..., None]
     left, right, target = (_rows(x, t) for x in (left, right, target))
@@ -107,9 +108,9 @@ def riccati(
 
     Reference:
         A matrix Riccati equation, K. Fukumizu, "Effect of batch learning in multilayer
-        neural networks" (1998); for deep linear networks L. Braun, C. Dominé,
+        neural networks" (1998), ICONIP; for deep linear networks L. Braun, C. Dominé,
         J. Fitzgerald, A. Saxe, "Exact learning dynamics of deep linear networks with
-        prior knowledge" (2022).
+        prior knowledge" (2022), NeurIPS.
     """
     m, n = target.shape
     r = start.rank
@@ -165,7 +166,8 @@ def scaled_modes(
         [0.86466473]
 
     Reference:
-        The continuous limit of T. Tong, C. Ma, Y. Chi (2021), arXiv 2005.08898.
+        The continuous limit of T. Tong, C. Ma, Y. Chi, "Accelerating ill-conditioned
+        low-rank matrix estimation via scaled gradient descent" (2021), arXiv 2005.08898.
     """
     return _exponential(t, start, target, 2)
 
@@ -193,7 +195,8 @@ def tangent_modes(
 
     Reference:
         The gradient flow on the manifold of matrices of fixed rank; for LoRA factors
-        Z. Wang et al., "LoRA-Pro" (2024), arXiv 2407.18242.
+        Z. Wang et al., "LoRA-Pro: are low-rank adapters properly optimized?" (2024),
+        arXiv 2407.18242.
     """
     return _exponential(t, start, target, 1)
 
@@ -228,8 +231,9 @@ def spectral_modes(
         [2.25 1.  ]
 
     Reference:
-        The limit of vanishing smoothing in Kang, Yun, Shin, Cho, Yun (2026), arXiv
-        2602.06385.
+        The limit of vanishing smoothing in C. Kang, J. Yun, B. Shin, Y. Cho, C. Yun,
+        "Uniform spectral growth and convergence of Muon in LoRA-style matrix
+        factorization" (2026), arXiv 2602.06385.
     """
     t = jnp.asarray(t)[..., None]
     start, target = _rows(start, t), _rows(target, t)
@@ -262,8 +266,8 @@ def trace_squared(
         -4.0
 
     Reference:
-        The loss of Rushka and Klabjan, "Rank-accuracy trade-off for LoRA: a gradient-flow
-        analysis" (2026), arXiv 2602.10212.
+        The loss of M. Rushka, D. Klabjan, "Rank-accuracy trade-off for LoRA: a
+        gradient-flow analysis" (2026), arXiv 2602.10212.
     """
     trace = jnp.trace(base)
     speed = 2 * (trace + jnp.sum(start.left * start.right))
@@ -299,7 +303,8 @@ def half_learning_times(target: Float[Array, " k"], alpha: ArrayLike) -> Float[A
         [3 6]
 
     Reference:
-        A. Saxe, J. McClelland, S. Ganguli (2014), arXiv 1312.6120.
+        A. Saxe, J. McClelland, S. Ganguli, "Exact solutions to the nonlinear dynamics of
+        learning in deep linear neural networks" (2014), arXiv 1312.6120.
     """
     return jnp.log(target / alpha**2 - 1) / (2 * target)
 
@@ -331,8 +336,8 @@ def end_to_end_velocity(
         [[8.]]
 
     Reference:
-        S. Arora, N. Cohen, E. Hazan, "On the optimization of deep networks" (2018),
-        arXiv 1802.06509.
+        S. Arora, N. Cohen, E. Hazan, "On the optimization of deep networks: implicit
+        acceleration by overparameterization" (2018), arXiv 1802.06509.
     """
     u, values, vt = jnp.linalg.svd(weight, full_matrices=True)
     floor = rounding(values.dtype, max(weight.shape)) * values[:1]

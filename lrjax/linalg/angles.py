@@ -34,7 +34,7 @@ def principal_angles(
 
     Reference:
         Å. Björck, G. H. Golub, "Numerical methods for computing angles between linear
-        subspaces" (1973).
+        subspaces" (1973), Mathematics of Computation.
     """
     if x.shape[-2] != y.shape[-2]:
         raise ValueError(

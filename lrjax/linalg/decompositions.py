@@ -66,8 +66,8 @@ def svd(
 
     Reference:
         Y. Nakatsukasa, N. J. Higham, "Stable and efficient spectral divide and conquer
-        algorithms for the symmetric eigenvalue decomposition and the SVD" (2013), for the
-        SVD by a polar factor.
+        algorithms for the symmetric eigenvalue decomposition and the SVD" (2013), SIAM
+        Journal on Scientific Computing, for the SVD by a polar factor.
     """
     return lax.platform_dependent(gathered(x), tpu=svd_by_polar, default=_library_svd)
 

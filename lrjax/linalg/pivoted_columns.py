@@ -30,7 +30,8 @@ def pivoted_columns(x: Float[Array, "*b m n"], rank: int) -> Int[Array, "*b r"]:
 
     Reference:
         P. Businger, G. H. Golub, "Linear least squares solutions by Householder
-        transformations" (1965). The tests compare it with LAPACK's.
+        transformations" (1965), Numerische Mathematik. The tests compare it with
+        LAPACK's.
     """
     n = x.shape[-1]
     check_rank(rank, x.shape)

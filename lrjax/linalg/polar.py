@@ -49,9 +49,11 @@ def polar(
         [[1.0, 0.0], [0.0, -1.0]]
 
     Reference:
-        N. J. Higham, "Functions of Matrices", chapter 8 (2008); K. Jordan et al.,
-        "Muon" (2024); N. Amsel, D. Persson, C. Musco, R. M. Gower, "The Polar Express"
-        (2025), arXiv 2505.16932.
+        N. J. Higham, "Functions of matrices: theory and computation", chapter 8 (2008),
+        SIAM; K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks"
+        (2024), kellerjordan.github.io/posts/muon; N. Amsel, D. Persson, C. Musco,
+        R. M. Gower, "The Polar Express: optimal matrix sign methods and their application
+        to the Muon algorithm" (2025), arXiv 2505.16932.
     """
     if x.shape[-2] < x.shape[-1]:
         return polar(x.mT, method=method, steps=steps, precision=precision).mT

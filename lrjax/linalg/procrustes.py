@@ -31,7 +31,7 @@ def procrustes(overlap: Float[Array, "*b r s"]) -> Float[Array, "*b r s"]:
 
     Reference:
         P. H. Schönemann, "A generalized solution of the orthogonal Procrustes problem"
-        (1966).
+        (1966), Psychometrika.
     """
     if overlap.shape[-1] != overlap.shape[-2]:
         raise ValueError(

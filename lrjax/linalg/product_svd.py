@@ -51,7 +51,7 @@ def product_svd(
 
     Reference:
         M. Brand, "Fast low-rank modifications of the thin singular value decomposition"
-        (2006).
+        (2006), Linear Algebra and its Applications.
     """
     factors = [left, right] if core is None else [left, right, core]
     largest = min(min(x.shape[-2:]) for x in factors)

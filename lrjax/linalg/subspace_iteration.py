@@ -46,7 +46,8 @@ def subspace_iteration(
         [0. 1.]
 
     Reference:
-        N. Halko, P.-G. Martinsson, J. A. Tropp, "Finding structure with randomness"
+        N. Halko, P.-G. Martinsson, J. A. Tropp, "Finding structure with randomness:
+        probabilistic algorithms for constructing approximate matrix decompositions"
         (2011), arXiv 0909.4061.
     """
 

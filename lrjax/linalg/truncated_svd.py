@@ -65,7 +65,8 @@ def truncated_svd(
         [3.0, 2.0]
 
     Reference:
-        N. Halko, P.-G. Martinsson, J. A. Tropp, "Finding structure with randomness"
+        N. Halko, P.-G. Martinsson, J. A. Tropp, "Finding structure with randomness:
+        probabilistic algorithms for constructing approximate matrix decompositions"
         (2011), arXiv 0909.4061.
     """
     m, n = x.shape[-2:]

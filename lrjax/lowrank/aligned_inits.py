@@ -57,8 +57,10 @@ def svd_init(
          [0. 0.]]
 
     Reference:
-        F. Meng, Z. Wang, M. Zhang, "PiSSA" (2024), arXiv:2404.02948; H. Wang et al.,
-        "MiLoRA" (2024), arXiv:2406.09044.
+        F. Meng, Z. Wang, M. Zhang, "PiSSA: principal singular values and singular vectors
+        adaptation of large language models" (2024), arXiv:2404.02948; H. Wang et al.,
+        "MiLoRA: harnessing minor singular components for parameter-efficient LLM
+        finetuning" (2024), arXiv:2406.09044.
     """
     u, values, v = _some(_vectors(matrix), rank, which)
     size = jnp.asarray(scale, u.dtype) * values[None, :] ** power

@@ -31,7 +31,8 @@ def lora_init(
         (True, 0.0)
 
     Reference:
-        E. Hu et al., "LoRA" (2021), arXiv 2106.09685; the scale is that of PEFT.
+        E. Hu et al., "LoRA: low-rank adaptation of large language models" (2021), arXiv
+        2106.09685; the scale is that of PEFT.
     """
     m, n = shape
     edge = n**-0.5

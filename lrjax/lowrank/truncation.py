@@ -41,7 +41,7 @@ def truncate(x: LowRank | SVDForm, rank: int) -> LowRank:
 
     Reference:
         C. Eckart, G. Young, "The approximation of one matrix by another of lower rank"
-        (1936).
+        (1936), Psychometrika.
     """
     if isinstance(x, SVDForm):
         x = x.to_low_rank()
@@ -170,7 +170,8 @@ def retraction(x: LowRank, step: LowRank) -> LowRank:
 
     Reference:
         P.-A. Absil, I. V. Oseledets, "Low-rank retractions: a survey and new results"
-        (2015). Special case: 4 + 2 + 2 above, where the factors by themselves give 9.
+        (2015), Computational Optimization and Applications. Special case: 4 + 2 + 2
+        above, where the factors by themselves give 9.
     """
     check_not_wider("retraction", x)
     return _nearest_factors(_first_order_svd(x, step), x)

@@ -25,8 +25,10 @@ def imbalance(x: LowRank) -> Float[Array, "*batch r r"]:
         [[5.0]]
 
     Reference:
-        S. Arora, N. Cohen, E. Hazan (2018), arXiv 1802.06509; S. Du, W. Hu, J. Lee
-        (2018), arXiv 1806.00900.
+        S. Arora, N. Cohen, E. Hazan, "On the optimization of deep networks: implicit
+        acceleration by overparameterization" (2018), arXiv 1802.06509; S. Du, W. Hu,
+        J. Lee, "Algorithmic regularization in learning deep homogeneous models: layers
+        are automatically balanced" (2018), arXiv 1806.00900.
     """
     return cross(x.left, x.left) - cross(x.right, x.right)
 

@@ -66,7 +66,8 @@ def hessian_overlap(
     Reference:
         G. Gur-Ari, D. Roberts, E. Dyer, "Gradient descent happens in a tiny subspace"
         (2018), arXiv 1812.04754. That the rest of the gradient matters nevertheless:
-        M. Song, K. Ahn, C. Yun, arXiv 2405.16002.
+        M. Song, K. Ahn, C. Yun, "Does SGD really happen in tiny subspaces?" (2024), arXiv
+        2405.16002.
     """
     flat, unravel = ravel_pytree(params)
     if not k <= steps <= flat.size:

@@ -61,7 +61,8 @@ def effective_rank(x: LowRank | Float[Array, "*batch m n"]) -> Float[Array, "*ba
         3.0
 
     Reference:
-        O. Roy, M. Vetterli, "The effective rank" (2007).
+        O. Roy, M. Vetterli, "The effective rank: a measure of effective dimensionality"
+        (2007), EUSIPCO.
     """
     relative = _relative(singular_values(x))
     total = jnp.sum(relative, axis=-1, keepdims=True)

@@ -46,7 +46,8 @@ def adam_sn(
         True
 
     Reference:
-        T. Nguyen, H. L. Nguyen, "Subset-Norm and Subspace-Momentum" (2024), arXiv
+        T. Nguyen, H. L. Nguyen, "Subset-norm and subspace-momentum: faster
+        memory-efficient adaptive optimization with convergence guarantees" (2024), arXiv
         2411.07120. For vectors it is Adam.
     """
     tx = scale_by_subset_norm(b2, eps, numerator=optax.ema(b1))

@@ -78,8 +78,8 @@ def apollo(
         >>> tx = lrjax.apollo(1e-2, rank=1, over="tensor", scale=128**0.5)
 
     Reference:
-        H. Zhu et al., "APOLLO" (2024), arXiv 2412.05270. With ``P = I`` it is Adam
-        normalized by columns.
+        H. Zhu et al., "APOLLO: SGD-like memory, AdamW-level performance" (2024), arXiv
+        2412.05270. With ``P = I`` it is Adam normalized by columns.
     """
     rank = 0.25 if rank is None else rank
     tx = project_updates(

@@ -71,7 +71,8 @@ def coap(
         True
 
     Reference:
-        J. Xiao, S. Sang, T. Zhi et al., "COAP" (2024), arXiv 2412.00071.
+        J. Xiao, S. Sang, T. Zhi et al., "COAP: memory-efficient training with
+        correlation-aware gradient projection" (2024), arXiv 2412.00071.
     """
     rank = 0.25 if rank is None else rank
     tx = project_updates(

@@ -68,9 +68,11 @@ def dion(
         True
 
     Reference:
-        K. Ahn, B. Xu, N. Abreu, J. Langford, "Dion" (2025), arXiv 2504.05295. Special
-        case: a constant momentum converges to its polar factor of rank ``r``. ``"qr"``:
-        "Orth-Dion" (2026), arXiv 2605.16341.
+        K. Ahn, B. Xu, N. Abreu, J. Langford, "Dion: distributed orthonormalized updates"
+        (2025), arXiv 2504.05295. Special case: a constant momentum converges to its polar
+        factor of rank ``r``. ``"qr"``: T. Nakamori et al., "Orth-Dion: eliminating
+        geometric mismatch in distributed low-rank spectral optimization" (2026), arXiv
+        2605.16341.
     """
     where = outputs_as_rows(where)
     tx = optax.chain(

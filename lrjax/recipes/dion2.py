@@ -67,9 +67,9 @@ def dion2(
         True
 
     Reference:
-        K. Ahn, N. Amsel, J. Langford, "Dion2: A Simple Method to Shrink Matrix in Muon"
-        (2025), arXiv 2512.16928. Special case: with ``fraction=1`` Muon without Nesterov's
-        step, its momentum a sum.
+        K. Ahn, N. Amsel, J. Langford, "Dion2: a simple method to shrink matrix in Muon"
+        (2025), arXiv 2512.16928. Special case: with ``fraction=1`` Muon without
+        Nesterov's step, its momentum a sum.
     """
     where = outputs_as_rows(where)
     tx = optax.chain(

@@ -64,8 +64,9 @@ def dion3(
 
     Reference:
         The microsoft/dion repository (2026), where it is NorDion2; K. Ahn, N. Amsel,
-        J. Langford, "Dion2" (2025), arXiv 2512.16928. Special case: with ``fraction=1``
-        and no more outputs than inputs, :func:`lrjax.normuon` at another scale.
+        J. Langford, "Dion2: a simple method to shrink matrix in Muon" (2025), arXiv
+        2512.16928. Special case: with ``fraction=1`` and no more outputs than inputs,
+        :func:`lrjax.normuon` at another scale.
     """
     where = outputs_as_rows(where)
     tx = optax.chain(

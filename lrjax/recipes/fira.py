@@ -70,8 +70,8 @@ def fira(
         True
 
     Reference:
-        X. Chen et al., "Fira" (2024), arXiv 2410.01623. At full rank it is
-        :func:`lrjax.galore`.
+        X. Chen et al., "Fira: can we achieve full-rank training of LLMs under low-rank
+        constraint?" (2024), arXiv 2410.01623. At full rank it is :func:`lrjax.galore`.
     """
     rank = 0.25 if rank is None else rank
     tx = project_updates(

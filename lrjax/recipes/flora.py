@@ -64,7 +64,8 @@ def flora(
         True
 
     Reference:
-        Y. Hao, Y. Cao, L. Mou, "Flora" (2024), arXiv 2402.03293.
+        Y. Hao, Y. Cao, L. Mou, "Flora: low-rank adapters are secretly gradient
+        compressors" (2024), arXiv 2402.03293.
     """
     rank = 128 if rank is None else rank
     tx = project_updates(

@@ -67,7 +67,8 @@ def frugal(
         True
 
     Reference:
-        P. Zmushko et al., "FRUGAL" (2024), arXiv 2411.07837.
+        P. Zmushko et al., "FRUGAL: memory-efficient optimization by reducing state
+        overhead for scalable training" (2024), arXiv 2411.07837.
     """
     rank = 0.25 if rank is None else rank
     tx = project_updates(

@@ -73,9 +73,10 @@ def galore(
         True
 
     Reference:
-        J. Zhao et al., "GaLore" (2024), arXiv 2403.03507; D. Su et al., "GaLore 2"
-        (2025), arXiv 2504.20437. With ``side="long"``, ``scale=1`` it is
-        ``optax.contrib.galore`` within a period.
+        J. Zhao et al., "GaLore: memory-efficient LLM training by gradient low-rank
+        projection" (2024), arXiv 2403.03507; D. Su et al., "GaLore 2: large-scale LLM
+        pre-training by gradient low-rank projection" (2025), arXiv 2504.20437. With
+        ``side="long"``, ``scale=1`` it is ``optax.contrib.galore`` within a period.
     """
     rank = 0.25 if rank is None else rank
     bases = {"svd": sub.SVD, "randomized": sub.RandomizedSVD}

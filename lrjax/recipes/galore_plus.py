@@ -69,8 +69,10 @@ def galore_plus(
         True
 
     Reference:
-        "GaLore+" (2024), arXiv 2412.19820. Special case: for a matrix without heads it is
-        :func:`lrjax.galore` by randomized SVDs, but for the entries of ``S``.
+        X. Liao, S. Li, Y. Xu, Z. Li, Y. Liu, Y. He, "GaLore+: boosting low-rank
+        adaptation for LLMs with cross-head projection" (2024), arXiv 2412.19820. Special
+        case: for a matrix without heads it is :func:`lrjax.galore` by randomized SVDs,
+        but for the entries of ``S``.
     """
     fraction = 0.01 if fraction is None else fraction
     rank = 0.25 if rank is None else rank

@@ -66,7 +66,8 @@ def golore(
         True
 
     Reference:
-        Y. He, P. Li, Y. Hu, C. Chen, K. Yuan (2024), arXiv 2410.11289.
+        Y. He, P. Li, Y. Hu, C. Chen, K. Yuan, "Subspace optimization for large language
+        models with convergence guarantees" (2024), arXiv 2410.11289.
     """
     rank = 0.25 if rank is None else rank
     tx = project_updates(

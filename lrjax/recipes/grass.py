@@ -69,7 +69,8 @@ def grass(
         True
 
     Reference:
-        A. Muhamed, O. Li, D. Woodruff, M. Diab, V. Smith, "Grass" (2024), arXiv
+        A. Muhamed, O. Li, D. Woodruff, M. Diab, V. Smith, "Grass: compute efficient
+        low-memory LLM training with structured sparse gradients" (2024), arXiv
         2406.17660. At full rank it is Adam.
     """
     rank = 0.25 if rank is None else rank

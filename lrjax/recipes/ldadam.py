@@ -62,8 +62,8 @@ def ldadam(
         True
 
     Reference:
-        T. Robert, M. Safaryan, I.-V. Modoranu, D. Alistarh, "LDAdam" (2024), arXiv
-        2410.16103.
+        T. Robert, M. Safaryan, I.-V. Modoranu, D. Alistarh, "LDAdam: adaptive
+        optimization from low-dimensional gradient statistics" (2024), arXiv 2410.16103.
     """
     rank = 16 if rank is None else rank
     tx = project_updates(

@@ -60,8 +60,9 @@ def levenberg_marquardt(
         True
 
     Reference:
-        M. Díaz, L. Jiang, A. Labassi, Levenberg-Marquardt subgradient methods (2025), arXiv
-        2509.11486. Special case: ``damping=0`` is the Gauss-Newton subgradient method.
+        M. Díaz, L. Jiang, A. G. Labassi, "Preconditioned subgradient method for composite
+        optimization: overparameterization and fast convergence" (2025), arXiv 2509.11486.
+        Special case: ``damping=0`` is the Gauss-Newton subgradient method.
     """
     if loss_power is not None and f_min is None:
         raise ValueError(

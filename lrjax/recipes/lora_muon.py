@@ -51,8 +51,11 @@ def lora_muon(
         0.05
 
     Reference:
-        "LoRA-Muon" (2026), arXiv 2606.12921; K. Jordan et al., "Muon" (2024). Special
-        case: with the identity for ``polar``, :func:`lrjax.scaled_gd`.
+        F. L. Cesista, K. Crowson, C. Simal, S. Biderman, "LoRA-Muon: spectral steepest
+        descent on the low-rank manifold" (2026), arXiv 2606.12921; K. Jordan et al.,
+        "Muon: an optimizer for hidden layers in neural networks" (2024),
+        kellerjordan.github.io/posts/muon. Special case: with the identity for ``polar``,
+        :func:`lrjax.scaled_gd`.
     """
     direction = optax.chain(
         # The momentum would refuse a node without one of its factors in other words.

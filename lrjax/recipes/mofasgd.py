@@ -57,9 +57,9 @@ def mofasgd(
         True
 
     Reference:
-        P. Mahdavinia, M. Mahdavi, "MoFaSGD" (2025), arXiv 2507.08091: the published
-        update, where its code divides by singular values. Special case: a zero gradient
-        repeats the last update.
+        P. Mahdavinia, M. Mahdavi, "Low-rank momentum factorization for memory efficient
+        training" (2025), arXiv 2507.08091: the published update, where its code divides
+        by singular values. Special case: a zero gradient repeats the last update.
     """
     rank = 32 if rank is None else rank
     tx = optax.chain(

@@ -63,8 +63,9 @@ def normuon(
         True
 
     Reference:
-        Z. Li, L. Liu, C. Liang, W. Chen, T. Zhao, "NorMuon" (2025), arXiv 2510.05491.
-        Special case: with ``b2=0`` all outputs move by the same length.
+        Z. Li, L. Liu, C. Liang, W. Chen, T. Zhao, "NorMuon: making Muon more efficient
+        and scalable" (2025), arXiv 2510.05491. Special case: with ``b2=0`` all outputs
+        move by the same length.
     """
     where = outputs_as_rows(where)
     tx = optax.chain(

@@ -65,7 +65,8 @@ def online_subspace_descent(
         True
 
     Reference:
-        K. Liang, B. Liu, L. Chen, Q. Liu (2024), arXiv 2408.12857.
+        K. Liang, B. Liu, L. Chen, Q. Liu, "Memory-efficient LLM training with online
+        subspace descent" (2024), arXiv 2408.12857.
     """
     rank = 0.25 if rank is None else rank
     if callable(learning_rate):

@@ -101,8 +101,9 @@ def opsa(
         ... )
 
     Reference:
-        P. Giampouras, H. Cai, R. Vidal, "OPSA" (2025), arXiv 2410.16826. Special case:
-        ``nuclear_weight = damping = 0`` at the true rank is
+        P. Giampouras, H. Cai, R. Vidal, "Guarantees of a preconditioned subgradient
+        algorithm for overparameterized asymmetric low-rank matrix recovery" (2025), arXiv
+        2410.16826. Special case: ``nuclear_weight = damping = 0`` at the true rank is
         :func:`lrjax.scaled_subgradient`.
     """
     direction = optax.chain(

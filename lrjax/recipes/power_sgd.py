@@ -76,8 +76,9 @@ def power_sgd(
         A data-parallel step is written out at :func:`lrjax.data_parallel_specs`.
 
     Reference:
-        T. Vogels, S. P. Karimireddy, M. Jaggi, "PowerSGD" (2019), arXiv 1905.13727.
-        Special case: at full rank, SGD with momentum on the mean gradient.
+        T. Vogels, S. P. Karimireddy, M. Jaggi, "PowerSGD: practical low-rank gradient
+        compression for distributed optimization" (2019), arXiv 1905.13727. Special case:
+        at full rank, SGD with momentum on the mean gradient.
     """
     rank = 4 if rank is None else rank
 

@@ -56,8 +56,9 @@ def psgd(
 
     Reference:
         X.-L. Li, "Black box Lie group preconditioners for SGD" (2022), arXiv 2211.04422;
-        O. Pooladzandi, X.-L. Li (2024), arXiv 2402.04553. Special case: the update of a
-        first gradient does not depend on its size.
+        O. Pooladzandi, X.-L. Li, "Curvature-informed SGD via general purpose Lie-group
+        preconditioners" (2024), arXiv 2402.04553. Special case: the update of a first
+        gradient does not depend on its size.
     """
     rank = 10 if rank is None else rank
     tx = scale_by_psgd(rank, rate, key=key)

@@ -73,7 +73,8 @@ def q_galore(
         True
 
     Reference:
-        Z. Zhang et al., "Q-GaLore" (2024), arXiv 2407.08296.
+        Z. Zhang et al., "Q-GaLore: quantized GaLore with INT4 projection and
+        layer-adaptive low-rank gradients" (2024), arXiv 2407.08296.
     """
     min_size = 4096 if min_size is None else min_size
     block = 256 if block is None else block

@@ -47,8 +47,10 @@ def scaled_gd(
         [100. 1.]
 
     Reference:
-        T. Tong, C. Ma, Y. Chi (2021), arXiv 2005.08898; X. Xu, Y. Shen, Y. Chi, C. Ma,
-        ScaledGD(λ) (2023), arXiv 2302.01186.
+        T. Tong, C. Ma, Y. Chi, "Accelerating ill-conditioned low-rank matrix estimation
+        via scaled gradient descent" (2021), arXiv 2005.08898; X. Xu, Y. Shen, Y. Chi,
+        C. Ma, "The power of preconditioning in overparameterized low-rank matrix sensing"
+        (2023), arXiv 2302.01186.
     """
     return optax.chain(
         on_nodes(scale_by_gram(damping, relative=relative, order=order)),

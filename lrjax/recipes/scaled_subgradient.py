@@ -54,8 +54,9 @@ def scaled_subgradient(
         [100. 1.]
 
     Reference:
-        T. Tong, C. Ma, Y. Chi, "Low-rank matrix recovery with scaled subgradient methods"
-        (2021), arXiv 2010.13364.
+        T. Tong, C. Ma, Y. Chi, "Low-rank matrix recovery with scaled subgradient methods:
+        fast and robust convergence without the condition number" (2021), arXiv
+        2010.13364.
     """
     phi = unit_norm if f_min is None else None
     return optax.chain(

@@ -67,7 +67,8 @@ def snsm(
         True
 
     Reference:
-        T. Nguyen, H. L. Nguyen, "Subset-Norm and Subspace-Momentum" (2024), arXiv
+        T. Nguyen, H. L. Nguyen, "Subset-norm and subspace-momentum: faster
+        memory-efficient adaptive optimization with convergence guarantees" (2024), arXiv
         2411.07120. At full rank, with the basis kept, it is :func:`lrjax.adam_sn`.
     """
     rank = 128 if rank is None else rank

@@ -78,8 +78,9 @@ def soap(
 
     Reference:
         N. Vyas, D. Morwani, R. Zhao, M. Kwun, I. Shapira, D. Brandfonbrener, L. Janson,
-        S. Kakade, "SOAP" (2024), arXiv 2409.11321. Special case: gradients ``A G Bᵀ``
-        with orthogonal ``A``, ``B`` give the updates ``A U Bᵀ``.
+        S. Kakade, "SOAP: improving and stabilizing Shampoo using Adam" (2024), arXiv
+        2409.11321. Special case: gradients ``A G Bᵀ`` with orthogonal ``A``, ``B`` give
+        the updates ``A U Bᵀ``.
     """
     max_side = 10000 if max_side is None else max_side
     tx = rotate_updates(

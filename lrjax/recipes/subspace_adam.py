@@ -68,9 +68,11 @@ def subspace_adam(
         True
 
     Reference:
-        T. Robert et al., "LDAdam" (2024), arXiv 2410.16103, for the moments; X. Chen et
-        al., "Fira" (2024), arXiv 2410.01623, for the residual. Special case: at full
-        rank, where nothing is left out, Adam in a rotated basis.
+        T. Robert et al., "LDAdam: adaptive optimization from low-dimensional gradient
+        statistics" (2024), arXiv 2410.16103, for the moments; X. Chen et al., "Fira: can
+        we achieve full-rank training of LLMs under low-rank constraint?" (2024), arXiv
+        2410.01623, for the residual. Special case: at full rank, where nothing is left
+        out, Adam in a rotated basis.
     """
     blocks = 8 if blocks is None else blocks
     rank = 0.25 if rank is None else rank

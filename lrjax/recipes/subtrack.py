@@ -68,7 +68,8 @@ def subtrack(
         True
 
     Reference:
-        S. Rajabi, N. Nonta, S. Rambhatla, "SubTrack++" (2025), arXiv 2502.01586.
+        S. Rajabi, N. Nonta, S. Rambhatla, "SubTrack++: gradient subspace tracking for
+        scalable LLM training" (2025), arXiv 2502.01586.
     """
     rank = 0.25 if rank is None else rank
     tx = project_updates(

@@ -66,8 +66,9 @@ def sumo(
         True
 
     Reference:
-        "SUMO" (2025), arXiv 2505.24749. Special case: at full rank, the polar factor of
-        plain momentum.
+        Y. Refael, G. Smorodinsky, T. Tirer, O. Lindenbaum, "SUMO: subspace-aware
+        moment-orthogonalization for accelerating memory-efficient LLM training" (2025),
+        arXiv 2505.24749. Special case: at full rank, the polar factor of plain momentum.
     """
     rank = 0.25 if rank is None else rank
     inner = optax.chain(

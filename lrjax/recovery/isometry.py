@@ -69,8 +69,9 @@ def mixed_norm_rip(
         True
 
     Reference:
-        T. Tong, C. Ma, Y. Chi, "Low-rank matrix recovery with scaled subgradient methods"
-        (2021), arXiv 2010.13364.
+        T. Tong, C. Ma, Y. Chi, "Low-rank matrix recovery with scaled subgradient methods:
+        fast and robust convergence without the condition number" (2021), arXiv
+        2010.13364.
     """
 
     def ratio(key):
@@ -138,7 +139,9 @@ def sign_rip(
         True
 
     Reference:
-        J. Ma, S. Fattahi (2022), arXiv 2202.08788.
+        J. Ma, S. Fattahi, "Global convergence of sub-gradient method for robust matrix
+        recovery: small initialization, noisy measurements, and over-parameterization"
+        (2022), arXiv 2202.08788.
     """
 
     def trial(key):

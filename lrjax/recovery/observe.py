@@ -83,7 +83,8 @@ def staircase(truth: LowRank) -> Callable[[Any], Staircase]:
 
     Reference:
         J. Jin, Z. Li, K. Lyu, S. Du, J. Lee, "Understanding incremental learning of
-        gradient descent" (2023), arXiv 2301.11500.
+        gradient descent: a fine-grained analysis of matrix sensing" (2023), arXiv
+        2301.11500.
     """
     steps = truncate(truth, truth.rank)
     values = jnp.diagonal(gram(steps.left), axis1=-2, axis2=-1)

@@ -70,7 +70,8 @@ def accumulate_gradients(
         (2, 16)
 
     Reference:
-        Y. Hao, Y. Cao, L. Mou, "Flora" (2024), arXiv 2402.03293.
+        Y. Hao, Y. Cao, L. Mou, "Flora: low-rank adapters are secretly gradient
+        compressors" (2024), arXiv 2402.03293.
     """
     if steps < 1:
         raise ValueError(f"accumulate_gradients needs steps >= 1, got {steps}.")

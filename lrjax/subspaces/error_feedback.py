@@ -25,8 +25,8 @@ class ErrorFeedback(eqx.Module):
         ... )
 
     Reference:
-        T. Robert, M. Safaryan, I.-V. Modoranu, D. Alistarh, "LDAdam" (2024), arXiv
-        2410.16103.
+        T. Robert, M. Safaryan, I.-V. Modoranu, D. Alistarh, "LDAdam: adaptive
+        optimization from low-dimensional gradient statistics" (2024), arXiv 2410.16103.
     """
 
     b1: ArrayLike = 0.9

@@ -88,7 +88,8 @@ class Residual(Lift):
         ... )
 
     Reference:
-        T. Nguyen, H. L. Nguyen, "Subset-Norm and Subspace-Momentum" (2024), arXiv
+        T. Nguyen, H. L. Nguyen, "Subset-norm and subspace-momentum: faster
+        memory-efficient adaptive optimization with convergence guarantees" (2024), arXiv
         2411.07120.
     """
 
@@ -122,7 +123,8 @@ class Blend(Lift):
         ... )
 
     Reference:
-        Y. Hao, Y. Cao, L. Mou, "Flora" (2024), arXiv 2402.03293.
+        Y. Hao, Y. Cao, L. Mou, "Flora: low-rank adapters are secretly gradient
+        compressors" (2024), arXiv 2402.03293.
     """
 
     b1: ArrayLike = 0.9
@@ -148,7 +150,8 @@ class SignResidual(Lift):
         ... )
 
     Reference:
-        P. Zmushko et al., "FRUGAL" (2024), arXiv 2411.07837.
+        P. Zmushko et al., "FRUGAL: memory-efficient optimization by reducing state
+        overhead for scalable training" (2024), arXiv 2411.07837.
     """
 
     weight: ArrayLike = 1.0
@@ -229,7 +232,8 @@ class ScaledResidual(Lift):
         ... )
 
     Reference:
-        X. Chen et al., "Fira" (2024), arXiv 2410.01623.
+        X. Chen et al., "Fira: can we achieve full-rank training of LLMs under low-rank
+        constraint?" (2024), arXiv 2410.01623.
     """
 
     scale: ArrayLike = 1.0
@@ -291,7 +295,8 @@ class ScaledGradient(Lift):
         ... )
 
     Reference:
-        H. Zhu et al., "APOLLO" (2024), arXiv 2412.05270.
+        H. Zhu et al., "APOLLO: SGD-like memory, AdamW-level performance" (2024), arXiv
+        2412.05270.
     """
 
     scale: ArrayLike = 1.0
@@ -332,7 +337,8 @@ class SampledResidual(Lift):
         ... )
 
     Reference:
-        "Unbiased gradient low-rank projection" (2025), arXiv 2510.17802.
+        R. Pan, Y. Luo, Y. Liu, Y. You, T. Zhang, "Unbiased gradient low-rank projection"
+        (2025), arXiv 2510.17802.
     """
 
     probability: ArrayLike = 0.5

@@ -130,8 +130,9 @@ def project_updates(
         (2, 16)
 
     Reference:
-        J. Zhao, Z. Zhang, B. Chen, Z. Wang, A. Anandkumar, Y. Tian, "GaLore" (2024),
-        arXiv 2403.03507, and the methods named at ``lrjax.subspaces``.
+        J. Zhao, Z. Zhang, B. Chen, Z. Wang, A. Anandkumar, Y. Tian, "GaLore:
+        memory-efficient LLM training by gradient low-rank projection" (2024), arXiv
+        2403.03507, and the methods named at ``lrjax.subspaces``.
     """
     config = SubspaceConfig(
         basis,

@@ -177,7 +177,8 @@ class Adaptive(Schedule):
         ... )
 
     Reference:
-        Z. Zhang et al., "Q-GaLore" (2024), arXiv 2407.08296.
+        Z. Zhang et al., "Q-GaLore: quantized GaLore with INT4 projection and
+        layer-adaptive low-rank gradients" (2024), arXiv 2407.08296.
     """
 
     steps: int | Array

@@ -34,7 +34,8 @@ class SparseResidual(Lift):
         ... )
 
     Reference:
-        "GaLore+" (2024), arXiv 2412.19820.
+        X. Liao, S. Li, Y. Xu, Z. Li, Y. Liu, Y. He, "GaLore+: boosting low-rank
+        adaptation for LLMs with cross-head projection" (2024), arXiv 2412.19820.
     """
 
     fraction: float

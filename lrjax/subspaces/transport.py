@@ -143,8 +143,9 @@ class RotateVariance(MomentTransport):
         ... )
 
     Reference:
-        T. Robert, M. Safaryan, I.-V. Modoranu, D. Alistarh, "LDAdam" (2024), arXiv
-        2410.16103, without the last term. Special case: theirs, within one subspace.
+        T. Robert, M. Safaryan, I.-V. Modoranu, D. Alistarh, "LDAdam: adaptive
+        optimization from low-dimensional gradient statistics" (2024), arXiv 2410.16103,
+        without the last term. Special case: theirs, within one subspace.
     """
 
     b1: ArrayLike = 0.9

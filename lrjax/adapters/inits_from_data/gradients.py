@@ -71,9 +71,11 @@ def gradient_statistics(
         True
 
     Reference:
-        S. Wang, L. Yu, J. Li, "LoRA-GA" (2024), arXiv:2407.05000, for gradients as
-        starts; N. Halko, P.-G. Martinsson, J. A. Tropp, "Finding structure with
-        randomness" (2011), arXiv:0909.4061, for the factors.
+        S. Wang, L. Yu, J. Li, "LoRA-GA: low-rank adaptation with gradient approximation"
+        (2024), arXiv:2407.05000, for gradients as starts; N. Halko, P.-G. Martinsson,
+        J. A. Tropp, "Finding structure with randomness: probabilistic algorithms for
+        constructing approximate matrix decompositions" (2011), arXiv:0909.4061, for the
+        factors.
     """
     if rank is None:
         copies = adapt(model, _Whole(), where=where, axes=axes, key=jr.key(0))

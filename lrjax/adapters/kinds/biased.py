@@ -45,8 +45,9 @@ class WithBias(AroundKind):
         (16,)
 
     Reference:
-        E. Ben Zaken, S. Ravfogel, Y. Goldberg, "BitFit" (2021), arXiv:2106.10199, trains
-        the biases alone.
+        E. Ben Zaken, S. Ravfogel, Y. Goldberg, "BitFit: simple parameter-efficient
+        fine-tuning for transformer-based masked language-models" (2021),
+        arXiv:2106.10199, trains the biases alone.
     """
 
     kind: AdapterKind

@@ -184,8 +184,8 @@ class HiRA(AdapterKind):
         (5, 6)
 
     Reference:
-        Q. Huang et al., "HiRA: parameter-efficient Hadamard high-rank adaptation for large
-        language models" (ICLR 2025), as in PEFT.
+        Q. Huang et al., "HiRA: parameter-efficient Hadamard high-rank adaptation for
+        large language models" (2025), ICLR, as in PEFT.
     """
 
     rank: int = eqx.field(static=True)

@@ -128,8 +128,9 @@ class LoKr(AdapterKind):
         ((2, 3), (4, 4))
 
     Reference:
-        S.-Y. Yeh et al., "Navigating text-to-image customization: from LyCORIS fine-tuning
-        to model evaluation" (2023), arXiv:2309.14859; A. Edalati et al., "KronA" (2022),
+        S.-Y. Yeh et al., "Navigating text-to-image customization: from LyCORIS
+        fine-tuning to model evaluation" (2023), arXiv:2309.14859; A. Edalati et al.,
+        "KronA: parameter efficient tuning with Kronecker adapter" (2022),
         arXiv:2212.10650, where no side is a product of factors.
     """
 

@@ -66,8 +66,10 @@ class WithMagnitude(AroundKind):
         (16,)
 
     Reference:
-        S.-Y. Liu et al., "DoRA" (2024), arXiv:2402.09353; around LoRA-XS: H. Nasiri,
-        P. Garraghan, "EDoRA" (2025), arXiv:2501.12067.
+        S.-Y. Liu et al., "DoRA: weight-decomposed low-rank adaptation" (2024),
+        arXiv:2402.09353; around LoRA-XS: H. Nasiri, P. Garraghan, "EDoRA: efficient
+        weight-decomposed low-rank adaptation via singular value decomposition" (2025),
+        arXiv:2501.12067.
     """
 
     kind: AdapterKind

@@ -177,10 +177,13 @@ class LoRA(AdapterKind):
         (16, 4)
 
     Reference:
-        E. Hu et al., "LoRA" (2021), arXiv:2106.09685; D. Kalajdzievski, "A rank
-        stabilization scaling factor for fine-tuning with LoRA" (2023), arXiv:2312.03732;
-        L. Zhang et al., "LoRA-FA" (2023), arXiv:2308.03303; F. Meng, Z. Wang, M. Zhang,
-        "PiSSA" (2024), arXiv:2404.02948.
+        E. Hu et al., "LoRA: low-rank adaptation of large language models" (2021),
+        arXiv:2106.09685; D. Kalajdzievski, "A rank stabilization scaling factor for
+        fine-tuning with LoRA" (2023), arXiv:2312.03732; L. Zhang et al., "LoRA-FA:
+        memory-efficient low-rank adaptation for large language models fine-tuning"
+        (2023), arXiv:2308.03303; F. Meng, Z. Wang, M. Zhang, "PiSSA: principal singular
+        values and singular vectors adaptation of large language models" (2024),
+        arXiv:2404.02948.
     """
 
     rank: int = eqx.field(static=True)

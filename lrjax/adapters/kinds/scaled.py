@@ -133,7 +133,8 @@ class VeRA(_Pooled):
         (16, 16)
 
     Reference:
-        D. J. Kopiczko, T. Blankevoort, Y. M. Asano, "VeRA" (2023), arXiv:2310.11454.
+        D. J. Kopiczko, T. Blankevoort, Y. M. Asano, "VeRA: vector-based random matrix
+        adaptation" (2023), arXiv:2310.11454.
     """
 
     def __init__(
@@ -173,7 +174,8 @@ class TiedLoRA(_Pooled):
         (16, 16)
 
     Reference:
-        A. Renduchintala, T. Konuk, O. Kuchaiev, "Tied-LoRA" (2023), arXiv:2311.09578.
+        A. Renduchintala, T. Konuk, O. Kuchaiev, "Tied-LoRA: enhancing parameter
+        efficiency of LoRA with weight tying" (2023), arXiv:2311.09578.
     """
 
     def __init__(

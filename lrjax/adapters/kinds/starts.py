@@ -78,7 +78,8 @@ class ZeroStart(Start):
         0.0
 
     Reference:
-        E. Hu et al., "LoRA" (2021), arXiv:2106.09685; the numbers are PEFT's.
+        E. Hu et al., "LoRA: low-rank adaptation of large language models" (2021),
+        arXiv:2106.09685; the numbers are PEFT's.
     """
 
     normal: bool = eqx.field(static=True, default=False)
@@ -179,7 +180,8 @@ class SingularStart(Start):
         (3, 4)
 
     Reference:
-        F. Meng, Z. Wang, M. Zhang, "PiSSA" (2024), arXiv:2404.02948; H. Wang et al.,
+        F. Meng, Z. Wang, M. Zhang, "PiSSA: principal singular values and singular vectors
+        adaptation of large language models" (2024), arXiv:2404.02948; H. Wang et al.,
         "MiLoRA: harnessing minor singular components for parameter-efficient LLM
         finetuning" (2024), arXiv:2406.09044.
     """

@@ -205,9 +205,9 @@ class DoTA(AdapterKind):
         [(1, 2, 3, 2), (2, 4, 4, 1)]
 
     Reference:
-        X. Hu et al., "DoTA: weight-decomposed tensor adaptation for large language models"
-        (2024), arXiv:2412.20891; the decomposition: I. Oseledets, "Tensor-train
-        decomposition" (2011).
+        X. Hu et al., "DoTA: weight-decomposed tensor adaptation for large language
+        models" (2024), arXiv:2412.20891; the decomposition: I. Oseledets, "Tensor-train
+        decomposition" (2011), SIAM Journal on Scientific Computing.
     """
 
     rank: int = eqx.field(static=True)

@@ -69,9 +69,9 @@ def alternating_least_squares(
 
     Reference:
         Y. Koren, R. Bell, C. Volinsky, "Matrix factorization techniques for recommender
-        systems" (2009); Y. Gu, Z. Song, J. Yin, L. Zhang, "Low rank matrix completion
-        via robust alternating minimization in nearly linear time" (2024), arXiv
-        2302.11068.
+        systems" (2009), IEEE Computer; Y. Gu, Z. Song, J. Yin, L. Zhang, "Low rank matrix
+        completion via robust alternating minimization in nearly linear time" (2024),
+        arXiv 2302.11068.
     """
     _check(problem, init, steps, sketch)
     m, n = problem.shape

@@ -221,8 +221,8 @@ def fit_completion(
 
     Reference:
         Y. J. Lim, Y. W. Teh, "Variational Bayesian approach to movie rating prediction"
-        (2007); A. Ilin, T. Raiko, "Practical approaches to principal component analysis
-        in the presence of missing values" (2010).
+        (2007), KDD Cup; A. Ilin, T. Raiko, "Practical approaches to principal component
+        analysis in the presence of missing values" (2010), JMLR.
     """
     shape = tuple(shape)
     sentence = NO_DERIVATIVE.format("fit_completion")

@@ -26,7 +26,8 @@ class SVD(MatrixBasis):
         >>> tx = lrjax.project_updates(optax.scale_by_adam(), lrjax.subspaces.SVD(4))
 
     Reference:
-        J. Zhao et al., "GaLore" (2024), arXiv 2403.03507.
+        J. Zhao et al., "GaLore: memory-efficient LLM training by gradient low-rank
+        projection" (2024), arXiv 2403.03507.
     """
 
     rank: Rank
@@ -127,9 +128,10 @@ class RandomizedSVD(MatrixBasis):
         >>> tx = lrjax.project_updates(optax.scale_by_adam(), basis)
 
     Reference:
-        N. Halko, P.-G. Martinsson, J. A. Tropp, "Finding structure with randomness"
-        (2011), arXiv 0909.4061; used by D. Su et al., "GaLore 2" (2025), arXiv
-        2504.20437.
+        N. Halko, P.-G. Martinsson, J. A. Tropp, "Finding structure with randomness:
+        probabilistic algorithms for constructing approximate matrix decompositions"
+        (2011), arXiv 0909.4061; used by D. Su et al., "GaLore 2: large-scale LLM
+        pre-training by gradient low-rank projection" (2025), arXiv 2504.20437.
     """
 
     rank: Rank
@@ -165,7 +167,8 @@ class RangeFinder(MatrixBasis):
         >>> tx = lrjax.project_updates(optax.scale_by_adam(), basis)
 
     Reference:
-        N. Halko, P.-G. Martinsson, J. A. Tropp, "Finding structure with randomness"
+        N. Halko, P.-G. Martinsson, J. A. Tropp, "Finding structure with randomness:
+        probabilistic algorithms for constructing approximate matrix decompositions"
         (2011), arXiv 0909.4061.
     """
 

@@ -45,8 +45,9 @@ class Power(MatrixBasis):
         >>> tx = lrjax.project_updates(optax.scale_by_adam(), basis)
 
     Reference:
-        T. Robert, M. Safaryan, I.-V. Modoranu, D. Alistarh, "LDAdam" (2024), arXiv
-        2410.16103, for the blend.
+        T. Robert, M. Safaryan, I.-V. Modoranu, D. Alistarh, "LDAdam: adaptive
+        optimization from low-dimensional gradient statistics" (2024), arXiv 2410.16103,
+        for the blend.
     """
 
     rank: Rank

@@ -46,7 +46,8 @@ class Quantized(Basis):
         >>> tx = lrjax.project_updates(optax.scale_by_adam(), basis)
 
     Reference:
-        Z. Zhang et al., "Q-GaLore" (2024), arXiv 2407.08296.
+        Z. Zhang et al., "Q-GaLore: quantized GaLore with INT4 projection and
+        layer-adaptive low-rank gradients" (2024), arXiv 2407.08296.
     """
 
     base: MatrixBasis

@@ -32,7 +32,8 @@ class Gaussian(Basis):
         ... )
 
     Reference:
-        Y. Hao, Y. Cao, L. Mou, "Flora" (2024), arXiv 2402.03293.
+        Y. Hao, Y. Cao, L. Mou, "Flora: low-rank adapters are secretly gradient
+        compressors" (2024), arXiv 2402.03293.
     """
 
     rank: Rank
@@ -126,7 +127,8 @@ class SelectedRows(Basis):
         >>> tx = lrjax.project_updates(optax.scale_by_adam(), basis)
 
     Reference:
-        A. Muhamed, O. Li, D. Woodruff, M. Diab, V. Smith, "Grass" (2024), arXiv
+        A. Muhamed, O. Li, D. Woodruff, M. Diab, V. Smith, "Grass: compute efficient
+        low-memory LLM training with structured sparse gradients" (2024), arXiv
         2406.17660.
     """
 

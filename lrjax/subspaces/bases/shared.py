@@ -33,7 +33,8 @@ class Shared(Basis):
         >>> tx = lrjax.project_updates(optax.scale_by_adam(), basis)
 
     Reference:
-        "GaLore+" (2024), arXiv 2412.19820.
+        X. Liao, S. Li, Y. Xu, Z. Li, Y. Liu, Y. He, "GaLore+: boosting low-rank
+        adaptation for LLMs with cross-head projection" (2024), arXiv 2412.19820.
     """
 
     base: Basis

@@ -38,7 +38,8 @@ class Geodesic(MatrixBasis):
         >>> tx = lrjax.project_updates(optax.scale_by_adam(), basis)
 
     Reference:
-        S. Rajabi, N. Nonta, S. Rambhatla, "SubTrack++" (2025), arXiv 2502.01586.
+        S. Rajabi, N. Nonta, S. Rambhatla, "SubTrack++: gradient subspace tracking for
+        scalable LLM training" (2025), arXiv 2502.01586.
     """
 
     rank: Rank
@@ -194,7 +195,8 @@ class CorrelationDescent(MatrixBasis):
         >>> tx = lrjax.project_updates(optax.scale_by_adam(), basis, schedule=schedule)
 
     Reference:
-        J. Xiao, S. Sang, T. Zhi et al., "COAP" (2024), arXiv 2412.00071.
+        J. Xiao, S. Sang, T. Zhi et al., "COAP: memory-efficient training with
+        correlation-aware gradient projection" (2024), arXiv 2412.00071.
     """
 
     rank: Rank
@@ -268,7 +270,8 @@ class EmaGram(_StatefulBasis):
         >>> tx = lrjax.project_updates(optax.scale_by_adam(), basis, schedule=schedule)
 
     Reference:
-        N. Vyas et al., "SOAP" (2024), arXiv 2409.11321, its one-sided form.
+        N. Vyas et al., "SOAP: improving and stabilizing Shampoo using Adam" (2024), arXiv
+        2409.11321, its one-sided form.
     """
 
     rank: Rank

@@ -38,9 +38,10 @@ def add_nuclear_norm(weight: ArrayLike) -> optax.GradientTransformation:
         [[2.]] [[3.]]
 
     Reference:
-        N. Srebro, J. Rennie, T. Jaakkola, "Maximum-margin matrix factorization" (2004);
-        in the preconditioned step: P. Giampouras, H. Cai, R. Vidal, "OPSA" (2025), arXiv
-        2410.16826.
+        N. Srebro, J. Rennie, T. Jaakkola, "Maximum-margin matrix factorization" (2004),
+        NeurIPS; in the preconditioned step: P. Giampouras, H. Cai, R. Vidal, "Guarantees
+        of a preconditioned subgradient algorithm for overparameterized asymmetric
+        low-rank matrix recovery" (2025), arXiv 2410.16826.
     """
     check_non_negative("add_nuclear_norm", "weight", weight)
 

@@ -36,8 +36,9 @@ def keep_orthonormal() -> optax.GradientTransformation:
         [0.8 0.6]
 
     Reference:
-        P.-A. Absil, J. Malick, "Projection-like retractions on matrix manifolds" (2012);
-        for adapters: Z. Li et al., "StelLA" (2025), arXiv 2510.01938.
+        P.-A. Absil, J. Malick, "Projection-like retractions on matrix manifolds" (2012),
+        SIAM Journal on Optimization; for adapters: Z. Li et al., "StelLA: subspace
+        learning in low-rank adaptation using Stiefel manifold" (2025), arXiv 2510.01938.
     """
 
     def move(step: Array, x: Array) -> Array:

@@ -43,8 +43,9 @@ def landing_field(pull: ArrayLike = 1.0) -> optax.GradientTransformation:
 
     Reference:
         P. Ablin, G. Peyré, "Fast and accurate optimization on the orthogonal manifold
-        without retraction" (2021), arXiv 2102.07432; for adapters: K. Lion et al., "PoLAR"
-        (2025), arXiv 2506.03133.
+        without retraction" (2021), arXiv 2102.07432; for adapters: K. Lion et al.,
+        "PoLAR: polar-decomposed low-rank adapter representation" (2025), arXiv
+        2506.03133.
     """
 
     def field(gradient: Array, x: Array) -> Array:

@@ -37,7 +37,8 @@ def retract() -> optax.GradientTransformation:
 
     Reference:
         P.-A. Absil, I. V. Oseledets, "Low-rank retractions: a survey and new results"
-        (2015). Special case: 4 + 2 + 2 above, where the factors by themselves give 9.
+        (2015), Computational Optimization and Applications. Special case: 4 + 2 + 2
+        above, where the factors by themselves give 9.
     """
 
     def init(params):

@@ -67,9 +67,10 @@ def scale_by_gauss_newton(
         [-0.138] (1, 1)
 
     Reference:
-        M. Díaz, L. Jiang, A. Labassi, Levenberg-Marquardt subgradient methods (2025), arXiv
-        2509.11486, who solve the system by conjugate gradients. Special case: without
-        damping the product moves as under :func:`scale_by_tangent`.
+        M. Díaz, L. Jiang, A. G. Labassi, "Preconditioned subgradient method for composite
+        optimization: overparameterization and fast convergence" (2025), arXiv 2509.11486,
+        who solve the system by conjugate gradients. Special case: without damping the
+        product moves as under :func:`scale_by_tangent`.
     """
     check_non_negative("scale_by_gauss_newton", "damping", damping)
     counts = callable(damping)

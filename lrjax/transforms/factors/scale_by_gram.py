@@ -77,10 +77,13 @@ def scale_by_gram(
 
     Reference:
         T. Tong, C. Ma, Y. Chi, "Accelerating ill-conditioned low-rank matrix estimation
-        via scaled gradient descent" (2021), arXiv 2005.08898; damped: X. Xu et al.
-        (2023), arXiv 2302.01186; on LoRA factors: F. Zhang, M. Pilanci (2024), arXiv
-        2402.02347; root-of-the-loss damping: J. Zhang, S. Fattahi, R. Zhang (2021), arXiv
-        2504.09708.
+        via scaled gradient descent" (2021), arXiv 2005.08898; damped: X. Xu, Y. Shen,
+        Y. Chi, C. Ma, "The power of preconditioning in overparameterized low-rank matrix
+        sensing" (2023), arXiv 2302.01186; on LoRA factors: F. Zhang, M. Pilanci,
+        "Riemannian preconditioned LoRA for fine-tuning foundation models" (2024), arXiv
+        2402.02347; root-of-the-loss damping: J. Zhang, S. Fattahi, R. Zhang,
+        "Preconditioned gradient descent for over-parameterized nonconvex matrix
+        factorization" (2021), arXiv 2504.09708.
     """
     check_non_negative("scale_by_gram", "damping", damping)
     if order not in ("jacobi", "alternating"):

@@ -44,8 +44,9 @@ def scale_by_polyak(f_min: ArrayLike = 0.0) -> optax.GradientTransformationExtra
         [0.6 0.8]
 
     Reference:
-        B. T. Polyak, "Introduction to Optimization" (1987); scaled: T. Tong, C. Ma,
-        Y. Chi, "Low-rank matrix recovery with scaled subgradient methods" (2021), arXiv
+        B. T. Polyak, "Introduction to optimization" (1987), Optimization Software;
+        scaled: T. Tong, C. Ma, Y. Chi, "Low-rank matrix recovery with scaled subgradient
+        methods: fast and robust convergence without the condition number" (2021), arXiv
         2010.13364.
     """
     smallest = f_min

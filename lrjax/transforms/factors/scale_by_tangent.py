@@ -48,7 +48,7 @@ def scale_by_tangent(
     Reference:
         B. Vandereycken, "Low-rank matrix completion by Riemannian optimization" (2013),
         arXiv 1209.3834; for LoRA, with another split of the same step: Z. Wang et al.,
-        "LoRA-Pro" (2024), arXiv 2407.18242.
+        "LoRA-Pro: are low-rank adapters properly optimized?" (2024), arXiv 2407.18242.
     """
     check_non_negative("scale_by_tangent", "damping", damping)
 

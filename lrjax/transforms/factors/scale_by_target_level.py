@@ -97,10 +97,10 @@ def scale_by_target_level(
         1.0
 
     Reference:
-        U. Brännlund, "On relaxation methods for nonsmooth convex optimization" (1993);
-        A. Nedić, D. Bertsekas, "Incremental subgradient methods for nondifferentiable
-        optimization" (2001). Special case: with the level at the smallest value it is
-        :func:`scale_by_polyak`.
+        U. Brännlund, "On relaxation methods for nonsmooth convex optimization" (1993),
+        thesis, KTH Stockholm; A. Nedić, D. Bertsekas, "Incremental subgradient methods
+        for nondifferentiable optimization" (2001), SIAM Journal on Optimization. Special
+        case: with the level at the smallest value it is :func:`scale_by_polyak`.
     """
     arguments = {"fraction": fraction, "patience": patience, "shrink": shrink, "grow": grow}
     for name, argument in arguments.items():

@@ -34,7 +34,8 @@ def scale_factors(
         [[16.]] [[1.]]
 
     Reference:
-        S. Hayou, N. Ghosh, B. Yu, "LoRA+" (2024), arXiv 2402.12354.
+        S. Hayou, N. Ghosh, B. Yu, "LoRA+: efficient low rank adaptation of large models"
+        (2024), arXiv 2402.12354.
     """
 
     def init(params):

@@ -66,7 +66,8 @@ def amplify_slow(
         [3.]
 
     Reference:
-        J. Lee, B. G. Kang, K. Kim, K. M. Lee, "Grokfast" (2024), arXiv 2405.20233.
+        J. Lee, B. G. Kang, K. Kim, K. M. Lee, "Grokfast: accelerated grokking by
+        amplifying slow gradients" (2024), arXiv 2405.20233.
     """
     if window is not None and window < 1:
         raise ValueError(f"amplify_slow needs a window of at least one step, got {window}.")

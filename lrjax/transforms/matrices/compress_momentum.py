@@ -96,8 +96,10 @@ def compress_momentum(
         2
 
     Reference:
-        K. Ahn, B. Xu, N. Abreu, J. Langford, "Dion" (2025), arXiv 2504.05295; T. Vogels,
-        S. P. Karimireddy, M. Jaggi, "PowerSGD" (2019), arXiv 1905.13727.
+        K. Ahn, B. Xu, N. Abreu, J. Langford, "Dion: distributed orthonormalized updates"
+        (2025), arXiv 2504.05295; T. Vogels, S. P. Karimireddy, M. Jaggi, "PowerSGD:
+        practical low-rank gradient compression for distributed optimization" (2019),
+        arXiv 1905.13727.
     """
     if normalize not in ("columns", "qr", "none"):
         raise ValueError(f"normalize must be 'columns', 'qr' or 'none', got {normalize!r}.")

@@ -81,8 +81,9 @@ def factored_momentum(
         [1. 1. 0. 0. 0. 0. 0. 0.]
 
     Reference:
-        P. Mahdavinia, M. Mahdavi, "MoFaSGD" (2025), arXiv 2507.08091. Special case: at
-        full rank the polar factor of heavy-ball momentum.
+        P. Mahdavinia, M. Mahdavi, "Low-rank momentum factorization for memory efficient
+        training" (2025), arXiv 2507.08091. Special case: at full rank the polar factor of
+        heavy-ball momentum.
     """
     at = lambda leaf: jr.fold_in(jr.key(0) if key is None else key, leaf.index)
 

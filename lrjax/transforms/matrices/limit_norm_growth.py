@@ -46,7 +46,8 @@ def limit_norm_growth(max_growth: ArrayLike = 1.01) -> optax.GradientTransformat
         [4.5 6. ]
 
     Reference:
-        X. Chen et al., "Fira" (2024), arXiv 2410.01623.
+        X. Chen et al., "Fira: can we achieve full-rank training of LLMs under low-rank
+        constraint?" (2024), arXiv 2410.01623.
     """
 
     def init(params):

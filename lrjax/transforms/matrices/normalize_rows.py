@@ -53,8 +53,9 @@ def normalize_rows(
         [6. 6. 0.]
 
     Reference:
-        Z. Li, L. Liu, C. Liang, W. Chen, T. Zhao, "NorMuon" (2025), arXiv 2510.05491.
-        Special case: with ``b2=0`` all rows that are not zero get the same norm.
+        Z. Li, L. Liu, C. Liang, W. Chen, T. Zhao, "NorMuon: making Muon more efficient
+        and scalable" (2025), arXiv 2510.05491. Special case: with ``b2=0`` all rows that
+        are not zero get the same norm.
     """
 
     def init(params):

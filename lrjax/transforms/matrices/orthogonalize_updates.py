@@ -44,8 +44,9 @@ def orthogonalize_updates(
          [ 0. -1.]]
 
     Reference:
-        K. Jordan et al., "Muon" (2024). Special case: :func:`lrjax.scale_by_smooth_polar`
-        with ``beta=0``.
+        K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks"
+        (2024), kellerjordan.github.io/posts/muon. Special case:
+        :func:`lrjax.scale_by_smooth_polar` with ``beta=0``.
     """
     check_polar_method(method, steps)
     find = lambda f, tree: map_matrices("orthogonalize_updates", where, f, tree)[0]

@@ -52,8 +52,9 @@ def project_out(
          [0. 1.]]
 
     Reference:
-        M. Farajtabar et al., "OGD" (2019), arXiv 1910.07104; G. Saha, I. Garg, K. Roy,
-        "GPM" (2021), arXiv 2103.09762.
+        M. Farajtabar et al., "Orthogonal gradient descent for continual learning" (2019),
+        arXiv 1910.07104; G. Saha, I. Garg, K. Roy, "Gradient projection memory for
+        continual learning" (2021), arXiv 2103.09762.
     """
     axis = {"left": -2, "right": -1}.get(side)
     if axis is None:

@@ -122,9 +122,9 @@ def rotate_updates(
         ((8, 8), MaskedNode())
 
     Reference:
-        N. Vyas et al., "SOAP" (2024), arXiv 2409.11321. Special case: with the identity
-        on both sides (``max_side=0``) the inner transform itself, from the second
-        gradient on.
+        N. Vyas et al., "SOAP: improving and stabilizing Shampoo using Adam" (2024), arXiv
+        2409.11321. Special case: with the identity on both sides (``max_side=0``) the
+        inner transform itself, from the second gradient on.
     """
     schedule = Periodic(refresh_every)
     inner = optax.with_extra_args_support(inner)

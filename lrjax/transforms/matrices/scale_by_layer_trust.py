@@ -54,8 +54,10 @@ def scale_by_layer_trust(
         [0.  0.5]
 
     Reference:
-        Y. You, I. Gitman, B. Ginsburg, "LARS" (2017), arXiv 1708.03888; "Revisiting LARS
-        for large batch training" (2023), arXiv 2309.14053.
+        Y. You, I. Gitman, B. Ginsburg, "Large batch training of convolutional networks"
+        (2017), arXiv 1708.03888; K. Do, D. Nguyen, H. Nguyen, L. Tran-Thanh, N.-H. Tran,
+        Q.-V. Pham, "Revisiting LARS for large batch training generalization of neural
+        networks" (2023), arXiv 2309.14053.
     """
 
     def init(params):

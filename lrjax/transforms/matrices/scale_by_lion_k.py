@@ -47,8 +47,9 @@ def scale_by_lion_k(
         [0.6 0.8]
 
     Reference:
-        L. Chen, B. Liu, K. Liang, Q. Liu, "Lion secretly solves constrained optimization"
-        (2023), arXiv 2310.05898. ``"l1"`` is ``optax.scale_by_lion``.
+        L. Chen, B. Liu, K. Liang, Q. Liu, "Lion secretly solves constrained optimization:
+        as Lyapunov predicts" (2023), arXiv 2310.05898. ``"l1"`` is
+        ``optax.scale_by_lion``.
     """
     known = {"l1": jnp.sign, "l2": _unit, "nuclear": _polar}
     if not callable(norm) and norm not in known:

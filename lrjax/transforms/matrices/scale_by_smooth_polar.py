@@ -38,8 +38,10 @@ def scale_by_smooth_polar(beta: ArrayLike) -> optax.GradientTransformation:
          [0.  0. ]]
 
     Reference:
-        Kang, Yun, Shin, Cho, Yun (2026), arXiv 2602.06385; unsmoothed: K. Jordan et al.,
-        "Muon" (2024).
+        C. Kang, J. Yun, B. Shin, Y. Cho, C. Yun, "Uniform spectral growth and convergence
+        of Muon in LoRA-style matrix factorization" (2026), arXiv 2602.06385; unsmoothed:
+        K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks"
+        (2024), kellerjordan.github.io/posts/muon.
     """
     check_non_negative("scale_by_smooth_polar", "beta", beta)
 

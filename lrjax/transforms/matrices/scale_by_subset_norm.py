@@ -56,7 +56,8 @@ def scale_by_subset_norm(
          [0.8 1.  0. ]]
 
     Reference:
-        T. Nguyen, H. L. Nguyen, "Subset-Norm and Subspace-Momentum" (2024), arXiv
+        T. Nguyen, H. L. Nguyen, "Subset-norm and subspace-momentum: faster
+        memory-efficient adaptive optimization with convergence guarantees" (2024), arXiv
         2411.07120.
     """
     top = optax.with_extra_args_support(

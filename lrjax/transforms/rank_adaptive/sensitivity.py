@@ -84,8 +84,9 @@ def cubic_schedule(
         [9.0, 9.0, 2.0, 1.0, 1.0]
 
     Reference:
-        M. Zhu, S. Gupta, "To prune, or not to prune" (2017), arXiv:1710.01878. With plain
-        steps it is ``optax.polynomial_schedule`` of power 3.
+        M. Zhu, S. Gupta, "To prune, or not to prune: exploring the efficacy of pruning
+        for model compression" (2017), arXiv:1710.01878. With plain steps it is
+        ``optax.polynomial_schedule`` of power 3.
     """
 
     def schedule(count):

@@ -43,9 +43,9 @@ def shrink(
 
     Reference:
         I. Daubechies, M. Defrise, C. De Mol, "An iterative thresholding algorithm for
-        linear inverse problems with a sparsity constraint" (2004); for the gates of
-        adapters: N. Ding et al., "Sparse low-rank adaptation of pre-trained language
-        models" (2023), arXiv:2311.11696.
+        linear inverse problems with a sparsity constraint" (2004), arXiv math/0307152;
+        for the gates of adapters: N. Ding et al., "Sparse low-rank adaptation of
+        pre-trained language models" (2023), arXiv:2311.11696.
     """
     check_non_negative("shrink", "threshold", threshold)
 

@@ -71,8 +71,8 @@ def stack_leaves(
         (2, 16)
 
     Reference:
-        The megabatches of the code of K. Ahn et al., "Dion" (2025), arXiv 2504.05295.
-        Special case: on one stack ``tx`` itself.
+        The megabatches of the code of K. Ahn et al., "Dion: distributed orthonormalized
+        updates" (2025), arXiv 2504.05295. Special case: on one stack ``tx`` itself.
     """
     inner = optax.with_extra_args_support(tx)
     rule = DefaultRule(is_hidden_matrix if where is None else where)

@@ -99,9 +99,10 @@ def step_by_layer(
         True
 
     Reference:
-        K. Lv, Y. Yang, T. Liu, Q. Gao, Q. Guo, X. Qiu, "LOMO" (2023), arXiv 2306.09782,
-        for plain SGD; J. Zhao et al., "GaLore" (2024), arXiv 2403.03507, §3.4. Special
-        case: the plain step.
+        K. Lv, Y. Yang, T. Liu, Q. Gao, Q. Guo, X. Qiu, "Full parameter fine-tuning for
+        large language models with limited resources" (2023), arXiv 2306.09782, for plain
+        SGD; J. Zhao et al., "GaLore: memory-efficient LLM training by gradient low-rank
+        projection" (2024), arXiv 2403.03507, §3.4. Special case: the plain step.
     """
     tx = optax.with_extra_args_support(tx)
     other = tx if fallback is None else optax.with_extra_args_support(fallback)
