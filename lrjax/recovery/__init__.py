@@ -1,5 +1,6 @@
 """Recover low-rank matrices from corrupted, partial or indirect measurements."""
 
+from ._inputs import MatrixEntries as MatrixEntries, matrix_entries as matrix_entries
 from .completion import (
     CompletionFit as CompletionFit,
     Prior as Prior,

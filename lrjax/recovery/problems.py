@@ -23,7 +23,8 @@ class _Corruption(NamedTuple):
         k_where, k_size, k_noise = jr.split(key, 3)
         size = self.scale * jnp.max(jnp.abs(y))
         outliers = size * jr.uniform(k_size, y.shape, y.dtype, -1, 1)
-        hit = jr.bernoulli(k_where, self.fraction, y.shape)
+        # An integer, 0 for none, is a share like any other.
+        hit = jr.bernoulli(k_where, jnp.asarray(self.fraction, y.dtype), y.shape)
         noise = (
             self.noise * jnp.sqrt(jnp.mean(y * y)) * jr.normal(k_noise, y.shape, y.dtype)
         )

@@ -24,6 +24,7 @@ from ...linalg import (
     working_dtype,
 )
 from ...lowrank import LowRank, relative_step
+from .._inputs import VectorLike, as_indices, as_numbers, check_not_negative, check_width
 from ..derivatives import refuse_derivatives
 from ..operators import Entries
 from .bayes import Side, regress, student_weights, whiten
@@ -85,9 +86,7 @@ class CompletionFit(eqx.Module):
     prior: Prior
     robust: bool = eqx.field(static=True)
 
-    def predict(
-        self, rows: ArrayLike | Sequence[int], cols: ArrayLike | Sequence[int]
-    ) -> Float[Array, " k"]:
+    def predict(self, rows: VectorLike, cols: VectorLike) -> Float[Array, " k"]:
         """The entries ``(rows, cols)`` of the low-rank matrix."""
         rows, cols, _ = _check_entries("predict", rows, cols, rows, self.low_rank.shape)
         m, n = self.low_rank.shape
@@ -95,9 +94,9 @@ class CompletionFit(eqx.Module):
 
     def transform(
         self,
-        rows: ArrayLike | Sequence[int],
-        cols: ArrayLike | Sequence[int],
-        values: ArrayLike | Sequence[float],
+        rows: VectorLike,
+        cols: VectorLike,
+        values: VectorLike,
         count: int,
     ) -> Float[Array, "count r"]:
         """The coordinates of new rows in the basis ``low_rank.right``.
@@ -122,7 +121,8 @@ class CompletionFit(eqx.Module):
                 is differentiated, as :func:`fit_completion`.
         """
         sentence = NO_DERIVATIVE.format("CompletionFit.transform")
-        self, values = refuse_derivatives(sentence, (self, jnp.asarray(values)))
+        values = jnp.asarray(as_numbers("CompletionFit.transform", values, "values"))
+        self, values = refuse_derivatives(sentence, (self, values))
         shape = (count, self.low_rank.shape[1])
         rows, cols, values = _check_entries("transform", rows, cols, values, shape)
         rows, cols, values = _observed(rows, cols, values, shape)
@@ -149,9 +149,9 @@ class _State(NamedTuple):
 
 
 def fit_completion(
-    rows: ArrayLike | Sequence[int],
-    cols: ArrayLike | Sequence[int],
-    values: ArrayLike | Sequence[float],
+    rows: VectorLike,
+    cols: VectorLike,
+    values: VectorLike,
     shape: Sequence[int],
     *,
     rank: int | None = None,
@@ -188,9 +188,10 @@ def fit_completion(
     Args:
         rows: ``(count,)``, integers in ``[0, m)``, in any order.
         cols: ``(count,)``, integers in ``[0, n)``.
-        values: ``(count,)``; entries that are not finite count as missing. An entry
-            that is given several times counts as so many observations. Rows and columns
-            without entries are completed as mean row and mean column.
+        values: ``(count,)``; entries that are not finite count as missing. Those of a
+            table or a sparse matrix are :func:`matrix_entries`. An entry that is given
+            several times counts as so many observations. Rows and columns without entries
+            are completed as mean row and mean column.
         shape: ``(m, n)``.
         rank: the largest rank, by default 40 or the shorter side. A rank that is too
             large costs time, not accuracy.
@@ -226,7 +227,9 @@ def fit_completion(
     """
     shape = tuple(shape)
     sentence = NO_DERIVATIVE.format("fit_completion")
-    values, tol = refuse_derivatives(sentence, (jnp.asarray(values), tol))
+    check_not_negative("fit_completion", tol=tol)
+    values = jnp.asarray(as_numbers("fit_completion", values, "values"))
+    values, tol = refuse_derivatives(sentence, (values, tol))
     rows, cols, values = _check_entries("fit_completion", rows, cols, values, shape)
     width = _check_rank(shape, rank, spread=reduce is not None)
     reduce = identity if reduce is None else reduce
@@ -256,7 +259,8 @@ def fit_completion(
 
 def _check_entries(owner, rows, cols, values, shape) -> tuple[Array, Array, Array]:
     """The entries as arrays; refuse what are none of a matrix of the given shape."""
-    rows, cols, values = (jnp.asarray(x) for x in (rows, cols, values))
+    rows, cols = as_indices(owner, "rows", rows), as_indices(owner, "cols", cols)
+    values = jnp.asarray(values)
     if not (rows.ndim == 1 and rows.shape == cols.shape == values.shape):
         raise ValueError(
             f"{owner} needs vectors rows, cols and values of one length, got shapes "
@@ -267,8 +271,6 @@ def _check_entries(owner, rows, cols, values, shape) -> tuple[Array, Array, Arra
     if rows.shape[0] == 0:
         raise ValueError(f"{owner} needs at least one observed entry, got none.")
     for name, index, size in zip(("rows", "cols"), (rows, cols), shape, strict=True):
-        if not jnp.issubdtype(index.dtype, jnp.integer):
-            raise TypeError(f"{owner} needs integers as {name}, got {index.dtype}.")
         if isinstance(index, Tracer):
             continue
         # With numpy: under jit even the minimum of a constant is traced.
@@ -286,11 +288,7 @@ def _check_rank(shape: tuple[int, ...], rank: int | None, spread: bool) -> int:
     short = shape[1] if spread else min(shape)
     if rank is None:
         return min(WIDEST, short)
-    if not 1 <= rank <= short:
-        raise ValueError(
-            f"rank must be between 1 and {short} for a matrix of shape {shape}, got {rank}."
-        )
-    return rank
+    return check_width("fit_completion", rank, short, shape)
 
 
 def _observed(rows, cols, values, shape):

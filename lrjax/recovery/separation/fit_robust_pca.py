@@ -2,10 +2,11 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ...linalg import nonzero, working_dtype
 from ...lowrank import LowRank
+from .._inputs import MatrixLike, as_matrix, check_not_negative, check_width
 from ..derivatives import refuse_derivatives
 from ..fill_in import fill_in
 from ..problems import observed_entries
@@ -55,7 +56,7 @@ class RobustPCAFit(eqx.Module):
         return self.residual <= self.tol
 
     def transform(
-        self, rows: Real[ArrayLike, "..."], mask: Shaped[ArrayLike, "..."] | None = None
+        self, rows: MatrixLike, mask: MatrixLike | None = None
     ) -> Float[Array, "k r"]:
         """The coordinates of new rows in the basis ``low_rank.right``, robustly.
 
@@ -75,8 +76,8 @@ class RobustPCAFit(eqx.Module):
                 mask another shape than the rows; where it is differentiated, as
                 :func:`fit_robust_pca`.
         """
-        self, rows = _without_derivative("RobustPCAFit.transform", self, rows)
-        matrix, seen = _observed("transform", rows, mask)
+        (self,) = _without_derivative("RobustPCAFit.transform", self)
+        matrix, seen = _observed("RobustPCAFit.transform", rows, mask)
         _check_length("transform", matrix, self.low_rank)
         parts = separate(
             matrix,
@@ -94,8 +95,8 @@ class RobustPCAFit(eqx.Module):
 
     def update(
         self,
-        rows: Real[ArrayLike, "..."],
-        mask: Shaped[ArrayLike, "..."] | None = None,
+        rows: MatrixLike,
+        mask: MatrixLike | None = None,
         *,
         max_steps: int = 100,
     ) -> "RobustPCAFit":
@@ -125,8 +126,8 @@ class RobustPCAFit(eqx.Module):
         Raises:
             ValueError: as :meth:`transform`.
         """
-        self, rows = _without_derivative("RobustPCAFit.update", self, rows)
-        matrix, seen = _observed("update", rows, mask)
+        (self,) = _without_derivative("RobustPCAFit.update", self)
+        matrix, seen = _observed("RobustPCAFit.update", rows, mask)
         _check_length("update", matrix, self.low_rank)
         known = self.values[:, None] * self.low_rank.right.T
         width = len(self.values)
@@ -145,9 +146,9 @@ class RobustPCAFit(eqx.Module):
 
 
 def fit_robust_pca(
-    matrix: Real[ArrayLike, "..."],
+    matrix: MatrixLike,
     *,
-    mask: Shaped[ArrayLike, "..."] | None = None,
+    mask: MatrixLike | None = None,
     rank: int | None = None,
     nuclear_weight: ArrayLike = WEIGHT,
     tol: ArrayLike = 1e-6,
@@ -173,7 +174,8 @@ def fit_robust_pca(
     and another estimator.
 
     Args:
-        matrix: real ``(m, n)``; integers count as float32. Entries that are not finite
+        matrix: real ``(m, n)``: an array, a ``numpy.ma`` array, a pandas table, with a mask
+            also one of scipy.sparse. Integers count as float32. Entries that are not finite
             count as missing, also whole rows and columns: their low-rank part is zero.
         mask: boolean, true where an entry is observed.
         rank: the width of the factors: the rank, if it is known, or anything above it;
@@ -189,8 +191,10 @@ def fit_robust_pca(
 
     Raises:
         ValueError: for a matrix without entries or axes or with complex ones, a mask of
-            another shape or that is not boolean, or a rank out of range; where it is
-            differentiated by the matrix or a number.
+            another shape or that is not boolean, a sparse matrix without a mask, a rank out
+            of range, or a negative weight or tolerance; where it is differentiated by the
+            matrix or a number.
+        TypeError: for a rank that is no integer; booleans, dates, text, other objects.
 
     Example:
         >>> import jax, lrjax
@@ -205,9 +209,8 @@ def fit_robust_pca(
         multiplier method for exact recovery of corrupted low-rank matrices" (2010),
         arXiv 1009.5055.
     """
-    matrix, tol, nuclear_weight = _without_derivative(
-        "fit_robust_pca", matrix, tol, nuclear_weight
-    )
+    check_not_negative("fit_robust_pca", tol=tol, nuclear_weight=nuclear_weight)
+    tol, nuclear_weight = _without_derivative("fit_robust_pca", tol, nuclear_weight)
     matrix, seen = _observed("fit_robust_pca", matrix, mask)
     tol, weight = (jnp.asarray(x, matrix.dtype) for x in (tol, nuclear_weight))
     parts = _take_apart(
@@ -227,22 +230,11 @@ def _without_derivative(method: str, *inputs):
 
 
 def _observed(
-    method: str, matrix: ArrayLike, mask: ArrayLike | None
+    method: str, matrix: MatrixLike, mask: MatrixLike | None
 ) -> tuple[Array, Array]:
     """Zeros for what is not observed, and the mask of what is."""
-    matrix = jnp.asarray(matrix)
-    if matrix.ndim != 2 or 0 in matrix.shape:
-        raise ValueError(
-            f"{method} needs a matrix (m, n) with entries, got shape {matrix.shape}. "
-            "For several matrices at once use jax.vmap."
-        )
-    if jnp.iscomplexobj(matrix):
-        raise ValueError(f"{method} needs a real matrix, got {matrix.dtype}.")
-    if mask is not None and jnp.asarray(mask).dtype != bool:
-        raise ValueError(
-            f"the mask must be boolean, true where an entry is observed; got "
-            f"{jnp.asarray(mask).dtype}. Convert it with mask.astype(bool)."
-        )
+    matrix, mask = as_matrix(method, matrix, mask)
+    (matrix,) = _without_derivative(method, jnp.asarray(matrix))
     dtype = working_dtype(jnp.result_type(matrix.dtype, jnp.float32))
     mask = None if mask is None else jnp.asarray(mask)
     return observed_entries(matrix.astype(dtype), mask)
@@ -262,11 +254,7 @@ def _width(shape: tuple[int, ...], rank: int | None) -> int:
     short = min(shape)
     if rank is None:
         return min(WIDEST, short)
-    if not 1 <= rank <= short:
-        raise ValueError(
-            f"rank must be between 1 and {short} for a matrix of shape {shape}, got {rank}."
-        )
-    return rank
+    return check_width("fit_robust_pca", rank, short, shape)
 
 
 def _scale(mask: Array) -> Array:
