@@ -66,6 +66,7 @@ ARGUMENTS = {
 # ``rows`` are rows of a matrix, or their indices.
 ROWS = {
     "recovery.Entries",
+    "recovery.MatrixEntries",
     "recovery.fit_completion",
     "recovery.CompletionFit.predict",
     "recovery.CompletionFit.transform",
