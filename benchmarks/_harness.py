@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -83,9 +84,6 @@ def environment(*packages: str) -> dict:
     """The device, the versions and the commit that the figures belong to."""
     names = ("jax", "jaxlib", "optax", "equinox", "diffrax", "numpy", *packages)
     device = jax.devices()[0]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "device": device.device_kind,
         "platform": device.platform,
@@ -93,9 +91,18 @@ def environment(*packages: str) -> dict:
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in names},
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    if shutil.which("git") is None:
+        return ""
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 def _processor() -> str:
@@ -107,12 +114,16 @@ def _processor() -> str:
     return platform.processor()
 
 
+def store(path: Path, rows: list[dict], bounds: list[dict], *packages: str) -> None:
+    """Write the figures to a file."""
+    result = {"environment": environment(*packages), "rows": rows, "bounds": bounds}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def write_results(name: str, rows: list[dict], bounds: list[dict], *packages: str) -> None:
     """Print and store the figures; exit with status 1 if a declared bound is broken."""
-    result = {"environment": environment(*packages), "rows": rows, "bounds": bounds}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    store(RESULTS / f"{name}.json", rows, bounds, *packages)
     for row in rows:
         print("  ".join(f"{key}={_short(value)}" for key, value in row.items()))
     for item in bounds:
