@@ -14,7 +14,7 @@ import optax
 from _harness import bound, median_ratio, write_results
 
 import lrjax
-from lrjax._tour.encoder import WIDTH, Encoder
+from lrjax._tour.encoder import MINILM, Encoder
 
 
 RANK, BATCH, LENGTH, MEMBERS, LAYERS, REPEATS = 8, 16, 64, 32, 30, 3
@@ -29,7 +29,7 @@ def shapes(tree, count, at=0):
 
 def tokens():
     ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
-    return ids, ids, jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)
+    return ids, ids, jax.ShapeDtypeStruct((BATCH, MINILM.width), jnp.float32)
 
 
 def squared(model, ids, mask, target):

@@ -96,8 +96,8 @@ def main():
     cost, trained, losses, runs = {}, {}, {}, {}
     model = minilm.load_encoder(minilm.model_directory())
     ids_key, target_key, key = jr.split(jr.key(0), 3)
-    ids = jr.randint(ids_key, (BATCH, LENGTH), 0, minilm.VOCABULARY)
-    data = (ids, jnp.ones_like(ids), jr.normal(target_key, (BATCH, minilm.WIDTH)))
+    ids = jr.randint(ids_key, (BATCH, LENGTH), 0, minilm.MINILM.vocabulary)
+    data = (ids, jnp.ones_like(ids), jr.normal(target_key, (BATCH, minilm.MINILM.width)))
 
     arrays, static = eqx.partition(model, eqx.is_inexact_array)
     runs["full"], cost["full"], losses["full"] = jax_step(

