@@ -17,6 +17,8 @@ from types import ModuleType
 import lrjax
 
 
+# Modules that need an extra: a room does not import them, users do.
+APART = {"recovery": ("lrjax.recovery.sklearn",)}
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("[0-9]*.ipynb"))
 
 
@@ -106,6 +108,13 @@ def room_page(room: str) -> str:
     for title, group in groups.items():
         parts += [_heading(title, "-")] if title else []
         parts += [_directive(path) for path in group]
+    for name in APART.get(room, ()):
+        apart = importlib.import_module(name)
+        parts += [_heading(name, "-"), inspect.getdoc(apart) or ""]
+        parts += [
+            f".. autoclass:: {name}.{public}\n   :members:"
+            for public in public_names(apart)
+        ]
     return "\n\n".join(parts) + "\n"
 
 
