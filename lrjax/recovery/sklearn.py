@@ -32,6 +32,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data  # noqa: E40
 
 
 ROUNDING = 20.0  # values below ROUNDING · tol of the largest are what tol leaves of zero
+WIDEST = 40  # what the separation looks for by itself
 BLOCK = 128  # rows that are regressed at once: one program, whatever their number
 FLOATS = (np.float64, np.float32)
 
@@ -51,7 +52,7 @@ class _Base(TransformerMixin, BaseEstimator):
         return tags
 
     def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
-        return validate_data(
+        checked: Any = validate_data(
             self,
             X,
             reset=reset,
@@ -59,6 +60,7 @@ class _Base(TransformerMixin, BaseEstimator):
             ensure_all_finite="allow-nan",
             ensure_min_samples=2 if reset else 1,
         )
+        return checked
 
 
 class RobustPCA(ClassNamePrefixFeaturesOutMixin, _Base):
@@ -124,8 +126,10 @@ class RobustPCA(ClassNamePrefixFeaturesOutMixin, _Base):
         X = self._validated(X, reset=True)
         most = min(X.shape)
         self._check_components(most)
-        # The mean takes a direction of its own.
-        width = None if self.n_components is None else min(self.n_components + 1, most)
+        # All directions that there are, of which the first ones stay: what a narrower fit
+        # could not hold would count as gross errors. The mean takes one of them.
+        wanted = self.n_components or 0
+        width = min(wanted + 1, most) if wanted >= WIDEST else None
         options = (
             {} if self.nuclear_weight is None else {"nuclear_weight": self.nuclear_weight}
         )
@@ -150,7 +154,7 @@ class RobustPCA(ClassNamePrefixFeaturesOutMixin, _Base):
         check_is_fitted(self)
         X = self._validated(X, reset=False)
         clean = _by_blocks(functools.partial(_clean_rows, self.fit_), X)
-        return (clean.astype(X.dtype) - self.mean_) @ self.components_.T
+        return ((clean - self.mean_) @ self.components_.T).astype(X.dtype)
 
     def inverse_transform(self, X: Any) -> np.ndarray:
         """Clean rows out of coordinates, ``(n_samples, n_features)``."""
@@ -278,7 +282,7 @@ class MatrixCompletion(OneToOneFeatureMixin, _Base):
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """The names of the columns that are left."""
         check_is_fitted(self)
-        names = super().get_feature_names_out(input_features)
+        names: Any = super().get_feature_names_out(input_features)
         return names if self.keep_empty_features else names[self._seen]
 
 

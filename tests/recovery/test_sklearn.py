@@ -106,7 +106,7 @@ def test_gross_errors_among_the_entries():
     rough = np.where(GROSS & ~GAPS, HOLED + 1e3, HOLED)
     filled = MatrixCompletion(robust=True).fit_transform(rough)
     error = np.sqrt(np.mean((filled[GAPS] - CLEAN[GAPS]) ** 2))
-    assert error < 0.1 * CLEAN.std()
+    assert error < 0.2 * CLEAN.std()
 
 
 def test_tables_in_and_out_of_a_pipeline():
