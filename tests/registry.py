@@ -23,9 +23,9 @@ from lrjax import subspaces as sub
 from tests.helpers import random_low_rank
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Entry:
-    """One configuration of a public part.
+    """One configuration of a public part, equal to itself alone.
 
     Attributes:
         factory: the public function.

@@ -1,4 +1,7 @@
-"""In CI the contract is run for every part; without the slow tests, for those of QUICK."""
+"""In CI the contract is run for every part; without the slow tests, for those of QUICK.
+
+The tests of one part follow each other, so that they can share its compiled programs.
+"""
 
 from pathlib import Path
 
@@ -18,7 +21,9 @@ QUICK = frozenset(
     }
 )
 PARTS = {*ENTRIES, *PLUGINS, *RECIPES}
+ORDER = {part: i for i, part in enumerate((*ENTRIES, *PLUGINS))}
 FOLDER = Path(__file__).parent
+SHARING = "test_every_transform.py"
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,15 @@ def pytest_collection_modifyitems(items):
         parts = PARTS.intersection(_words(item))
         if item.path.parent == FOLDER and parts and not parts & QUICK:
             item.add_marker(pytest.mark.slow)
+    ours = [i for i, item in enumerate(items) if item.path.name == SHARING]
+    by_part = sorted((items[i] for i in ours), key=_part)
+    for i, item in zip(ours, by_part, strict=True):
+        items[i] = item
+
+
+def _part(item) -> int:
+    """The place of the part that a test is about in the registry."""
+    return min((ORDER[word] for word in _words(item) if word in ORDER), default=-1)
 
 
 def _words(item) -> list[str]:
