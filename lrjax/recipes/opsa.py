@@ -1,6 +1,10 @@
+from typing import Literal
+
+import jax.numpy as jnp
 import optax
 from jaxtyping import ArrayLike
 
+from ..linalg import nonzero
 from ..transforms import (
     add_nuclear_norm,
     rebalance as rebalance_factors,
@@ -13,7 +17,7 @@ from ._common import Minimum, known_minimum, on_nodes, toward_minimum
 def opsa(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
-    f_min: Minimum = "search",
+    f_min: Minimum | Literal["auto"] = "auto",
     nuclear_weight: ArrayLike = 0.0,
     damping: ArrayLike | optax.Schedule = 0.1,
     relative: bool = True,
@@ -27,27 +31,31 @@ def opsa(
         P_l = (G_l + ρ left)(rightᵀright + λ_t I)⁻¹      and P_r likewise,
 
     the step is ``η (value − f_min)/⟨G, P⟩ · P``, Polyak's, with a smallest loss ``f_min``
-    that is searched on the way or given; with ``f_min=None`` it is ``η P / sqrt(⟨G, P⟩)``,
-    a step of length η in the metric of the preconditioner.
+    that is searched on the way or given; with a schedule as learning rate it is
+    ``η_t P / sqrt(⟨G, P⟩)``, a step of length ``η_t`` in the metric of the preconditioner.
 
-    Neither the rank nor the noise has to be known. On data that are only approximately
+    The damping has to be there at the start, where the surplus columns are noise, and has
+    to vanish at the end: a constant damping of balanced factors slows linear convergence
+    to sublinear. It is proportional to the optimality gap, ``λ_t = λ (value − f_min)``, of
+    the searched level where the smallest loss is not known; where the steps follow a
+    schedule, it falls with it, ``λ_t = λ η_t/η_0``.
+
+    Neither the rank nor the noise has to be known: ``opsa()`` is told nothing, and
+    converges for factors as wide as the matrix. On data that are only approximately
     low rank the nuclear norm term, not the damping, makes surplus columns
     harmless: for the summed l1 loss ``0.4 sqrt(max(m, n))`` is a good weight, whatever
-    the scale of the data. With such a term pass ``f_min=None`` and a learning rate that
-    starts at a sixth of ``‖X‖_F`` and falls by 5 % a step.
+    the scale of the data. With such a term, and wherever nothing is to be searched, use a
+    schedule that starts at a sixth of ``‖X‖_F`` and falls by 5 % a step::
 
-    With ``f_min`` the damping is proportional to the optimality gap, ``λ_t = λ (value −
-    f_min)``: it has to be there at the start, where the surplus columns are noise, and
-    has to vanish at the end, since a constant damping of balanced factors slows linear
-    convergence to sublinear. Without ``f_min`` the gap is not known and λ is a constant
-    or your schedule: a geometric one has the same effect.
+        lrjax.opsa(optax.exponential_decay(lrjax.norm(start) / 6, 1, 0.95))
 
     Args:
-        learning_rate: ``η``, a number or a schedule.
+        learning_rate: ``η``, a number, or a schedule of the length of the steps.
         f_min: the smallest value of the loss; ``"search"`` finds it on the way,
-            :func:`lrjax.scale_by_target_level`. ``None`` for steps of a given length.
+            :func:`lrjax.scale_by_target_level`. ``None`` for steps of a given length. By
+            default ``None`` with a schedule as learning rate, ``"search"`` with a number.
         nuclear_weight: ``ρ``, weight of the nuclear norm.
-        damping: ``λ``; see :func:`lrjax.scale_by_gram`.
+        damping: ``λ``; see :func:`lrjax.scale_by_gram`. A schedule is taken as it is.
         relative: if True, ``λ`` multiplies the mean squared column norm; if False it is
             absolute.
         loss_power: the power of the gap in ``λ_t``, unless ``f_min=None``; ``None`` for a
@@ -106,6 +114,10 @@ def opsa(
         2410.16826. Special case: ``nuclear_weight = damping = 0`` at the true rank is
         :func:`lrjax.scaled_subgradient`.
     """
+    if isinstance(f_min, str) and f_min == "auto":
+        f_min = None if callable(learning_rate) else "search"
+    if f_min is None and callable(learning_rate) and not callable(damping):
+        damping = _falling_with(learning_rate, damping)
     direction = optax.chain(
         add_nuclear_norm(nuclear_weight),
         scale_by_gram(
@@ -121,3 +133,13 @@ def opsa(
         optax.scale_by_learning_rate(learning_rate),
         on_nodes(rebalance_factors()) if rebalance else optax.identity(),
     )
+
+
+def _falling_with(rate: optax.Schedule, damping: ArrayLike) -> optax.Schedule:
+    """A damping in proportion to the steps; constant if these start at zero."""
+
+    def schedule(count):
+        first = jnp.asarray(rate(0))
+        return damping * jnp.where(first > 0, rate(count) / nonzero(first), 1)
+
+    return schedule

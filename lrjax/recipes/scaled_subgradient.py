@@ -19,7 +19,8 @@ def scaled_subgradient(
 
     - ``f_min`` given: Polyak's, ``η (value − f_min) / ⟨G, P⟩``;
     - ``f_min="search"``: the same with a level that is searched on the way,
-      :func:`lrjax.scale_by_target_level`. Needs to be told nothing, and hardly more steps;
+      :func:`lrjax.scale_by_target_level`. Needs to be told nothing, and one to three times
+      the steps;
     - else: ``η / sqrt(⟨G, P⟩)``, a step of length ``η`` in the metric of the
       preconditioner, about the Frobenius distance that the matrix moves. Pass a
       geometric schedule such as ``optax.exponential_decay(0.5 * norm, 1, 0.95)``: the

@@ -47,7 +47,7 @@ def gap_to(f_min):
 
 
 def search():
-    return ref.LevelSearch(0.1, 3.0, 0.5, 1.2).distance
+    return ref.LevelSearch(0.1, 3.0, 0.5, 1.5).distance
 
 
 def toward_level(rule):

@@ -127,6 +127,7 @@ class LevelSearch:
     def __init__(self, fraction, patience, shrink, grow):
         self.fraction, self.patience = fraction, patience
         self.shrink, self.grow = shrink, grow
+        self.learned, self.doubted = patience, None
         self.best = None
 
     def distance(self, value):
@@ -136,10 +137,19 @@ class LevelSearch:
             self.gap, self.path = self.fraction * abs(value), 0.0
         else:
             self.best = min(self.best, value)
-            reached = self.best <= self.base - self.gap / 2
-            missed = not reached and self.path > self.patience
-            if reached or missed:
-                self.gap *= self.grow if reached else self.shrink
+            reached = self.best < self.base - 0.3 * self.gap
+            missed = not reached and self.path > self.learned
+            too_soon = self.doubted is not None and self.best < self.doubted
+            if too_soon:
+                self.doubted, self.learned = None, 3 * self.learned
+            if missed:
+                self.doubted = self.base - self.gap / 2
+                self.gap *= self.shrink
+                if not too_soon:
+                    self.learned = max(0.9 * self.learned, self.patience)
+            elif reached or too_soon:
+                self.gap *= (self.grow if reached else 1) * (4 if too_soon else 1)
+            if reached or missed or too_soon:
                 self.base, self.path = self.best, 0.0
         distance = value - (self.base - self.gap)
         self.path += distance / self.gap

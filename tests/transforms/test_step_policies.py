@@ -130,11 +130,29 @@ def follow(values, **arguments):
 
 
 def test_levels_that_are_reached_move_on_and_missed_ones_come_nearer():
-    # Level 10 − 4: 8 is half way, so the next is 8 − 4.
+    # Level 10 − 4: 8 is below 10 − 0.3 · 4, so the next is 8 − 4.
     assert follow([10.0, 9.0, 8.0], fraction=0.4, grow=1.0) == [(10, 4), (10, 4), (8, 4)]
-    # Three gaps of path without a descent of half a gap: halve it, from the best loss.
+    # Three gaps of path without such a descent: halve the gap, from the best loss.
     losses = [10.0, 9.5, 10.0, 10.0, 10.0]
     assert follow(losses, fraction=0.4)[3:] == [(10, 4), (9.5, 2)]
+
+
+def test_a_level_given_up_too_soon_makes_more_patient_and_more_ambitious():
+    """Half of a gap of 4 below 10 was given up: 7.9 shows that it was there."""
+    tx = lrjax.scale_by_target_level(0.4, patience=3.0)
+    x = jnp.ones(())
+    state, seen = tx.init(x), []
+    for value in (10.0, 9.5, 10.0, 10.0, 10.0, 7.9):
+        _, state = tx.update(x, state, x, value=jnp.array(value), grad=x)
+        seen.append((float(state.patience), float(state.gap)))
+    assert seen[4] == (3.0, 2.0)
+    assert seen[5] == (9.0, 2.0 * 1.5 * 4)
+
+
+def test_the_search_ends_where_the_loss_is_rounding():
+    """Gaps that no float can show shrink to nothing, and the steps with them."""
+    gaps = [gap for _, gap in follow([1000.0] * 400)]
+    assert gaps[-1] < 1e-20
 
 
 def test_the_search_does_not_depend_on_the_unit_of_the_loss():
