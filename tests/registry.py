@@ -460,7 +460,7 @@ RECIPES: dict[str, Entry] = {
     ),
     "opsa": Entry(
         lrjax.opsa,
-        {"learning_rate": 1.0},
+        {"learning_rate": 1.0, "f_min": "search"},
         {"learning_rate": 0.5},
         extra=True,
         descends=True,
