@@ -1,4 +1,3 @@
-import functools
 import gc
 import os
 import random
@@ -7,7 +6,6 @@ import jax
 import jax.random as jr
 import matplotlib
 import pytest
-from jax._src.interpreters import mlir
 
 
 # Most of the suite's time is compilation of small programs. Without LLVM's optimizations,
@@ -24,9 +22,6 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 matplotlib.use("Agg")
-# Every small program is lowered in an MLIR context of its own, which takes as long as the
-# rest of its lowering. Here those of one file share one.
-mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
 @pytest.fixture
@@ -74,7 +69,6 @@ def pytest_runtest_makereport(item):
 def _free_compiled_programs():
     yield
     jax.clear_caches()
-    mlir.make_ir_context.cache_clear()
 
 
 def pytest_collection_finish():
