@@ -6,6 +6,8 @@ import jax
 import jax.random as jr
 import matplotlib
 import pytest
+from jax._src.interpreters import mlir
+from jax._src.lib.mlir import ir
 
 
 # Most of the suite's time is compilation of small programs. Without LLVM's optimizations,
@@ -21,7 +23,28 @@ os.environ.setdefault("NPROC", "32")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_enable_compilation_cache", False)  # nor the keys to look there
 matplotlib.use("Agg")
+
+
+class _SharedContext:
+    """The MLIR context of all programs of a file, for programs that others do not contain.
+
+    JAX makes a new one for each program, which is a quarter of the time of a small one.
+    """
+
+    def __init__(self, make):
+        self.make, self.context = make, None
+
+    def __call__(self):
+        if ir.Context.current is not None:  # another program is being written here
+            return self.make()
+        if self.context is None:
+            self.context = self.make()
+        return self.context
+
+
+mlir.make_ir_context = _SharedContext(mlir.make_ir_context)
 
 
 @pytest.fixture
@@ -69,6 +92,7 @@ def pytest_runtest_makereport(item):
 def _free_compiled_programs():
     yield
     jax.clear_caches()
+    mlir.make_ir_context.context = None
 
 
 def pytest_collection_finish():
