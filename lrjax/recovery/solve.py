@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._batching import any_member
+from ..linalg import nonzero
 from ..lowrank import LowRank, relative_step
 from .problem import Problem
 
@@ -61,8 +62,13 @@ class Solution(eqx.Module):
         state: the state of the optimizer, to continue from.
         history: measurements of every step; after an early stop the last ones repeat.
         steps: the steps taken.
-        converged: whether a step became shorter than ``tol`` before they ran out; false
-            without ``tol``.
+        converged: whether a step became shorter than ``tol`` before they ran out, in a run
+            that has not stalled; false without ``tol``.
+        stalled: whether the steps had become far too short: against the gradient of the
+            end a step at least 100 times as long as the last one lowers the loss. A
+            schedule that fell too fast ends so, with steps that look converged. That the
+            loss has another, lower minimum elsewhere is not seen. Costs six losses, and
+            nothing where it is not used in a jitted function.
     """
 
     x: LowRank
@@ -70,6 +76,7 @@ class Solution(eqx.Module):
     history: History
     steps: Int[Array, ""]
     converged: Bool[Array, ""]
+    stalled: Bool[Array, ""]
 
     def plot(self, ax: Any = None) -> Any:
         """Draw loss, relative error and step size against the steps, logarithmically.
@@ -130,6 +137,7 @@ def solve(
     *,
     steps: int,
     tol: ArrayLike | None = None,
+    keep: Literal["last", "best"] = "last",
     observe: Observer | None = None,
     callback: Callable[[Array, Array], None] | None = None,
     progress: bool = False,
@@ -149,6 +157,8 @@ def solve(
         tol: stop when a step moves the matrix by less than ``tol`` times its norm, or
             by something that is not finite. ``None`` takes all steps, and only then can
             the result be differentiated in reverse mode.
+        keep: which iterate is returned: the last one, from which the optimizer can go on,
+            or that of the smallest loss, for methods whose loss goes up and down.
         observe: a function of a :class:`SolveState` to a tree of arrays, called in every
             step; what it returns is stacked in ``history.observed``. Ready ones:
             :func:`lrjax.recovery.spectrum`, :func:`lrjax.recovery.staircase`.
@@ -159,7 +169,8 @@ def solve(
         A :class:`Solution`.
 
     Raises:
-        ValueError: if the start has not the shape of the problem, or ``steps < 1``.
+        ValueError: if the start has not the shape of the problem, for ``steps < 1`` or
+            an unknown ``keep``.
 
     Example:
         >>> import jax, lrjax
@@ -178,6 +189,8 @@ def solve(
         )
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
+    if keep not in ("last", "best"):
+        raise ValueError(f'keep must be "last" or "best", got {keep!r}.')
     # Any: optax's types do not know nodes.
     optimizer = cast(Any, optax.with_extra_args_support(tx))
     report = _reporter(steps, callback, progress)
@@ -199,16 +212,33 @@ def solve(
         if tol is not None:
             # A NaN compares false, so a member that diverged stops too.
             running = running & (move > tol) & record.finite
+        best = None if carry.best is None else carry.best.or_lower(x, value)
         x = cast(LowRank, optax.apply_updates(cast(Any, x), updates))
-        return _Carry(x, state, running, carry.taken + 1), record
+        return _Carry(x, state, running, carry.taken + 1, best), record
 
-    start = _Carry(init, optimizer.init(init), jnp.array(True), jnp.zeros((), jnp.int32))
+    best = _Best(init, jnp.array(jnp.inf, init.dtype)) if keep == "best" else None
+    zero = jnp.zeros((), jnp.int32)
+    start = _Carry(init, optimizer.init(init), jnp.array(True), zero, best)
     if tol is None:
         end, history = lax.scan(step, start, jnp.arange(steps))
     else:
         end, history = scan_until_stopped(step, start, steps)
-    converged = ~end.running & history.finite[-1]
-    return Solution(end.x, end.state, history, end.taken, converged)
+    x = end.x
+    if end.best is not None:
+        x = end.best.or_lower(x, problem.loss(x)).x
+    stalled = _too_short(problem, end.x, history.relative_step[-1])
+    converged = ~end.running & history.finite[-1] & ~stalled
+    return Solution(x, end.state, history, end.taken, converged, stalled)
+
+
+class _Best(eqx.Module):
+    x: LowRank
+    loss: Array
+
+    def or_lower(self, x: LowRank, loss: Array) -> "_Best":
+        """The better of this and another iterate; what is not finite is never better."""
+        loss = loss.astype(self.loss.dtype)
+        return _where(loss < self.loss, _Best(x, loss), self)
 
 
 class _Carry(eqx.Module):
@@ -216,6 +246,26 @@ class _Carry(eqx.Module):
     state: PyTree
     running: Array
     taken: Array
+    best: _Best | None
+
+
+TOO_SHORT = 100  # a step that could be as many times longer has come to a stop too early
+
+
+def _too_short(problem: Problem, x: LowRank, last: Array) -> Array:
+    """Whether the loss falls by a step against the gradient that is much longer."""
+    problem, x, last = jax.tree.map(lax.stop_gradient, (problem, x, last))
+    value, grad = jax.value_and_grad(problem.loss)(x)
+    eps = jnp.finfo(value.dtype).eps
+    unit = jax.tree.map(lambda g: g / nonzero(relative_step(x, grad)), grad)
+    moves = TOO_SHORT * jnp.maximum(last, eps) * 10.0 ** jnp.arange(5)
+
+    def loss_after(move):
+        return problem.loss(jax.tree.map(lambda a, u: a - move * u, x, unit))
+
+    # A step of more than the matrix itself says nothing about the last ones.
+    losses = jnp.where(moves < 1, lax.map(loss_after, moves.astype(value.dtype)), jnp.inf)
+    return jnp.min(losses) < value - 16 * eps * jnp.abs(value)
 
 
 def scan_until_stopped(step: Callable, start: PyTree, steps: int):

@@ -163,6 +163,57 @@ def test_gradients_pass_through_all_steps():
     assert_close(slope, (final(1.01e-3) - final(0.99e-3)) / 2e-5, rtol=0.1)
 
 
+@pytest.fixture(scope="module")
+def falling():
+    """Steps that fall by the given factor, in one program."""
+    problem = sensing(jr.key(8), condition=20.0)
+    start = lrjax.spectral_init(problem, 4, key=jr.key(0))
+
+    def run(problem, start, factor, tol):
+        rate = lambda count: lrjax.norm(start) / 6 * factor**count
+        tx = lrjax.opsa(rate)
+        return lrjax.solve(problem, tx, start, steps=250, tol=tol, keep="best")
+
+    jitted = jax.jit(run)
+    return problem, lambda factor, tol=0.0: jitted(problem, start, factor, tol)
+
+
+def test_a_run_that_froze_is_stalled_and_not_converged(falling):
+    problem, run = falling
+    frozen, good = run(0.6, 1e-6), run(0.93, 1e-6)
+    assert float(problem.relative_error(frozen.x)) > 1e-2
+    assert float(frozen.history.relative_step[-1]) <= 1e-6
+    assert bool(frozen.stalled)
+    assert not bool(frozen.converged)
+    assert float(problem.relative_error(good.x)) < 1e-4
+    assert bool(good.converged)
+    assert not bool(good.stalled)
+
+
+def test_a_run_at_the_end_of_its_precision_is_not_stalled(falling):
+    """Nor is one whose steps stay long."""
+    _, run = falling
+    assert not bool(run(0.9).stalled)
+    assert not bool(run(1.0).stalled)
+
+
+def test_the_best_iterate_is_kept_when_asked(falling):
+    problem, run = falling
+    hovering = run(1.0)
+    losses = np.append(hovering.history.loss, problem.loss(hovering.x))
+    assert_close(problem.loss(hovering.x), losses.min(), rtol=1e-5)
+    assert float(hovering.history.loss[-1]) > losses.min()
+
+
+def test_the_best_iterate_may_be_the_last_or_the_first():
+    problem = sensing(jr.key(9), n=10)
+    start = lrjax.spectral_init(problem, 2, key=jr.key(0))
+    run = lambda eta: lrjax.solve(problem, optax.sgd(eta), start, steps=1, keep="best").x
+    assert_close(run(1e6), start, rtol=0)
+    last = lrjax.solve(problem, optax.sgd(1e-4), start, steps=1).x
+    assert_close(run(1e-4), last, rtol=1e-6)
+
+
 def test_bad_arguments_are_refused():
     problem = sensing(jr.key(7), n=10)
     start = lrjax.spectral_init(problem, 2, key=jr.key(0))
