@@ -114,7 +114,9 @@ def alternating_least_squares(
 
     x, history = lax.scan(step, init, jnp.arange(steps))
     steps_taken = jnp.asarray(steps, jnp.int32)
-    return Solution(x, None, history, steps_taken, jnp.array(False))
+    # Its steps have the length that lowers the loss most: they are never too short.
+    false = jnp.array(False)
+    return Solution(x, None, history, steps_taken, converged=false, stalled=false)
 
 
 def _check(problem: Problem, init: LowRank, steps: int, sketch: int | None) -> None:
