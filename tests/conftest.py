@@ -5,6 +5,7 @@ import random
 import jax
 import jax.random as jr
 import matplotlib
+import psutil
 import pytest
 from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir
@@ -28,7 +29,7 @@ matplotlib.use("Agg")
 
 
 class _SharedContext:
-    """The MLIR context of all programs of a file, for programs that others do not contain.
+    """The MLIR context of all programs, but for those that are written within another one.
 
     JAX makes a new one for each program, which is a quarter of the time of a small one.
     """
@@ -90,9 +91,11 @@ def pytest_runtest_makereport(item):
 
 @pytest.fixture(autouse=True, scope="module")
 def _free_compiled_programs():
+    """Small programs serve many files, until all together take too much memory."""
     yield
-    jax.clear_caches()
-    mlir.make_ir_context.context = None
+    if psutil.Process().memory_info().rss > 2.5e9:
+        jax.clear_caches()
+        mlir.make_ir_context.context = None
 
 
 def pytest_collection_finish():
