@@ -1,5 +1,6 @@
 """The MiniLM sentence encoder (BERT, 6 layers, width 384) as an Equinox model."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -40,12 +41,12 @@ def model_directory() -> Path | None:
     return None if not (found and found.origin) else Path(found.origin).parent / "model"
 
 
-def rows(layer, x: Float[Array, "*lead n"]) -> Float[Array, "*lead m"]:
-    """A layer for vectors on an array with leading axes, flattened into one ``vmap``."""
-    y = jax.vmap(layer)(x.reshape(-1, x.shape[-1]))
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+# Of what is cheap beside the products, the gradient keeps the inputs and computes the rest
+# anew: less memory, and so less time. prevent_cse is for code outside a scan.
+_keeping_inputs = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
+@_keeping_inputs
 def attend(
     query: Float[Array, "batch seq heads size"],
     key: Float[Array, "batch seq heads size"],
@@ -56,6 +57,20 @@ def attend(
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
     scores = jnp.where(mask[:, None, None, :] > 0, scores, -jnp.inf)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
+
+
+@_keeping_inputs
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The exact one, by the error function."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+@_keeping_inputs
+def normalized(
+    norm: eqx.nn.LayerNorm, x: Float[Array, "tokens width"]
+) -> Float[Array, "tokens width"]:
+    """Every token normalized."""
+    return jax.vmap(norm)(x)
 
 
 class Block(eqx.Module):
@@ -83,14 +98,14 @@ class Block(eqx.Module):
         self.heads, self.attend = sizes.heads, attend
 
     def __call__(
-        self, x: Float[Array, "batch seq width"], mask: Int[Array, "batch seq"]
-    ) -> Float[Array, "batch seq width"]:
-        split = lambda layer: rows(layer, x).reshape(*x.shape[:2], self.heads, -1)
+        self, x: Float[Array, "tokens width"], mask: Int[Array, "batch seq"]
+    ) -> Float[Array, "tokens width"]:
+        split = lambda layer: jax.vmap(layer)(x).reshape(*mask.shape, self.heads, -1)
         query, key, value = split(self.query), split(self.key), split(self.value)
-        mixed = self.attend(query, key, value, mask)
-        x = rows(self.attention_norm, x + rows(self.output, mixed.reshape(x.shape)))
-        hidden = jax.nn.gelu(rows(self.up, x), approximate=False)
-        return rows(self.norm, x + rows(self.down, hidden))
+        mixed = self.attend(query, key, value, mask).reshape(x.shape)
+        x = normalized(self.attention_norm, x + jax.vmap(self.output)(mixed))
+        hidden = gelu(jax.vmap(self.up)(x))
+        return normalized(self.norm, x + jax.vmap(self.down)(hidden))
 
 
 class Encoder(eqx.Module):
@@ -119,7 +134,9 @@ class Encoder(eqx.Module):
         self, ids: Int[Array, "batch seq"], mask: Int[Array, "batch seq"]
     ) -> Float[Array, "batch width"]:
         positions = self.positions.weight[: ids.shape[1]] + self.segment[None]
-        x = rows(self.embedding_norm, self.tokens.weight[ids] + positions[None])
+        x = self.tokens.weight[ids] + positions[None]
+        # All tokens in one axis, so that each layer is one product, of the same array.
+        x = normalized(self.embedding_norm, x.reshape(-1, x.shape[-1]))
         arrays, static = eqx.partition(self.blocks, eqx.is_array)
 
         def step(x, block):
@@ -127,6 +144,7 @@ class Encoder(eqx.Module):
 
         x, _ = jax.lax.scan(step, x, arrays)
         weights = mask[:, :, None].astype(x.dtype)
+        x = x.reshape(*ids.shape, -1)
         return jnp.sum(x * weights, axis=1) / jnp.sum(weights, axis=1)
 
 

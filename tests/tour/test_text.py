@@ -39,6 +39,11 @@ def test_embeddings_equal_the_reference_and_padding_does_not_matter():
         assert np.max(np.abs(got - want)) < 1e-5
 
 
-def test_flattened_rows_are_the_layer_on_every_vector(getkey):
-    x = jax.random.normal(getkey(), (2, 3, 5))
-    assert_close(encoder.rows(lambda v: jnp.cumsum(v)[:4], x), jnp.cumsum(x, -1)[..., :4])
+def test_a_text_is_embedded_alike_in_any_batch_and_padding(getkey):
+    sizes = encoder.Sizes(2, 8, 2, 16, 20, 12)
+    model = encoder.Encoder(getkey(), sizes)
+    ids = jax.random.randint(getkey(), (3, 6), 0, sizes.vocabulary)
+    mask = jnp.ones_like(ids)
+    whole = model(ids, mask)
+    padded = [jnp.pad(x[1:2], ((0, 0), (0, 3))) for x in (ids, mask)]
+    assert_close(model(*padded), whole[1:2], condition=100.0)
