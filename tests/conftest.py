@@ -4,6 +4,7 @@ import random
 
 import jax
 import jax.random as jr
+import jaxtyping
 import matplotlib
 import psutil
 import pytest
@@ -55,6 +56,18 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture(scope="module")
+def shapes_unchecked():
+    """Without jaxtyping, which takes a third of the time of what is only traced.
+
+    For tables over many layouts, trees and frameworks, of parts whose annotations
+    ``test_every_transform`` checks.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class _GetKey:

@@ -10,7 +10,7 @@ import lrjax
 
 ROOT = Path(lrjax.__file__).parent
 LEVELS = [
-    {"_sharding", "_batching", "_extras"},
+    {"_arguments", "_sharding", "_batching", "_extras"},
     {"linalg"},
     {"lowrank"},
     {"_matrices", "_codes"},

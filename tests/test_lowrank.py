@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 
 import lrjax
@@ -165,6 +166,91 @@ def test_refuses_wrong_arguments(getkey):
         lrjax.add(x, x.T)
     with pytest.raises(ValueError, match="wider"):
         lrjax.svd(random_low_rank(getkey(), 4, 3, 5))
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_products_with_arrays_and_nodes_are_those_of_the_value(getkey, batch):
+    x = random_low_rank(getkey(), 4, 5, 2, batch=batch)
+    dense = np.asarray(x.materialize(), np.float64)
+    right, left = jr.normal(getkey(), (5, 3)), jr.normal(getkey(), (3, 4))
+    close = lambda got, want: assert_close(got, jnp.asarray(want, jnp.float32), rtol=1e-5)
+    close(x @ right[:, 0], dense @ np.asarray(right[:, 0]))
+    close(left[0] @ x, np.asarray(left[0]) @ dense)
+    if batch:
+        right, left = jnp.stack([right] * 3), jnp.stack([left] * 3)
+    close(x @ right, dense @ np.asarray(right))
+    close(left @ x, np.asarray(left) @ dense)
+    close(np.asarray(left) @ x, np.asarray(left) @ dense)
+    for y in (random_low_rank(getkey(), 5, 6, r, batch=batch) for r in (1, 3)):
+        product = x @ y
+        assert product.rank == min(x.rank, y.rank)
+        close(product.materialize(), dense @ np.asarray(y.materialize(), np.float64))
+        close((lrjax.svd(x) @ lrjax.svd(y)).materialize(), product.materialize())
+
+
+ARITHMETIC = [
+    lambda x: 2 * x,
+    lambda x: x / 2,
+    lambda x: x + x,
+    lambda x: x - jnp.ones((4, 3)),
+    lambda x: np.ones((4, 3)) + x,
+    lambda x: np.float32(2) * x,
+    lambda x: -x,
+]
+
+
+@pytest.mark.parametrize("operation", ARITHMETIC)
+@pytest.mark.parametrize("form", [lambda x: x, lrjax.svd])
+def test_arithmetic_says_what_to_call(operation, form):
+    x = form(lrjax.LowRank(jnp.ones((4, 1)), jnp.ones((3, 1))))
+    with pytest.raises(TypeError, match=r"lrjax\.add.*matvec.* x\.materialize\(\)"):
+        operation(x)
+
+
+def test_nothing_turns_into_a_dense_array_by_itself():
+    x = lrjax.LowRank(jnp.ones((4, 1)), jnp.ones((3, 1)))
+    assert x.ndim == lrjax.svd(x).ndim == 2
+    for convert in (np.asarray, jnp.asarray):
+        with pytest.raises(TypeError, match=r"shape \(4, 3\).* x\.materialize\(\)"):
+            convert(x)
+    doubled = optax.tree_utils.tree_scale(2.0, x)
+    assert_close(doubled.materialize(), 4 * x.materialize())
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 2), (3, 3)])
+def test_matvec_of_what_is_no_vector_says_so(shape):
+    x = lrjax.LowRank(jnp.ones((4, 1)), jnp.ones((3, 1)))
+    with pytest.raises(ValueError, match=r"3 numbers .*\(3,\), got .* x @ columns"):
+        x.matvec(jnp.ones(shape))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (2, 5, 5)])
+def test_the_algebra_takes_dense_matrices_and_svd_forms(getkey, x64, shape):
+    dense = jr.normal(getkey(), shape, jnp.float64)
+    form = lrjax.svd(dense)
+    values = np.linalg.svd(np.asarray(dense), compute_uv=False)
+    got = jnp.diagonal(form.core, axis1=-2, axis2=-1)
+    np.testing.assert_allclose(got, values, atol=1e-12)
+    assert_close(form.materialize(), dense, rtol=1e-13)
+    for x in (dense, form):
+        np.testing.assert_allclose(
+            lrjax.norm(x), np.linalg.norm(np.asarray(dense), axis=(-2, -1)), rtol=1e-13
+        )
+        assert_close(lrjax.inner(x, x), lrjax.norm(x) ** 2, rtol=1e-13)
+        assert_close(lrjax.balance(x).materialize(), dense, rtol=1e-12)
+        cut = lrjax.truncate(x, 2).materialize()
+        rest = np.sqrt((values[..., 2:] ** 2).sum(-1))
+        np.testing.assert_allclose(lrjax.norm(cut - dense), rest, rtol=1e-12)
+    assert_close(lrjax.svd(form).materialize(), dense, rtol=1e-12)
+    assert_close(lrjax.add(form, form).materialize(), 2 * dense, rtol=1e-12)
+
+
+@pytest.mark.parametrize("x", [3.0, jnp.ones((4, 3), int), jnp.ones(4), "matrix"])
+def test_what_is_no_matrix_is_refused(x):
+    from lrjax.lowrank.nodes import factors_of
+
+    with pytest.raises(TypeError, match=r"svd needs a lrjax\.LowRank, a lrjax\.SVDForm or"):
+        factors_of("svd", x)
 
 
 def test_serialises(getkey, tmp_path):

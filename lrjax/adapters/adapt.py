@@ -10,6 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
+from .._arguments import check_key
 from .._sharding import placed_along
 from ..lowrank import LowRank, is_low_rank
 from ._arrays import Axes, array_site
@@ -234,10 +235,7 @@ def _check_arguments(kind: Any, key: Any) -> None:
             f"adapt takes a kind such as lrjax.LoRA(rank=8), or a rule (path, site) -> "
             f"kind; got {kind!r}."
         )
-    if not hasattr(key, "dtype"):
-        raise TypeError(
-            f"adapt's key must be a random key such as jax.random.key(0), got {key!r}."
-        )
+    check_key("adapt", key)
 
 
 def _different(kinds: list[AdapterKind | None]) -> list[AdapterKind]:

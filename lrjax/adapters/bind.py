@@ -6,6 +6,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._arguments import check_key
 from .._matrices import path_name
 from ._arrays import array_site
 from ._pool import Held
@@ -159,6 +160,7 @@ def bind(model: PyTree, adapters: Adapters, *, key: PRNGKeyArray | None = None) 
         >>> grads["layers.0"].pair.shape
         (16, 4)
     """
+    check_key("bind", key)
     pools, dense = held_pools(adapters.pools), _only_dense(model, adapters)
 
     def attach(site, adapter):

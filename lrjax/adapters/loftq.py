@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._arguments import check_key
 from ..linalg import truncated_svd
 from ..lowrank import LowRank
 from ._quantized import QuantizedArray
@@ -77,6 +78,7 @@ def loftq(
         arXiv:2404.02948, section 4. Without factors in between, with ``steps=1``, the
         base is that of :func:`lrjax.adapters.quantize`.
     """
+    check_key("loftq", key)
     kind = _checked(kind, steps, first)
     sites = {p: s for p, s in find_sites(model).items() if s.kind != "vector"}
     picked = pick(sites, where)

@@ -5,7 +5,9 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Scalar
 
 from ._field import Field, FlowState, Observed, Occurred, Params
@@ -144,7 +146,8 @@ def gradient_flow(
 
     Raises:
         TypeError: if ``params`` has no floating arrays, or some of half precision.
-        ValueError: if ``precondition`` keeps a state, or for an unknown ``solver``.
+        ValueError: if ``precondition`` keeps a state, for an unknown ``solver``, or for
+            times that are not increasing within ``[0, t1]``.
 
     Example:
         >>> import jax.numpy as jnp, lrjax
@@ -158,7 +161,8 @@ def gradient_flow(
         arXiv 2202.02435. Checked against the closed forms of ``lrjax.flows``.
     """
     moving, fixed = eqx.partition(params, eqx.is_inexact_array)
-    dtype = _time_dtype(moving)
+    dtype = _time_dtype(moving, params)
+    _check_times(t1, ts)
     _check_stateless(precondition, moving)
     field = Field(loss, precondition, friction, fixed)
     asked = until is not None or observe is not None
@@ -221,10 +225,39 @@ def _result(solution, fixed, on_grid: bool, observes: bool) -> FlowSolution:
     return FlowSolution(ts, eqx.combine(params, fixed), observed, stats, dense)
 
 
-def _time_dtype(moving: PyTree) -> jnp.dtype:
+def _check_times(t1: ArrayLike, ts: ArrayLike | None) -> None:
+    """Refuse times that are known and that no flow from 0 to ``t1`` passes in turn."""
+    if isinstance(t1, Tracer):
+        return
+    if not np.all(np.asarray(t1) > 0):
+        raise ValueError(
+            f"gradient_flow goes from 0 to t1 > 0, got t1={t1}: to go uphill, follow the "
+            "flow of the negative loss."
+        )
+    if ts is None or isinstance(ts, Tracer):
+        return
+    times = np.asarray(ts)
+    if times.ndim != 1 or not times.size or np.any(np.diff(times) <= 0):
+        raise ValueError(
+            f"gradient_flow saves at increasing times ts of shape (count,), got {ts}."
+        )
+    # As it is in the precision of the parameters.
+    rounding = float(jnp.finfo(jnp.float32).eps)
+    if times[0] < 0 or times[-1] > np.max(t1) * (1 + rounding):
+        raise ValueError(
+            f"gradient_flow saves at times within [0, t1] = [0, {t1}], got ts from "
+            f"{times[0]} to {times[-1]}: raise t1, or leave the later times out."
+        )
+
+
+def _time_dtype(moving: PyTree, params: PyTree) -> jnp.dtype:
     leaves = jax.tree.leaves(moving)
     if not leaves:
-        raise TypeError("gradient_flow found no floating array in params: nothing flows.")
+        found = {getattr(x, "dtype", type(x).__name__) for x in jax.tree.leaves(params)}
+        raise TypeError(
+            "gradient_flow found no floating array in params: nothing flows. Of "
+            f"{sorted(map(str, found))} make arrays with jnp.asarray(x, float)."
+        )
     narrow = sorted({str(x.dtype) for x in leaves if jnp.finfo(x.dtype).bits < 32})
     if narrow:
         raise TypeError(

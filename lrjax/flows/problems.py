@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Scalar
 
+from .._arguments import check_key
 from .._sharding import einsum
 from ..linalg import orthonormalize, times
 from ..lowrank import LowRank
@@ -198,6 +199,7 @@ def lora_task(
         >>> task.base.first.shape, task.base.second.shape, task.target.shape
         ((4, 5), (6, 4), (6, 5))
     """
+    check_key("lora_task", key)
     (m, n), h, c = shape, len(values), len(change)
     if min(m, n) < max(h, c):
         raise ValueError(

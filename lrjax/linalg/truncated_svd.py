@@ -5,6 +5,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._arguments import check_key
 from ._numerics import check_rank, cross, times, working_dtype
 from .decompositions import svd
 from .orthonormalize import orthonormalize
@@ -69,6 +70,7 @@ def truncated_svd(
         probabilistic algorithms for constructing approximate matrix decompositions"
         (2011), arXiv 0909.4061.
     """
+    check_key("truncated_svd", key)
     m, n = x.shape[-2:]
     check_rank(rank, x.shape)
     a = lax.stop_gradient(x).astype(working_dtype(x.dtype))

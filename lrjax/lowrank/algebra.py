@@ -12,18 +12,18 @@ from ..linalg import (
     product_svd,
     working_dtype,
 )
-from .nodes import LowRank, SVDForm
+from .nodes import LowRank, Matrix, SVDForm, factors_of
 from .truncation import check_not_wider, truncate
 
 
-def svd(x: LowRank) -> SVDForm:
+def svd(x: Matrix) -> SVDForm:
     """The singular value decomposition of a factorized matrix, in O((m + n) r²).
 
     With ``left = Q_l R_l`` and ``right = Q_r R_r`` only the ``r × r`` core ``R_l R_rᵀ``
     is decomposed.
 
     Args:
-        x: ``(*batch, m, n)`` of width ``r <= min(m, n)``.
+        x: ``(*batch, m, n)`` of width ``r <= min(m, n)``; or a dense matrix.
 
     Returns:
         An :class:`SVDForm` with a diagonal core in descending order.
@@ -37,6 +37,7 @@ def svd(x: LowRank) -> SVDForm:
         >>> lrjax.svd(x).core.round(4).tolist()
         [[10.0]]
     """
+    x = factors_of("svd", x)
     check_not_wider("svd", x)
     # Householder QR: the vectors of null directions have to be orthonormal too.
     left, s, right = product_svd(x.left, None, x.right, x.rank, method="qr")
@@ -44,7 +45,7 @@ def svd(x: LowRank) -> SVDForm:
     return SVDForm(*(a.astype(x.dtype) for a in (left, core, right)))
 
 
-def balance(x: LowRank) -> LowRank:
+def balance(x: Matrix) -> LowRank:
     """The same value with balanced factors: ``leftᵀleft = rightᵀright = Σ``.
 
     Among all factorizations of the value this one has the smallest
@@ -62,11 +63,12 @@ def balance(x: LowRank) -> LowRank:
         >>> lrjax.balance(x).right.round(4).tolist()
         [[2.0]]
     """
+    x = factors_of("balance", x)
     return truncate(x, x.rank)
 
 
 def refactor(
-    x: LowRank,
+    x: Matrix,
     mode: Literal["balanced", "left", "right"] = "balanced",
     *,
     scale: ArrayLike = 1.0,
@@ -103,6 +105,7 @@ def refactor(
         N. Xiong, L. Ding, S. Du, "How over-parameterization slows down gradient descent in
         matrix sensing" (2024), arXiv 2310.01769.
     """
+    x = factors_of("refactor", x)
     if mode == "balanced":
         even = balance(x)
         return LowRank(even.left * scale, even.right / scale)
@@ -122,7 +125,7 @@ def refactor(
     return LowRank((basis * scale).astype(x.dtype), right.astype(x.dtype))
 
 
-def inner(x: LowRank, y: LowRank) -> Float[Array, "*batch"]:
+def inner(x: Matrix, y: Matrix) -> Float[Array, "*batch"]:
     """The Frobenius inner product ``tr(xᵀy)``, in O((m + n) r²).
 
     Args:
@@ -141,19 +144,20 @@ def inner(x: LowRank, y: LowRank) -> Float[Array, "*batch"]:
         >>> float(lrjax.inner(x, x))
         6.0
     """
+    x, y = factors_of("inner", x), factors_of("inner", y)
     _check_same_shape("inner", x, y)
     products = cross(x.left, y.left) * cross(x.right, y.right)
     return jnp.sum(products, axis=(-2, -1))
 
 
-def norm(x: LowRank) -> Float[Array, "*batch"]:
+def norm(x: Matrix) -> Float[Array, "*batch"]:
     """The Frobenius norm of the value.
 
     Computed from orthonormal bases, not as ``sqrt(inner(x, x))``: that would lose half of
     the digits when the columns cancel, as in a difference of near matrices.
 
     Args:
-        x: ``(*batch, m, n)``.
+        x: ``(*batch, m, n)``, in factors or dense.
 
     Returns:
         ``(*batch,)``.
@@ -163,15 +167,17 @@ def norm(x: LowRank) -> Float[Array, "*batch"]:
         >>> float(lrjax.norm(lrjax.LowRank(jnp.ones((2, 1)), jnp.ones((8, 1)))).round(4))
         4.0
     """
-    if x.rank >= min(x.shape[-2:]):
-        return jnp.linalg.norm(x.materialize(), axis=(-2, -1))
-    dtype = working_dtype(x.dtype)
-    inside = lambda y: cross(orthonormalize(y, method="cholesky"), y)
-    core = outer(inside(x.left.astype(dtype)), inside(x.right.astype(dtype)))
-    return jnp.linalg.norm(core, axis=(-2, -1)).astype(x.dtype)
+    y = factors_of("norm", x)
+    if y.rank >= min(y.shape[-2:]):
+        dense = x.materialize() if isinstance(x, LowRank | SVDForm) else x
+        return jnp.linalg.norm(dense, axis=(-2, -1))
+    dtype = working_dtype(y.dtype)
+    inside = lambda z: cross(orthonormalize(z, method="cholesky"), z)
+    core = outer(inside(y.left.astype(dtype)), inside(y.right.astype(dtype)))
+    return jnp.linalg.norm(core, axis=(-2, -1)).astype(y.dtype)
 
 
-def add(x: LowRank, y: LowRank) -> LowRank:
+def add(x: LowRank | SVDForm, y: LowRank | SVDForm) -> LowRank:
     """The sum of two factorized matrices; the widths add up, :func:`truncate` cuts them.
 
     Args:
@@ -190,6 +196,14 @@ def add(x: LowRank, y: LowRank) -> LowRank:
         >>> lrjax.add(x, x).rank
         2
     """
+    for name, matrix in {"x": x, "y": y}.items():
+        if not isinstance(matrix, LowRank | SVDForm):
+            raise TypeError(
+                f"add stacks the factors of two nodes, got {type(matrix)} for {name}: take "
+                "x.materialize() + y for a dense sum, or the factors of a part of it, "
+                "lrjax.truncate(y, rank)."
+            )
+    x, y = factors_of("add", x), factors_of("add", y)
     _check_same_shape("add", x, y)
     return LowRank(
         lax.concatenate([x.left, y.left], x.left.ndim - 1),

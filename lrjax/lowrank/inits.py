@@ -5,6 +5,7 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
+from .._arguments import check_key
 from .._sharding import einsum
 from ..linalg import orthonormalize
 from .nodes import LowRank
@@ -34,6 +35,7 @@ def lora_init(
         E. Hu et al., "LoRA: low-rank adaptation of large language models" (2021), arXiv
         2106.09685; the scale is that of PEFT.
     """
+    check_key("lora_init", key)
     m, n = shape
     edge = n**-0.5
     right = jr.uniform(key, (n, rank), dtype, -edge, edge)
@@ -66,6 +68,7 @@ def gaussian_init(
         >>> bool(abs(x.left).max() < 0.01)
         True
     """
+    check_key("gaussian_init", key)
     k_left, k_right = jr.split(key)
     std = jnp.asarray(std, dtype)
     left = jr.normal(k_left, (shape[0], rank), dtype)
@@ -108,6 +111,7 @@ def small_init(
         >>> x.rank, bool(lrjax.norm(x) < 1e-5)
         (5, True)
     """
+    check_key("small_init", key)
     if rank < 1:
         raise ValueError(f"small_init needs a rank of at least 1, got {rank}.")
     m, n = shape
@@ -155,6 +159,7 @@ def orthogonal_init(
     Reference:
         The "orthogonal" initialization of PEFT.
     """
+    check_key("orthogonal_init", key)
     if rank % 2:
         raise ValueError(f"orthogonal_init needs an even rank, got {rank}.")
     scale = jnp.asarray(scale, dtype)
@@ -191,6 +196,7 @@ def balanced_init(
         >>> print(lrjax.metrics.singular_values(x).round(3))
         [2. 1.]
     """
+    check_key("balanced_init", key)
     r = len(values)
     if r > min(shape):
         raise ValueError(

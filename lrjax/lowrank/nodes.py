@@ -6,7 +6,8 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from .._sharding import einsum
-from ..linalg import outer, times
+from ..linalg import cross, identity_like, outer, times
+from ._arithmetic import NoSilentArithmetic
 
 
 def _check_factor(owner: str, name: str, x: Any) -> None:
@@ -41,12 +42,24 @@ def _check_pair(owner: str, left: Any, right: Any) -> None:
         )
 
 
-class LowRank(eqx.Module):
+def _check_vector(method: str, x: Any, factor: Any) -> None:
+    size, most = factor.shape[-2], factor.ndim - 1
+    if jnp.ndim(x) > most or jnp.shape(x)[-1:] != (size,):
+        raise ValueError(
+            f"{method} takes a vector of {size} numbers for each matrix of the node, "
+            f"{(*factor.shape[:-2], size)}, got shape {jnp.shape(x)}. The columns of a "
+            "matrix are multiplied by x @ columns, its rows by rows @ x.T."
+        )
+
+
+class LowRank(NoSilentArithmetic, eqx.Module):
     """A matrix in factorized form, ``left @ right.T``; or a stack of them.
 
     A pytree node with two leaves and nothing else: no scale, no ``__call__``, no silent
-    conversion to a dense array. Copies made by ``jax.tree.map`` may hold anything in
-    place of the factors (bools, labels, ``None``); only construction checks.
+    conversion to a dense array. ``x @ v`` and ``v @ x`` are taken in factors, of arrays and
+    of other nodes; ``+`` and ``*`` say what to call. Copies made by ``jax.tree.map`` may
+    hold anything in place of the factors (bools, labels, ``None``); only construction
+    checks.
 
     A LoRA pair of PEFT, ``W (out, in) + s·B A``, is ``left = B``, ``right = Aᵀ``.
 
@@ -93,16 +106,40 @@ class LowRank(eqx.Module):
 
     def matvec(self, x: Float[Array, "*c n"]) -> Float[Array, "*d m"]:
         """The product with a vector ``(*batch, n)``, in O((m + n) r)."""
+        _check_vector("matvec", x, self.right)
         return einsum(
             "...mr,...r->...m", self.left, einsum("...nr,...n->...r", self.right, x)
         )
 
     def rmatvec(self, y: Float[Array, "*c m"]) -> Float[Array, "*d n"]:
         """The product of the transpose with a vector ``(*batch, m)``."""
+        _check_vector("rmatvec", y, self.left)
         return self.T.matvec(y)
 
+    def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, SVDForm):
+            other = other.to_low_rank()
+        if jnp.ndim(other) == 1:
+            return self.matvec(other)
+        if self.shape[-1] != other.shape[-2]:
+            raise ValueError(
+                f"x @ y needs as many columns as rows, got shapes {self.shape} and "
+                f"{other.shape}."
+            )
+        if not isinstance(other, LowRank):
+            return times(self.left, cross(self.right, other))
+        between = cross(self.right, other.left)
+        if self.rank <= other.rank:
+            return LowRank(self.left, outer(other.right, between))
+        return LowRank(times(self.left, between), other.right)
 
-class SVDForm(eqx.Module):
+    def __rmatmul__(self, other: Any) -> Any:
+        if jnp.ndim(other) == 1:
+            return self.rmatvec(other)
+        return (self.T @ jnp.matrix_transpose(other)).mT
+
+
+class SVDForm(NoSilentArithmetic, eqx.Module):
     """A matrix ``left @ core @ right.T`` whose outer factors are orthonormal.
 
     The number of columns in use may be an array, ``rank``: columns from ``rank`` on are
@@ -191,9 +228,51 @@ class SVDForm(eqx.Module):
         """The product of the transpose with a vector ``(*batch, m)``."""
         return self.to_low_rank().rmatvec(y)
 
+    def __matmul__(self, other: Any) -> Any:
+        return self.to_low_rank() @ other
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return other @ self.to_low_rank()
+
     def to_low_rank(self) -> LowRank:
         """The same value as ``LowRank(left @ core, right)``."""
         return LowRank(times(self.left, self.masked_core()), self.right)
+
+
+# What the algebra takes for a matrix.
+Matrix = LowRank | SVDForm | Float[Array, "*batch m n"]
+
+
+def factors_of(function: str, x: Any) -> LowRank:
+    """Any matrix as a product of two factors: a dense one is itself times the identity.
+
+    Raises:
+        TypeError: for what is no matrix of floating-point numbers.
+    """
+    if isinstance(x, LowRank):
+        return x
+    if isinstance(x, SVDForm):
+        return x.to_low_rank()
+    if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) and x.ndim >= 2:
+        x = jnp.asarray(x)
+        # The identity on the shorter side, so that the width is the largest possible rank.
+        if x.shape[-2] < x.shape[-1]:
+            return factors_of(function, x.mT).T
+        return LowRank(x, identity_like(jnp.zeros_like(x, shape=_square(x))))
+    raise TypeError(
+        f"{function} needs a lrjax.LowRank, a lrjax.SVDForm or an array of floating-point "
+        f"numbers (*batch, m, n), got {_described(x)}."
+    )
+
+
+def _square(x: Array) -> tuple[int, ...]:
+    return (*x.shape[:-2], x.shape[-1], x.shape[-1])
+
+
+def _described(x: Any) -> str:
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype} of shape {tuple(x.shape)}"
+    return repr(type(x))
 
 
 def is_low_rank(x: Any) -> bool:

@@ -17,14 +17,14 @@ from ..linalg import (
     product_svd,
     times,
 )
-from .nodes import LowRank, SVDForm
+from .nodes import LowRank, Matrix, factors_of
 
 
-def truncate(x: LowRank | SVDForm, rank: int) -> LowRank:
+def truncate(x: Matrix, rank: int) -> LowRank:
     """The best approximation of a factorized matrix of a smaller rank.
 
     Args:
-        x: ``(*batch, m, n)`` of width at least ``rank``.
+        x: ``(*batch, m, n)`` of width at least ``rank``; or a dense matrix.
         rank: the width of the result.
 
     Returns:
@@ -43,8 +43,7 @@ def truncate(x: LowRank | SVDForm, rank: int) -> LowRank:
         C. Eckart, G. Young, "The approximation of one matrix by another of lower rank"
         (1936), Psychometrika.
     """
-    if isinstance(x, SVDForm):
-        x = x.to_low_rank()
+    x = factors_of("truncate", x)
     if not 1 <= rank <= x.rank:
         raise ValueError(f"rank must be between 1 and the width {x.rank}, got {rank}.")
     check_not_wider("truncate", x)

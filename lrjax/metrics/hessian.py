@@ -8,6 +8,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
+from .._arguments import check_key
 from .._sharding import einsum
 
 
@@ -69,6 +70,7 @@ def hessian_overlap(
         M. Song, K. Ahn, C. Yun, "Does SGD really happen in tiny subspaces?" (2024), arXiv
         2405.16002.
     """
+    check_key("hessian_overlap", key)
     flat, unravel = ravel_pytree(params)
     if not k <= steps <= flat.size:
         raise ValueError(

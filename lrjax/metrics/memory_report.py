@@ -7,6 +7,7 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import PyTree
 
+from .._arguments import check_parameters
 from .._matrices import named_leaves
 
 
@@ -90,6 +91,7 @@ def memory_report(params: PyTree, tx: optax.GradientTransformation) -> MemoryRep
         >>> print(round(report.ratio, 3))
         0.156
     """
+    check_parameters("memory_report", params)
     shapes = jax.eval_shape(lambda p: p, params)
     paths, _ = jtu.tree_flatten_with_path(shapes)
     named, _ = named_leaves(shapes)

@@ -1,10 +1,12 @@
 import optax
 from jaxtyping import ArrayLike
 
+from .._arguments import checks_trees
 from ..transforms import scale_by_subset_norm
 from ._common import DecayMask, finish
 
 
+@checks_trees
 def adam_sn(
     learning_rate: optax.ScalarOrSchedule,
     *,

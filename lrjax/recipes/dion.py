@@ -4,11 +4,13 @@ import optax
 from jaxtyping import ArrayLike, PRNGKeyArray
 
 from .. import subspaces as sub
+from .._arguments import checks_trees
 from ..transforms import compress_momentum
 from ._common import DecayMask, elsewhere, finish
 from ._neurons import outputs_as_rows, outputs_over_inputs
 
 
+@checks_trees
 def dion(
     learning_rate: optax.ScalarOrSchedule,
     rank: sub.Rank | None = None,

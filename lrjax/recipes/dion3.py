@@ -2,11 +2,13 @@ import optax
 from jaxtyping import ArrayLike
 
 from .. import subspaces as sub
+from .._arguments import checks_trees
 from ..transforms import normalize_rows
 from ._common import DecayMask, chosen, elsewhere, finish
 from ._neurons import orthogonalize_some, outputs_as_rows, outputs_over_inputs
 
 
+@checks_trees
 def dion3(
     learning_rate: optax.ScalarOrSchedule,
     fraction: float | None = None,

@@ -2,10 +2,12 @@ import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
 from .. import subspaces as sub
+from .._arguments import checks_trees
 from ..subspaces import project_updates
 from ._common import DecayMask, finish
 
 
+@checks_trees
 def golore(
     learning_rate: optax.ScalarOrSchedule,
     rank: sub.Rank | None = None,

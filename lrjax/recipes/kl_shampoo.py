@@ -2,10 +2,12 @@ import optax
 from jaxtyping import Array, ArrayLike
 
 from .. import subspaces as sub
+from .._arguments import checks_trees
 from ..transforms import scale_by_kl_shampoo
 from ._common import DecayMask, chosen, elsewhere, finish
 
 
+@checks_trees
 def kl_shampoo(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -1,10 +1,12 @@
 import optax
 from jaxtyping import ArrayLike
 
+from .._arguments import checks_trees
 from ..transforms import scale_by_gauss_newton
 from ._common import Minimum, known_minimum, toward_minimum
 
 
+@checks_trees
 def levenberg_marquardt(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,

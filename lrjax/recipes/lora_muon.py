@@ -1,6 +1,7 @@
 import optax
 from jaxtyping import ArrayLike
 
+from .._arguments import checks_trees
 from .._tree import map_nodes
 from ..linalg import polar
 from ..lowrank import LowRank
@@ -8,6 +9,7 @@ from ..transforms import scale_by_gram
 from ._common import on_nodes, others
 
 
+@checks_trees
 def lora_muon(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -1,10 +1,12 @@
 import optax
 from jaxtyping import Array, ArrayLike
 
+from .._arguments import checks_trees
 from ..transforms import every, retract, scale_by_tangent
 from ._common import on_nodes
 
 
+@checks_trees
 def loro(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -2,10 +2,12 @@ import optax
 from jaxtyping import ArrayLike, PRNGKeyArray
 
 from .. import subspaces as sub
+from .._arguments import checks_trees
 from ..transforms import factored_momentum
 from ._common import DecayMask, elsewhere, finish
 
 
+@checks_trees
 def mofasgd(
     learning_rate: optax.ScalarOrSchedule,
     rank: sub.Rank | None = None,

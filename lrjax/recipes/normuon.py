@@ -2,12 +2,14 @@ import optax
 from jaxtyping import ArrayLike
 
 from .. import subspaces as sub
+from .._arguments import checks_trees
 from ..linalg import nonzero
 from ..transforms import normalize_rows, orthogonalize_updates
 from ._common import DecayMask, chosen, elsewhere, finish, scale_by_rms
 from ._neurons import outputs_as_rows
 
 
+@checks_trees
 def normuon(
     learning_rate: optax.ScalarOrSchedule,
     *,

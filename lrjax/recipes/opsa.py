@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import ArrayLike
 
+from .._arguments import checks_trees
 from ..linalg import nonzero
 from ..transforms import (
     add_nuclear_norm,
@@ -14,6 +15,7 @@ from ..transforms import (
 from ._common import Minimum, known_minimum, on_nodes, toward_minimum
 
 
+@checks_trees
 def opsa(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,

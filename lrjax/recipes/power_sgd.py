@@ -6,11 +6,13 @@ from jax import lax
 from jaxtyping import ArrayLike, PRNGKeyArray
 
 from .. import subspaces as sub
+from .._arguments import checks_trees
 from .._matrices import DefaultRule, resolve_rank
 from ..transforms import compress_momentum
 from ._common import DecayMask, finish
 
 
+@checks_trees
 def power_sgd(
     learning_rate: optax.ScalarOrSchedule,
     rank: sub.Rank | None = None,

@@ -1,10 +1,12 @@
 import optax
 from jaxtyping import ArrayLike
 
+from .._arguments import checks_trees
 from ..transforms import scale_by_gram
 from ._common import on_nodes
 
 
+@checks_trees
 def prec_gd(
     learning_rate: optax.ScalarOrSchedule = 0.5,
     *,

@@ -3,10 +3,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import ArrayLike, PRNGKeyArray
 
+from .._arguments import checks_trees
 from ..transforms import scale_by_psgd
 from ._common import DecayMask, finish
 
 
+@checks_trees
 def psgd(
     learning_rate: optax.ScalarOrSchedule,
     rank: int | None = None,

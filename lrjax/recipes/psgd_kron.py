@@ -5,11 +5,13 @@ import optax
 from jaxtyping import Array, ArrayLike
 
 from .. import subspaces as sub
+from .._arguments import checks_trees
 from ..linalg import nonzero
 from ..transforms import scale_by_psgd_kron
 from ._common import DecayMask, chosen, elsewhere, finish, scale_by_rms
 
 
+@checks_trees
 def psgd_kron(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -2,11 +2,13 @@ import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
 from .. import subspaces as sub
+from .._arguments import checks_trees
 from ..subspaces import project_updates
 from ..transforms import quantize_state
 from ._common import DecayMask, finish
 
 
+@checks_trees
 def q_galore(
     learning_rate: optax.ScalarOrSchedule,
     rank: sub.Rank | None = None,

@@ -3,10 +3,12 @@ from typing import Literal
 import optax
 from jaxtyping import ArrayLike
 
+from .._arguments import checks_trees
 from ..transforms import scale_by_gram
 from ._common import on_nodes
 
 
+@checks_trees
 def scaled_gd(
     learning_rate: optax.ScalarOrSchedule = 0.5,
     *,

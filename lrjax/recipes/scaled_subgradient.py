@@ -1,10 +1,12 @@
 import optax
 from jaxtyping import ArrayLike
 
+from .._arguments import checks_trees
 from ..transforms import scale_by_gram, unit_norm
 from ._common import Minimum, toward_minimum
 
 
+@checks_trees
 def scaled_subgradient(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,

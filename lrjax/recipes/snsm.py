@@ -2,11 +2,13 @@ import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
 from .. import subspaces as sub
+from .._arguments import checks_trees
 from ..subspaces import project_updates
 from ..transforms import scale_by_subset_norm
 from ._common import DecayMask, finish
 
 
+@checks_trees
 def snsm(
     learning_rate: optax.ScalarOrSchedule,
     rank: sub.Rank | None = None,

@@ -4,10 +4,12 @@ import optax
 from jaxtyping import Array, ArrayLike
 
 from .. import subspaces as sub
+from .._arguments import checks_trees
 from ..transforms import rotate_updates
 from ._common import DecayMask, finish
 
 
+@checks_trees
 def soap(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -2,12 +2,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from .._arguments import checks_trees
 from .._tree import check_has_nodes, check_params, like, map_nodes
 from ..linalg import nonzero, working_dtype
 from ..lowrank import LowRank
 from ._common import on_nodes
 
 
+@checks_trees
 def subgm(
     learning_rate: optax.ScalarOrSchedule = 0.1,
 ) -> optax.GradientTransformationExtraArgs:

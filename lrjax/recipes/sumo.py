@@ -2,11 +2,13 @@ import optax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
 from .. import subspaces as sub
+from .._arguments import checks_trees
 from ..subspaces import project_updates
 from ..transforms import limit_norm_growth, orthogonalize_updates
 from ._common import DecayMask, chosen, elsewhere, finish
 
 
+@checks_trees
 def sumo(
     learning_rate: optax.ScalarOrSchedule,
     rank: sub.Rank | None = None,

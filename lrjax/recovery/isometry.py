@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from .._arguments import check_key
 from ..linalg import orthonormalize, singular_values, times
 from ..lowrank import LowRank
 from .operators import Operator
@@ -73,6 +74,7 @@ def mixed_norm_rip(
         fast and robust convergence without the condition number" (2021), arXiv
         2010.13364.
     """
+    check_key("mixed_norm_rip", key)
 
     def ratio(key):
         sizes = jnp.abs(operator(_unit_matrix(key, operator, rank)))
@@ -143,6 +145,7 @@ def sign_rip(
         recovery: small initialization, noisy measurements, and over-parameterization"
         (2022), arXiv 2202.08788.
     """
+    check_key("sign_rip", key)
 
     def trial(key):
         x = _unit_matrix(key, operator, rank)

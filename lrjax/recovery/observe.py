@@ -1,7 +1,7 @@
 """What to look at in every step: ready functions for ``solve(..., observe=…)``."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -102,16 +102,18 @@ def staircase(truth: LowRank) -> Callable[[Any], Staircase]:
     return observe
 
 
-def success_rate(errors: Array, level: float = 1e-4, axis: int | None = 0) -> Array:
+def success_rate(errors: Any, level: float = 1e-4, axis: int | str | None = 0) -> Any:
     """The share of runs that recovered: relative errors at most ``level``.
 
     Args:
-        errors: relative errors; what is not finite counts as a failure.
+        errors: relative errors, an array or one of xarray, such as ``runs["error"]`` of a
+            sweep; what is not finite counts as a failure.
         level: what counts as recovered.
-        axis: the axis of the repetitions; ``None`` for all.
+        axis: the axis of the repetitions, or its name where there are names; ``None`` for
+            all.
 
     Returns:
-        The shares, with that axis gone.
+        The shares, with that axis gone and the labels of others kept.
 
     Example:
         >>> import jax.numpy as jnp, lrjax
@@ -119,16 +121,26 @@ def success_rate(errors: Array, level: float = 1e-4, axis: int | None = 0) -> Ar
         >>> lrjax.recovery.success_rate(errors).tolist()
         [1.0, 0.5]
     """
-    return jnp.mean(jnp.asarray(errors) <= level, axis=axis)
+    if _is_labelled(errors):
+        dims = tuple(errors.dims)
+        return (errors <= level).mean(dims[axis] if isinstance(axis, int) else axis)
+    return jnp.mean(jnp.asarray(errors) <= level, axis=cast(int | None, axis))
 
 
-def plot_success(rates: Any, x: Any, y: Any, ax: Any = None) -> Any:
+def _is_labelled(x: Any) -> bool:
+    """Whether it is of xarray, which is not imported for it."""
+    return hasattr(x, "dims") and hasattr(x, "coords")
+
+
+def plot_success(rates: Any, x: Any = None, y: Any = None, ax: Any = None) -> Any:
     """Draw a heat-map of success rates, with the line where half of the runs succeed.
 
     Args:
-        rates: ``(len(y), len(x))`` shares between 0 and 1.
-        x: values on the horizontal axis.
-        y: values on the vertical axis.
+        rates: ``(len(y), len(x))`` shares between 0 and 1; or an xarray of two dimensions,
+            such as ``success_rate(runs["error"], axis="key")`` of a sweep.
+        x: values on the horizontal axis; of an xarray the name of a dimension, by default
+            the last one.
+        y: values on the vertical axis, as ``x``.
         ax: matplotlib axes; by default those of a new figure.
 
     Returns:
@@ -136,7 +148,7 @@ def plot_success(rates: Any, x: Any, y: Any, ax: Any = None) -> Any:
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, or an xarray has other than two dimensions.
 
     Example:
         >>> import jax.numpy as jnp, lrjax
@@ -146,6 +158,14 @@ def plot_success(rates: Any, x: Any, y: Any, ax: Any = None) -> Any:
         0.5 2.5
     """
     plt = pyplot()
+    names = None
+    if _is_labelled(rates):
+        rates, x, y, names = _unlabelled(rates, x, y)
+    if x is None or y is None:
+        raise ValueError(
+            "plot_success needs the values on both axes, plot_success(rates, x, y), unless "
+            "rates are an xarray, which knows them."
+        )
     rates = jnp.asarray(rates)
     if rates.shape != (len(y), len(x)):
         raise ValueError(
@@ -158,4 +178,27 @@ def plot_success(rates: Any, x: Any, y: Any, ax: Any = None) -> Any:
     if min(rates.shape) > 1 and float(rates.min()) < 0.5 < float(rates.max()):
         ax.contour(x, y, rates, levels=[0.5], colors="white", linewidths=1.5)
     ax.figure.colorbar(mesh, ax=ax, label="success rate")
+    if names is not None:
+        ax.set(xlabel=names[0], ylabel=names[1])
     return ax
+
+
+def _unlabelled(rates: Any, x: Any, y: Any) -> tuple[Any, Any, Any, tuple[str, str]]:
+    """The numbers of an xarray, those on its axes, and the names of these."""
+    if hasattr(rates, "data_vars"):
+        if len(rates.data_vars) != 1:
+            raise ValueError(
+                f"plot_success draws one variable, got {list(rates.data_vars)}: choose, as "
+                "in runs['error']."
+            )
+        (rates,) = rates.data_vars.values()
+    others = [name for name in rates.dims if name not in (x, y)]
+    x = others.pop() if x is None and others else x
+    y = others.pop() if y is None and others else y
+    if others or {x, y} != set(rates.dims):
+        raise ValueError(
+            f"plot_success draws two dimensions, got {rates.dims} for x={x!r} and y={y!r}: "
+            "average over the others, success_rate(errors, axis='key')."
+        )
+    rates = rates.transpose(y, x)
+    return rates.values, rates[x].values, rates[y].values, (x, y)

@@ -34,6 +34,15 @@ class Problem(eqx.Module):
     objective: Objective
     truth: LowRank | Float[Array, "m n"] | None = None
 
+    def __check_init__(self):
+        if not isinstance(self.operator, Operator):
+            raise TypeError(
+                f"Problem needs an operator, got {type(self.operator)}: derive a class "
+                "from lrjax.recovery.Operator with shape, that of the matrix, and "
+                "__call__(self, x), the measurements of a lrjax.LowRank; its adjoint "
+                "comes by itself."
+            )
+
     @property
     def shape(self) -> tuple[int, int]:
         """``(m, n)``, the shape of the matrix to be found."""
@@ -41,7 +50,13 @@ class Problem(eqx.Module):
 
     def residual(self, x: LowRank) -> Float[Array, "..."]:
         """``A(X) − y``."""
-        return self.operator(x) - self.targets
+        measured = self.operator(x)
+        if measured.shape != self.targets.shape:
+            raise ValueError(
+                f"{type(self.operator).__name__} measures numbers of shape "
+                f"{measured.shape}, but targets has shape {self.targets.shape}."
+            )
+        return measured - self.targets
 
     def loss(self, x: LowRank) -> Float[Array, ""]:
         """The objective at a matrix in factors.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
+from .._arguments import check_key
 from ..linalg import orthonormalize
 from ..lowrank import LowRank
 from .losses import L1, Objective, Squared
@@ -104,6 +105,7 @@ class matrix_sensing:
         objective: Objective | None = None,
         dtype=jnp.float32,
     ) -> Problem:
+        check_key("matrix_sensing", key)
         k_truth, k_operator, k_corrupt = jr.split(key, 3)
         truth = _random_truth(k_truth, shape, rank, condition, symmetric, dtype)
         m, n = shape
@@ -180,6 +182,7 @@ class phase_retrieval:
         objective: Objective | None = None,
         dtype=jnp.float32,
     ) -> Problem:
+        check_key("phase_retrieval", key)
         k_truth, k_operator, k_corrupt = jr.split(key, 3)
         truth = _random_truth(k_truth, (size, size), rank, condition, True, dtype)
         vectors = jr.normal(k_operator, (measurements, size), dtype)
@@ -247,6 +250,7 @@ class matrix_completion:
         objective: Objective | None = None,
         dtype=jnp.float32,
     ) -> Problem:
+        check_key("matrix_completion", key)
         k_truth, k_operator, k_corrupt = jr.split(key, 3)
         truth = _unit_entries(_random_truth(k_truth, shape, rank, condition, False, dtype))
         m, n = shape
@@ -314,6 +318,7 @@ class robust_pca:
         objective: Objective | None = None,
         dtype=jnp.float32,
     ) -> Problem:
+        check_key("robust_pca", key)
         k_truth, k_operator, k_corrupt = jr.split(key, 3)
         truth = _unit_entries(_random_truth(k_truth, shape, rank, condition, False, dtype))
         corruption = _Corruption(outlier_fraction, outlier_scale, noise)

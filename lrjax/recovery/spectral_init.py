@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
+from .._arguments import check_key
 from ..linalg import (
     check_rank,
     cross,
@@ -62,7 +63,8 @@ def spectral_init(
         Balanced factors of the given width.
 
     Raises:
-        ValueError: for a rank that is not between 1 and the smaller side.
+        ValueError: for a rank that is not between 1 and the smaller side, or a symmetric
+            start that is not square.
 
     Example:
         >>> import jax, lrjax
@@ -78,7 +80,12 @@ def spectral_init(
         H. Zhang, Y. Liang, "Nonconvex low-rank matrix recovery with arbitrary outliers
         via median-truncated gradient descent" (2017), arXiv 1709.08114.
     """
+    check_key("spectral_init", key)
     m, n = problem.shape
+    if symmetric and m != n:
+        raise ValueError(
+            f"spectral_init(symmetric=True) needs a square shape, got {(m, n)}."
+        )
     check_rank(rank, (m, n))
     if isinstance(problem.operator, Identity | Masked):
         matrix = fill_in(problem.targets, getattr(problem.operator, "mask", None), trim)

@@ -7,6 +7,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
+from .._arguments import checks_trees
 from .._batching import any_member
 from .._matrices import MatrixLeaf, Rank, Side, Where, map_matrices
 from ..linalg import increment, working_dtype
@@ -29,6 +30,7 @@ class AccumulateGradientsState(NamedTuple):
     inner: Any
 
 
+@checks_trees
 def accumulate_gradients(
     inner: optax.GradientTransformation,
     rank: Rank,

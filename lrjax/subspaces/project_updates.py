@@ -7,6 +7,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray, PyTree
 
+from .._arguments import checks_trees
 from .._matrices import MatrixLeaf, Where, choose
 from .._moments import check_moments_known, read_moments, write_moments
 from .._sharding import placed_like
@@ -55,6 +56,7 @@ class ProjectUpdatesState(NamedTuple):
     error: PyTree
 
 
+@checks_trees
 def project_updates(
     inner: optax.GradientTransformation,
     basis: Basis,

@@ -5,7 +5,6 @@ The tests of one part follow each other, so that they can share its compiled pro
 
 from pathlib import Path
 
-import jaxtyping
 import pytest
 
 from tests.registry import ENTRIES, PLUGINS, RECIPES
@@ -24,18 +23,6 @@ PARTS = {*ENTRIES, *PLUGINS, *RECIPES}
 ORDER = {part: i for i, part in enumerate((*ENTRIES, *PLUGINS))}
 FOLDER = Path(__file__).parent
 SHARING = "test_every_transform.py"
-
-
-@pytest.fixture(scope="module")
-def shapes_unchecked():
-    """Without jaxtyping, which takes a third of the time of what is only traced.
-
-    For tables over many layouts, trees and frameworks, of parts whose annotations
-    ``test_every_transform`` checks.
-    """
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_collection_modifyitems(items):

@@ -5,6 +5,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
+import xarray
 
 import lrjax
 from lrjax import recovery
@@ -81,3 +82,29 @@ def test_plots(climb):
     with pytest.raises(ValueError, match="shape"):
         recovery.plot_success(rates, [1, 2, 3], [1])
     plt.close("all")
+
+
+def test_success_of_a_sweep_is_drawn_by_its_names():
+    sizes = {"key": 4, "rank": 2, "outliers": 3}
+    errors = np.ones(tuple(sizes.values()))
+    errors[:3, 0, 1] = 1e-6
+    coords = {name: np.arange(n) + 10.0 for name, n in sizes.items()}
+    runs = xarray.Dataset({"error": (tuple(sizes), errors)}, coords)
+    rates = recovery.success_rate(runs, axis="key")
+    assert rates["error"].sel(rank=10, outliers=11) == 0.75
+    assert recovery.success_rate(runs["error"], axis=0).equals(rates["error"])
+    drawn = recovery.plot_success(rates)
+    assert (drawn.get_xlabel(), drawn.get_ylabel()) == ("outliers", "rank")
+    assert drawn.get_xlim() == (9.5, 12.5)
+    turned = recovery.plot_success(rates["error"], x="rank")
+    assert (turned.get_xlabel(), turned.get_xlim()) == ("rank", (9.5, 11.5))
+    np.testing.assert_array_equal(
+        turned.collections[0].get_array(), drawn.collections[0].get_array().T
+    )
+    plt.close("all")
+    with pytest.raises(ValueError, match=r"draws two dimensions, got \('key', 'rank'"):
+        recovery.plot_success(runs["error"])
+    with pytest.raises(ValueError, match=r"one variable, got \['error', 'other'\]"):
+        recovery.plot_success(runs.assign(other=runs["error"]))
+    with pytest.raises(ValueError, match="unless rates are an xarray"):
+        recovery.plot_success(np.ones((2, 2)))

@@ -9,6 +9,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from ..._arguments import check_key
 from ...linalg import orthonormalize, working_dtype
 from .._where import Where
 from ..adapt import adapt
@@ -73,6 +74,7 @@ def activation_statistics(
         F. Paischer et al., "One initialization to rule them all: fine-tuning via explained
         variance adaptation" (2024), arXiv:2410.07170, for what they are good for.
     """
+    check_key("activation_statistics", key)
     if rank is not None and key is None:
         raise ValueError("activation_statistics with a rank draws a sketch: pass key=.")
     taps = adapt(model, _Tapping(rank), where=where, key=jr.key(0) if key is None else key)

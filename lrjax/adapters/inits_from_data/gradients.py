@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from ..._arguments import check_key
 from ...linalg import orthonormalize, working_dtype
 from ...lowrank import LowRank
 from .._arrays import Axes
@@ -77,6 +78,7 @@ def gradient_statistics(
         constructing approximate matrix decompositions" (2011), arXiv:0909.4061, for the
         factors.
     """
+    check_key("gradient_statistics", key)
     if rank is None:
         copies = adapt(model, _Whole(), where=where, axes=axes, key=jr.key(0))
         gradient = _mean_gradient(loss, model, copies, batches)

@@ -3,6 +3,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
+from ..._arguments import check_key
 from ...linalg import nonzero
 from ...lowrank import LowRank, relative_step
 from ..losses import Squared
@@ -73,6 +74,7 @@ def alternating_least_squares(
         completion via robust alternating minimization in nearly linear time" (2024),
         arXiv 2302.11068.
     """
+    check_key("alternating_least_squares", key)
     _check(problem, init, steps, sketch)
     m, n = problem.shape
     rows, cols, values = _entries(problem)

@@ -1,11 +1,13 @@
 import optax
 from jaxtyping import ArrayLike
 
+from ..._arguments import checks_trees
 from ..._tree import check_has_nodes, check_params, like, map_nodes
 from ...lowrank import LowRank
 from .._checks import check_non_negative
 
 
+@checks_trees
 def add_nuclear_norm(weight: ArrayLike) -> optax.GradientTransformation:
     """Add the gradient of a nuclear norm penalty in its variational form.
 

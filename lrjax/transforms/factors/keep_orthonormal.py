@@ -1,11 +1,13 @@
 import optax
 from jaxtyping import Array
 
+from ..._arguments import checks_trees
 from ..._tree import check_has_nodes, check_params, like, map_nodes
 from ...linalg import cross, polar, times, working_dtype
 from ...lowrank import LowRank
 
 
+@checks_trees
 def keep_orthonormal() -> optax.GradientTransformation:
     """After every step both factors have orthonormal columns, the nearest ones.
 

@@ -2,11 +2,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike
 
+from ..._arguments import checks_trees
 from ..._tree import check_has_nodes, check_params, like, map_nodes
 from ...linalg import cross, identity_like, times, working_dtype
 from ...lowrank import LowRank
 
 
+@checks_trees
 def landing_field(pull: ArrayLike = 1.0) -> optax.GradientTransformation:
     """Gradients of factors with orthonormal columns, along their manifold and towards it.
 

@@ -5,6 +5,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool
 
+from ..._arguments import checks_trees
 from ..._batching import any_member
 from ..._tree import check_has_nodes, check_params, map_nodes
 from ...lowrank import LowRank, refactor
@@ -17,6 +18,7 @@ class RebalanceState(NamedTuple):
     done: Bool[Array, ""]
 
 
+@checks_trees
 def rebalance(
     mode: Literal["balanced", "left", "right"] = "balanced",
     *,

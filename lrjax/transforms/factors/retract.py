@@ -1,9 +1,11 @@
 import optax
 
+from ..._arguments import checks_trees
 from ..._tree import check_has_nodes, check_params, like, map_nodes
 from ...lowrank import LowRank, retraction
 
 
+@checks_trees
 def retract() -> optax.GradientTransformation:
     """Move a product of two factors along its tangent, and back to the nearest of its rank.
 

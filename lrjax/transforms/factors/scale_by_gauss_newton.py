@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike
 
+from ..._arguments import checks_trees
 from ..._tree import check_has_nodes, check_params, like, map_nodes
 from ...linalg import cross, eigh, gram, identity_like, increment, nonzero, times
 from ...lowrank import LowRank
@@ -11,6 +12,7 @@ from .._checks import check_extra, check_non_negative
 from .scale_by_gram import ScaleByGramState
 
 
+@checks_trees
 def scale_by_gauss_newton(
     damping: ArrayLike | optax.Schedule = 0.0,
     *,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Int
 
+from ..._arguments import checks_trees
 from ..._tree import check_has_nodes, check_params, like, map_nodes
 from ...linalg import increment, inverse_gram, inverse_root_gram, nonzero, times
 from ...lowrank import LowRank
@@ -17,6 +18,7 @@ class ScaleByGramState(NamedTuple):
     count: Int[Array, ""]
 
 
+@checks_trees
 def scale_by_gram(
     damping: ArrayLike | optax.Schedule = 0.0,
     *,

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import ArrayLike, PyTree
 
+from ..._arguments import checks_trees
 from ..._matrices import check_real
 from ...linalg import nonzero, working_dtype
 from .._checks import check_extra
 
 
+@checks_trees
 def scale_by_polyak(f_min: ArrayLike = 0.0) -> optax.GradientTransformationExtraArgs:
     """Polyak's step size, in the metric of whatever stands before it in the chain.
 

@@ -1,11 +1,13 @@
 import optax
 from jaxtyping import ArrayLike
 
+from ..._arguments import checks_trees
 from ..._tree import check_has_nodes, check_params, like, map_nodes
 from ...lowrank import LowRank, project_to_tangent
 from .._checks import check_non_negative
 
 
+@checks_trees
 def scale_by_tangent(
     damping: ArrayLike = 0.0, *, relative: bool = True
 ) -> optax.GradientTransformation:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
+from ..._arguments import checks_trees
 from ..._matrices import check_real
 from ...linalg import nonzero
 from .._checks import check_extra, check_non_negative
@@ -40,6 +41,7 @@ class ScaleByTargetLevelState(NamedTuple):
     inner: Any = optax.EmptyState()
 
 
+@checks_trees
 def scale_by_target_level(
     fraction: ArrayLike = 0.1,
     *,

@@ -1,10 +1,12 @@
 import optax
 from jaxtyping import ArrayLike
 
+from ..._arguments import checks_trees
 from ..._tree import check_has_nodes, like, map_nodes
 from ...lowrank import LowRank
 
 
+@checks_trees
 def scale_factors(
     left: ArrayLike = 1.0, right: ArrayLike = 1.0
 ) -> optax.GradientTransformation:

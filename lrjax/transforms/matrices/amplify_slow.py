@@ -6,6 +6,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
+from ..._arguments import checks_trees
 from ..._moments import register_moments
 from ...linalg import increment, working_dtype
 
@@ -37,6 +38,7 @@ class AmplifySlowWindowState(NamedTuple):
 register_moments(AmplifySlowState, first="slow")
 
 
+@checks_trees
 def amplify_slow(
     weight: ArrayLike = 2.0, decay: ArrayLike = 0.98, *, window: int | None = None
 ) -> optax.GradientTransformation:

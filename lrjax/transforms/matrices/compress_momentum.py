@@ -8,6 +8,7 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
+from ..._arguments import checks_trees
 from ..._matrices import Rank, Where, map_init, map_matrices
 from ..._moments import register_moments
 from ..._sharding import placed_as_state, placed_like
@@ -39,6 +40,7 @@ class CompressMomentumState(NamedTuple):
 register_moments(CompressMomentumState, first="buffer")
 
 
+@checks_trees
 def compress_momentum(
     rank: Rank,
     momentum: ArrayLike = 0.95,

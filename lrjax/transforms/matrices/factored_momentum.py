@@ -7,6 +7,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
+from ..._arguments import checks_trees
 from ..._batching import any_member
 from ..._matrices import Rank, Where, map_init, map_matrices
 from ..._sharding import placed_like
@@ -37,6 +38,7 @@ class FactoredMomentumState(NamedTuple):
     right: PyTree
 
 
+@checks_trees
 def factored_momentum(
     rank: Rank,
     momentum: ArrayLike = 0.95,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import ArrayLike, PyTree
 
+from ..._arguments import checks_trees
 from ..._matrices import check_real
 from ..._moments import register_moments
 from ...subspaces import limit_growth
@@ -21,6 +22,7 @@ class LimitNormGrowthState(NamedTuple):
 register_moments(LimitNormGrowthState)
 
 
+@checks_trees
 def limit_norm_growth(max_growth: ArrayLike = 1.01) -> optax.GradientTransformation:
     """Limit the step-to-step growth of each layer's update norm.
 

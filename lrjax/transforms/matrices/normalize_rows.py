@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, PyTree
 
+from ..._arguments import checks_trees
 from ..._matrices import Where, map_init, map_matrices
 from ...linalg import nonzero, working_dtype
 from ._layers import layer_norm
@@ -20,6 +21,7 @@ class NormalizeRowsState(NamedTuple):
     squares: PyTree
 
 
+@checks_trees
 def normalize_rows(
     b2: ArrayLike = 0.95, eps: ArrayLike = 1e-8, *, where: Where | None = None
 ) -> optax.GradientTransformation:

@@ -2,10 +2,12 @@ from typing import Literal
 
 import optax
 
+from ..._arguments import checks_trees
 from ..._matrices import Where, map_matrices
 from ...linalg import check_polar_method, polar, products_at
 
 
+@checks_trees
 def orthogonalize_updates(
     method: Literal["cubic", "muon", "polar_express", "gram", "svd"] = "polar_express",
     *,

@@ -5,6 +5,7 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from ..._arguments import checks_trees
 from ..._matrices import check_real, path_name
 from ...linalg import cross, outer, times
 
@@ -15,6 +16,7 @@ class ProjectOutState(NamedTuple):
     basis: PyTree
 
 
+@checks_trees
 def project_out(
     basis: PyTree[Float[Array, "..."] | None], *, side: Literal["left", "right"] = "right"
 ) -> optax.GradientTransformation:

@@ -8,6 +8,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
+from ..._arguments import checks_trees
 from ..._batching import any_member
 from ..._matrices import MatrixLeaf, Where, choose
 from ..._moments import Moments, check_moments_known, read_moments, write_moments
@@ -62,6 +63,7 @@ class RotateUpdatesState(NamedTuple):
     right: Rotation
 
 
+@checks_trees
 def rotate_updates(
     inner: optax.GradientTransformation,
     decay: ArrayLike = 0.95,

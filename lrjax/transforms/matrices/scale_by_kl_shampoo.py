@@ -5,6 +5,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
+from ..._arguments import checks_trees
 from ..._batching import any_member
 from ..._matrices import Where, choose, map_init, map_matrices
 from ..._sharding import placed_like
@@ -46,6 +47,7 @@ class ScaleByKLShampooState(NamedTuple):
     numerator: Any
 
 
+@checks_trees
 def scale_by_kl_shampoo(
     b2: ArrayLike = 0.98,
     eps: ArrayLike = 1e-8,

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Int
 
+from ..._arguments import checks_trees
 from ..._matrices import check_real
 from ..._tree import check_params
 from ...linalg import increment
@@ -18,6 +19,7 @@ class ScaleByLayerTrustState(NamedTuple):
     count: Int[Array, ""]
 
 
+@checks_trees
 def scale_by_layer_trust(
     coefficient: ArrayLike | Callable[[Array], ArrayLike] = 1e-3,
     *,

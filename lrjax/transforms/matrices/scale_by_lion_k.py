@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike
 
+from ..._arguments import checks_trees
 from ..._matrices import check_real
 from ..._sharding import by_layer, placed_like
 from ...linalg import increment, nonzero, polar, working_dtype
 from ._layers import layer_norm
 
 
+@checks_trees
 def scale_by_lion_k(
     norm: Literal["l1", "l2", "nuclear"] | Callable[[Array], Array] = "l1",
     b1: ArrayLike = 0.9,

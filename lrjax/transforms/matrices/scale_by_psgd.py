@@ -9,6 +9,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
+from ..._arguments import checks_trees
 from ..._batching import any_member
 from ..._matrices import check_real
 from ..._sharding import einsum
@@ -67,6 +68,7 @@ class Factor(NamedTuple):
         return jnp.eye(product.shape[-1], dtype=product.dtype) + product
 
 
+@checks_trees
 def scale_by_psgd(
     rank: int = 10,
     rate: ArrayLike = 0.1,

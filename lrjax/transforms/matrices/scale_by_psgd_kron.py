@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
+from ..._arguments import checks_trees
 from ..._matrices import Where, map_init, map_matrices
 from ..._sharding import placed_as_state, placed_beside, placed_like
 from ...linalg import identity_like, nonzero, outer, times, working_dtype
@@ -29,6 +30,7 @@ class ScaleByPSGDKronState(NamedTuple):
     right_limit: PyTree
 
 
+@checks_trees
 def scale_by_psgd_kron(
     rate: ArrayLike = 0.1,
     *,

@@ -4,12 +4,14 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
+from ..._arguments import checks_trees
 from ..._matrices import check_real
 from ..._sharding import placed_like
 from ...linalg import eigh, gram, nonzero, outer, times
 from .._checks import check_non_negative
 
 
+@checks_trees
 def scale_by_smooth_polar(beta: ArrayLike) -> optax.GradientTransformation:
     """Flatten the singular values of every matrix of a tree, smoothly at zero.
 

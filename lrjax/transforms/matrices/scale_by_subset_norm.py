@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
+from ..._arguments import checks_trees
 from ..._matrices import check_real
 from ...linalg import increment, working_dtype
 
@@ -23,6 +24,7 @@ class ScaleBySubsetNormState(NamedTuple):
     numerator: Any
 
 
+@checks_trees
 def scale_by_subset_norm(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,

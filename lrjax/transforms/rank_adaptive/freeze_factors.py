@@ -6,6 +6,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
+from ..._arguments import checks_trees
 from ..._batching import any_member
 from ..._tree import check_has_nodes, check_params
 from ...linalg import increment, order_statistic, working_dtype
@@ -31,6 +32,7 @@ class FreezeFactorsState(NamedTuple):
     inner: Any
 
 
+@checks_trees
 def freeze_factors(
     inner: optax.GradientTransformation,
     fraction: optax.ScalarOrSchedule,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
+from ..._arguments import checks_trees
 from ..._tree import check_has_nodes, check_params
 from ...linalg import increment, order_statistic, working_dtype
 from ._factors import at, only_factors, put_factors
@@ -24,6 +25,7 @@ class PruneEntriesState(NamedTuple):
     inner: Any
 
 
+@checks_trees
 def prune_entries(
     inner: optax.GradientTransformation,
     fraction: optax.ScalarOrSchedule,

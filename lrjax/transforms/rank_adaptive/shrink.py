@@ -3,12 +3,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from ..._arguments import checks_trees
 from ..._matrices import check_real
 from ..._tree import check_params
 from ...linalg import increment, soft_threshold
 from .._checks import check_non_negative
 
 
+@checks_trees
 def shrink(
     threshold: optax.ScalarOrSchedule, *, twice: bool = False
 ) -> optax.GradientTransformation:

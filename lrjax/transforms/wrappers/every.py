@@ -8,6 +8,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int, PyTree
 
+from ..._arguments import checks_trees
 from ..._batching import any_member
 from ..._tree import check_params
 from ...linalg import increment
@@ -25,6 +26,7 @@ class EveryState(NamedTuple):
     inner: Any
 
 
+@checks_trees
 def every(
     k: int | Array, op: optax.GradientTransformation | Callable[[PyTree], PyTree]
 ) -> optax.GradientTransformationExtraArgs:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from ..._arguments import checks_trees
 from ..._matrices import check_real, named_leaves
 from ...lowrank import LowRank
 
@@ -68,6 +69,7 @@ def pairs_by_name(
     return rule
 
 
+@checks_trees
 def on_pairs(
     tx: optax.GradientTransformation, rule: Callable[[str], Pair | None]
 ) -> optax.GradientTransformationExtraArgs:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from ..._arguments import checks_trees
 from ..._codes import (
     KINDS,
     Bits,
@@ -33,6 +34,7 @@ class QuantizeStateState(NamedTuple):
     inner: Any
 
 
+@checks_trees
 def quantize_state(
     inner: optax.GradientTransformation,
     *,

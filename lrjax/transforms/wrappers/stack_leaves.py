@@ -9,6 +9,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from ..._arguments import checks_trees
 from ..._matrices import (
     DefaultRule,
     MatrixLeaf,
@@ -23,6 +24,7 @@ from ..._sharding import sharding_spec
 Alike = Callable[[str, tuple[int, int]], Hashable]
 
 
+@checks_trees
 def stack_leaves(
     tx: optax.GradientTransformation,
     where: Where | None = None,
