@@ -23,7 +23,9 @@ from .gram import (
     cholesky as cholesky,
     gram as gram,
     inverse_gram as inverse_gram,
+    inverse_grams as inverse_grams,
     inverse_root_gram as inverse_root_gram,
+    inverse_root_grams as inverse_root_grams,
 )
 from .nystrom import nystrom as nystrom
 from .orthonormalize import orthonormalize as orthonormalize

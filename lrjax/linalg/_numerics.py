@@ -1,6 +1,7 @@
 """Small things that every dense algorithm here needs, each written once."""
 
 import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,20 @@ def identity_like(g: Float[Array, "*b r r"]) -> Float[Array, "*b r r"]:
 def nonzero(size: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """A size to divide by: itself where it is positive, one where there is nothing."""
     return jnp.where(size > 0, size, 1)
+
+
+def together(
+    f: Callable[..., Array], *columns: Sequence[Float[Array, "..."]]
+) -> list[Array]:
+    """``map(f, *columns)``, as one batch where the matrices are alike.
+
+    For small matrices, whose factorizations take an accelerator the time that starting
+    them takes. Those of other shapes, types or shardings are taken one by one.
+    """
+    rows = list(zip(*columns, strict=True))
+    if len({tuple(map(jax.typeof, row)) for row in rows}) > 1 or len(rows) == 1:
+        return [f(*row) for row in rows]
+    return list(f(*map(jnp.stack, columns)))
 
 
 def check_rank(rank: int, shape: tuple[int, ...]) -> None:

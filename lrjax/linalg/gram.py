@@ -2,7 +2,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from ._numerics import cross, identity_like, working_dtype
+from ._numerics import cross, identity_like, together, working_dtype
 
 
 def cholesky(g: Float[Array, "*b r r"]) -> Float[Array, "*b r r"]:
@@ -33,22 +33,22 @@ def gram(x: Float[Array, "*b n r"]) -> Float[Array, "*b r r"]:
     return cross(x, x)
 
 
-def _damped_factor(
-    x: Float[Array, "*b n r"], damping: ArrayLike, relative: bool
+def _inverse_factor(
+    g: Float[Array, "*b r r"], damping: ArrayLike, relative: bool
 ) -> Float[Array, "*b r r"]:
-    """The Cholesky factor of ``xᵀx + λI``, λ never below the rounding error of ``xᵀx``."""
-    g = gram(x)
+    """``C⁻¹`` of ``C Cᵀ = xᵀx + λI``, λ never below the rounding error of ``g = xᵀx``."""
     identity = identity_like(g)
     trace = jnp.sum(g * identity, axis=(-2, -1))  # compiles faster than jnp.trace
     damping = jnp.asarray(damping, g.dtype)
     if relative:
-        damping = damping * trace / x.shape[-1]
+        damping = damping * trace / g.shape[-1]
     # Rounding perturbs the eigenvalues of g by a few eps·trace; with less than that on
     # the diagonal a rank-deficient g has no Cholesky factor.
     damping = jnp.maximum(damping, 8 * jnp.finfo(g.dtype).eps * trace)
     # A zero factor has the pseudo-inverse zero: an infinite damping, short of overflow.
     damping = jnp.where(trace + damping > 0, damping, jnp.finfo(g.dtype).max)
-    return cholesky(g + damping[..., None, None] * identity)
+    lower = cholesky(g + damping[..., None, None] * identity)
+    return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
 
 
 def inverse_gram(
@@ -77,7 +77,18 @@ def inverse_gram(
         >>> lrjax.linalg.inverse_gram(x).round(4).tolist()
         [[1.0, 0.0], [0.0, 0.25]]
     """
-    half = _inverse(_damped_factor(x, damping, relative))
+    return _inverse(gram(x), damping, relative)
+
+
+def inverse_grams(
+    *xs: Float[Array, "..."], damping: ArrayLike = 0.0, relative: bool = True
+) -> list[Float[Array, "..."]]:
+    """:func:`inverse_gram` of several factors, whose small matrices are one batch."""
+    return together(lambda g: _inverse(g, damping, relative), list(map(gram, xs)))
+
+
+def _inverse(g: Array, damping: ArrayLike, relative: bool) -> Array:
+    half = _inverse_factor(g, damping, relative)
     return cross(half, half)
 
 
@@ -104,10 +115,11 @@ def inverse_root_gram(
         >>> print((x @ lrjax.linalg.inverse_root_gram(x)).round(4).ravel())
         [0.6 0.8]
     """
-    return _inverse(_damped_factor(x, damping, relative)).mT
+    return _inverse_factor(gram(x), damping, relative).mT
 
 
-def _inverse(lower: Array) -> Array:
-    return lax.linalg.triangular_solve(
-        lower, identity_like(lower), left_side=True, lower=True
-    )
+def inverse_root_grams(
+    *xs: Float[Array, "..."], damping: ArrayLike = 0.0, relative: bool = True
+) -> list[Float[Array, "..."]]:
+    """:func:`inverse_root_gram` of several factors, whose small matrices are one batch."""
+    return together(lambda g: _inverse_factor(g, damping, relative).mT, list(map(gram, xs)))

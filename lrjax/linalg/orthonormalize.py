@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
 from .._sharding import by_compiler, gathered, placed_like, sharding_along
-from ._numerics import cross, identity_like, nonzero, outer, working_dtype
+from ._numerics import cross, identity_like, nonzero, outer, together, working_dtype
 from .gram import cholesky, gram
 
 
@@ -96,14 +96,18 @@ def cholesky_qr(
 
     In a loop: unrolled they take three times as long to compile.
     """
+    off = (lambda x: x) if against is None else lambda x: _off(x, against, precision)
     shifts = jnp.array(CHOLESKY_SHIFTS, x.dtype)
-
-    def one_pass(k: int | Array, x: Array) -> Array:
-        return cholesky_pass(
-            x if against is None else _off(x, against, precision), shifts[k]
-        )
-
+    one_pass = lambda k, x: cholesky_pass(off(x), shifts[k])
     return lax.fori_loop(0, len(CHOLESKY_SHIFTS), one_pass, x)
+
+
+@jax.jit
+def cholesky_qr_of_both(x: Array, y: Array) -> tuple[Array, Array]:
+    """:func:`cholesky_qr` of two matrices, in one loop."""
+    shifts = jnp.array(CHOLESKY_SHIFTS, x.dtype)
+    one_pass = lambda k, both: _passes(both, shifts[k])
+    return lax.fori_loop(0, len(CHOLESKY_SHIFTS), one_pass, (x, y))
 
 
 def _off(x: Array, against: Array, precision: lax.PrecisionLike) -> Array:
@@ -123,12 +127,18 @@ def _householder(x: Array) -> Array:
 
 def cholesky_pass(x: Array, shift: ArrayLike) -> Array:
     """One pass ``x C⁻ᵀ``, ``C Cᵀ = xᵀx + shift·eps·tr(xᵀx) I``, of Cholesky QR."""
-    g = gram(x)
-    trace = jnp.trace(g, axis1=-2, axis2=-1)
-    s = shift * jnp.finfo(g.dtype).eps * nonzero(trace)
-    identity = identity_like(g)
-    lower = cholesky(g + s[..., None, None] * identity)
-    # Inverting the small factor and multiplying keeps the rows of x where they are; a
-    # triangular solve against x would gather them.
-    inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-    return outer(x, inverse)
+    return _passes((x,), shift)[0]
+
+
+def _passes(xs: tuple[Array, ...], shift: ArrayLike) -> tuple[Array, ...]:
+    def inverse(g):
+        identity = identity_like(g)
+        trace = jnp.sum(g * identity, axis=(-2, -1))
+        s = shift * jnp.finfo(g.dtype).eps * nonzero(trace)
+        lower = cholesky(g + s[..., None, None] * identity)
+        # Inverting the small factor and multiplying keeps the rows of x where they are; a
+        # triangular solve against x would gather them.
+        return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+
+    inverses = together(inverse, list(map(gram, xs)))
+    return tuple(map(outer, xs, inverses))

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._numerics import cross, nonzero, outer, times, working_dtype
+from ._numerics import cross, nonzero, outer, times, together, working_dtype
 from .decompositions import svd
 from .gram import gram
-from .orthonormalize import cholesky_qr, orthonormalize
+from .orthonormalize import cholesky_qr, cholesky_qr_of_both, orthonormalize
 from .truncated_svd import TruncatedSVD
 
 
@@ -65,34 +65,40 @@ def product_svd(
         raise ValueError(f"method must be 'qr' or 'cholesky', got {method!r}.")
     dtype = working_dtype(jnp.result_type(*factors))
     left, right, *between = (x.astype(dtype) for x in factors)
-    basis_l, small_l = _reduce(left, method)
-    basis_r, small_r = _reduce(right, method)
+    (basis_l, small_l), (basis_r, small_r) = _reduce(left, right, method)
     small = outer(times(small_l, between[0]) if between else small_l, small_r)
     fixed = lax.stop_gradient(small)
     u, s, vt = svd(fixed)
     u, s, v = u[..., :rank], s[..., :rank], vt[..., :rank, :].mT
     # dσ = uᵀ dA v, also where values coincide and the derivative of an SVD is not finite.
     s = s + jnp.sum(u * times(small - fixed, v), axis=-2)
-    if basis_l is not None:
-        u = times(basis_l, u)
-    if basis_r is not None:
-        v = times(basis_r, v)
+    u = u if basis_l is None else times(basis_l, u)
+    v = v if basis_r is None else times(basis_r, v)
     return TruncatedSVD(u, s, v)
 
 
-def _reduce(x: Array, method) -> tuple[Array | None, Array]:
-    """``x = basis @ small``; no basis where the factor is not tall."""
-    if x.shape[-1] >= x.shape[-2]:
-        return None, x
+def _reduce(left: Array, right: Array, method) -> list[tuple[Array | None, Array]]:
+    """``x = basis @ small`` of both factors; no basis where one is not tall."""
+    tall = [x for x in (left, right) if x.shape[-1] < x.shape[-2]]
+    bases = _bases([_unit_columns(x) for x in tall], method)
+    small = list(map(cross, bases, tall))
+    if method == "cholesky" and tall:
+        # Its columns are shorter than one by about r rounding errors: the coefficients are
+        # corrected for that, or the product would shrink by as much at every truncation.
+        corrected = lambda small, g: small + small - times(g, small)
+        small = together(corrected, small, list(map(gram, bases)))
+    found = iter(zip(bases, small, strict=True))
+    return [next(found) if x.shape[-1] < x.shape[-2] else (None, x) for x in (left, right)]
+
+
+def _unit_columns(x: Array) -> Array:
     # New directions may be far smaller than old ones: a common scale would lose them.
     unit = x / nonzero(jnp.max(jnp.abs(x), axis=-2, keepdims=True))
     sizes = jnp.sqrt(jnp.sum(unit**2, axis=-2, keepdims=True))
-    unit = unit / nonzero(sizes)
-    unit = lax.stop_gradient(unit)
-    basis = cholesky_qr(unit) if method == "cholesky" else orthonormalize(unit)
-    small = cross(basis, x)
-    if method == "cholesky":
-        # Its columns are shorter than one by about r rounding errors: the coefficients are
-        # corrected for that, or the product would shrink by as much at every truncation.
-        small = small + small - times(gram(basis), small)
-    return basis, small
+    return lax.stop_gradient(unit / nonzero(sizes))
+
+
+def _bases(xs: list[Array], method) -> list[Array]:
+    if method == "qr":
+        return list(map(orthonormalize, xs))
+    return list(cholesky_qr_of_both(*xs) if len(xs) == 2 else map(cholesky_qr, xs))

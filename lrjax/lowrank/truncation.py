@@ -11,7 +11,7 @@ from ..linalg import (
     cross,
     gram,
     identity_like,
-    inverse_gram,
+    inverse_grams,
     nonzero,
     procrustes,
     product_svd,
@@ -91,8 +91,7 @@ def project_to_tangent(
         B. Vandereycken, "Low-rank matrix completion by Riemannian optimization" (2013),
         arXiv 1209.3834.
     """
-    left = inverse_gram(x.left, damping, relative=relative)
-    right = inverse_gram(x.right, damping, relative=relative)
+    left, right = inverse_grams(x.left, x.right, damping=damping, relative=relative)
     return LowRank(
         _half_projected(gradient.left, x.left, left, right),
         _half_projected(gradient.right, x.right, right, left),

@@ -4,7 +4,13 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from lrjax.linalg import gram, inverse_gram, inverse_root_gram
+from lrjax.linalg import (
+    gram,
+    inverse_gram,
+    inverse_grams,
+    inverse_root_gram,
+    inverse_root_grams,
+)
 from tests.helpers import all_finite, assert_close, relative_error, tol
 
 
@@ -84,3 +90,16 @@ def test_gradient_is_finite_at_repeated_columns(getkey):
     x = jr.normal(getkey(), (20, 2))
     x = jnp.concatenate([x, x], axis=1)
     assert all_finite(jax.grad(lambda a: jnp.sum(inverse_gram(a, 1e-3)))(x))
+
+
+@pytest.mark.parametrize(
+    "shapes", [((7, 3), (5, 3)), ((2, 7, 3), (2, 5, 3)), ((7, 3), (5, 4))]
+)
+def test_several_at_once_are_each_by_itself(getkey, shapes):
+    xs = [jr.normal(getkey(), shape) for shape in shapes]
+    for several, one in (
+        (inverse_grams, inverse_gram),
+        (inverse_root_grams, inverse_root_gram),
+    ):
+        for got, x in zip(several(*xs, damping=0.1), xs, strict=True):
+            assert_close(got, one(x, 0.1), condition=1e2)

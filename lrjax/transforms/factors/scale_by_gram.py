@@ -7,7 +7,7 @@ from jaxtyping import Array, ArrayLike, Int
 
 from ..._arguments import checks_trees
 from ..._tree import check_has_nodes, check_params, like, map_nodes
-from ...linalg import increment, inverse_gram, inverse_root_gram, nonzero, times
+from ...linalg import increment, inverse_grams, inverse_root_grams, nonzero, times
 from ...lowrank import LowRank
 from .._checks import check_extra, check_non_negative
 
@@ -126,11 +126,11 @@ def scale_by_gram(
 
 def _precondition(g, x, damping, relative, phi) -> tuple[Array, Array]:
     if phi is None:
-        left = inverse_gram(x.right, damping, relative=relative)
-        right = inverse_gram(x.left, damping, relative=relative)
+        left, right = inverse_grams(x.right, x.left, damping=damping, relative=relative)
         return _apply(g.left, left), _apply(g.right, right)
-    root_left = inverse_root_gram(x.right, damping, relative=relative)
-    root_right = inverse_root_gram(x.left, damping, relative=relative)
+    root_left, root_right = inverse_root_grams(
+        x.right, x.left, damping=damping, relative=relative
+    )
     whitened = phi(LowRank(_apply(g.left, root_left), _apply(g.right, root_right)))
     return _apply(whitened.left, root_left.mT), _apply(whitened.right, root_right.mT)
 
