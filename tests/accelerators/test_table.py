@@ -25,6 +25,23 @@ def test_a_row_has_units():
     assert failed == {"target": "h100", "program": "step", "failed": "why"}
 
 
+def test_what_was_not_measured_stays_as_it_was():
+    named = lambda target, name, **more: {"target": target, "program": name, **more}
+    stored = [
+        named("v5e", "adam", kernels=1),
+        named("v5e", "muon", kernels=2),
+        named("v5e", "gone", kernels=3),
+    ]
+    rows = accelerators.with_stored(
+        [named("h100", "adam", kernels=4), named("v5e", "muon", kernels=5)], stored
+    )
+    assert [(row["target"], row["program"], row["kernels"]) for row in rows] == [
+        ("v5e", "adam", 1),
+        ("v5e", "muon", 5),
+        ("h100", "adam", 4),
+    ]
+
+
 def test_failures_and_ratios_are_bounds():
     named = lambda name, seconds: accelerators.row(
         "v5e", name, {**FOUND, "compile_seconds": seconds}
