@@ -188,7 +188,7 @@ def optimizers(sizes: Sizes) -> dict[str, Callable[[], optax.GradientTransformat
         "subspace_adam, products in bfloat16": lambda: of.subspace_adam(
             1e-3, rank, precision="BF16_BF16_F32"
         ),
-        "soap, short side": lambda: of.soap(1e-3, side="short"),
+        "soap, short side": lambda: of.soap(1e-3, side="short", **fixed),
         "normuon": lambda: of.normuon(1e-3),
         "galore, products at highest": lambda: of.galore(
             1e-3, rank, precision="highest", **fixed

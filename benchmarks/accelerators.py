@@ -8,8 +8,8 @@ known for the TPU alone. Nothing runs.
 
 ``python benchmarks/accelerators.py`` measures what changed, on the compilers that are
 installed (``pip install 'lrjax[accelerators]'``); with words, only the programs that have
-them in their names, and keeps what is known of the others. ``--lower`` lowers the budgets that were
-beaten, in tests/accelerators/budgets.json. To raise one, delete its line first.
+them in their names, and keeps what is known of the others. ``--lower`` lowers the budgets
+that were beaten, in tests/accelerators/budgets.json. To raise one, delete its line first.
 """
 
 import json

@@ -13,6 +13,9 @@ from jaxtyping import Array, Float, Int
 from .._sharding import einsum
 
 
+SMALL = 128  # the longest side of a matrix for which a GPU has fast batched factorizations
+
+
 def working_dtype(dtype) -> jnp.dtype:
     """The dtype in which decompositions of ``dtype`` arrays run: float32 or wider."""
     return jnp.promote_types(dtype, jnp.float32)
@@ -33,11 +36,12 @@ def together(
 ) -> list[Array]:
     """``map(f, *columns)``, as one batch where the matrices are alike.
 
-    For small matrices, whose factorizations take an accelerator the time that starting
-    them takes. Those of other shapes, types or shardings are taken one by one.
+    A small factorization takes an accelerator the time that starting it takes. Large
+    ones, and those of other shapes, types or shardings, are taken one by one.
     """
     rows = list(zip(*columns, strict=True))
-    if len({tuple(map(jax.typeof, row)) for row in rows}) > 1 or len(rows) == 1:
+    alike = len({tuple(map(jax.typeof, row)) for row in rows}) == 1
+    if not alike or max(rows[0][0].shape[-2:]) > SMALL:
         return [f(*row) for row in rows]
     return list(f(*map(jnp.stack, columns)))
 

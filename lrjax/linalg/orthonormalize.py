@@ -1,13 +1,14 @@
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .._sharding import by_compiler, gathered, placed_like, sharding_along
-from ._numerics import cross, identity_like, nonzero, outer, together, working_dtype
+from ._numerics import SMALL, cross, identity_like, nonzero, outer, together, working_dtype
 from .gram import cholesky, gram
 
 
@@ -119,10 +120,30 @@ def _off(x: Array, against: Array, precision: lax.PrecisionLike) -> Array:
 def _householder(x: Array) -> Array:
     whole = gathered(x)
     layers = sharding_along(whole, tuple(range(x.ndim - 2)))
-    q, upper = by_compiler(jnp.linalg.qr, whole, out=layers)
+    q, upper = by_compiler(_qr, whole, out=layers)
     diagonal = jnp.diagonal(upper, axis1=-2, axis2=-1)
     q = q * jnp.where(diagonal < 0, -1, 1).astype(q.dtype)[..., None, :]
     return placed_like(q, x)
+
+
+def _qr(x: Array) -> tuple[Array, Array]:
+    """The QR factorization; of a stack of large matrices on a GPU one after the other.
+
+    JAX may hand such a stack to a kernel of cuBLAS for batches of small ones: with 16
+    matrices of 2048 × 2048 a step of SOAP took 20 s on an H100.
+    """
+    if x.ndim == 2 or x.shape[-2] <= 2 * SMALL:
+        q, upper = jnp.linalg.qr(x)
+    else:
+        in_turn = functools.partial(one_by_one, jnp.linalg.qr)
+        q, upper = lax.platform_dependent(x, cuda=in_turn, default=jnp.linalg.qr)
+    return q, upper
+
+
+def one_by_one(f: Callable[[Array], PyTree], x: Float[Array, "*b m n"]) -> PyTree:
+    """``f`` of each matrix of a stack, in a loop."""
+    found = lax.map(f, x.reshape(-1, *x.shape[-2:]))
+    return jax.tree.map(lambda y: y.reshape(*x.shape[:-2], *y.shape[1:]), found)
 
 
 def cholesky_pass(x: Array, shift: ArrayLike) -> Array:

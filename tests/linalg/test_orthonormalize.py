@@ -4,6 +4,7 @@ import jax.random as jr
 import pytest
 
 from lrjax.linalg import orthonormalize
+from lrjax.linalg.orthonormalize import one_by_one
 from tests.helpers import all_finite, assert_close, relative_error, tol
 from tests.linalg.test_gram import matrices
 
@@ -89,3 +90,18 @@ def test_the_complement_of_everything_is_finite(getkey):
     others = orthonormalize(jr.normal(getkey(), (8, 4)))
     for method in METHODS:
         assert all_finite(orthonormalize(others[:, :2], method=method, against=others))
+
+
+def test_one_by_one_is_a_batch(getkey):
+    x = jr.normal(getkey(), (2, 3, 6, 4))
+    for got, wanted in zip(one_by_one(jnp.linalg.qr, x), jnp.linalg.qr(x), strict=True):
+        assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(("side", "loops"), [(256, False), (512, True)])
+def test_a_gpu_factorizes_large_matrices_of_a_stack_one_by_one(side, loops):
+    stack = jax.ShapeDtypeStruct((16, side, 8), jnp.float32)
+    program = jax.jit(orthonormalize).trace(stack)
+    text = lambda platform: program.lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.while" in text("cuda")) is loops
+    assert "stablehlo.while" not in text("cpu")
