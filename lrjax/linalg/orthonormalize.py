@@ -1,11 +1,10 @@
 import functools
-from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float
 
 from .._sharding import by_compiler, gathered, placed_like, sharding_along
 from ._numerics import SMALL, cross, identity_like, nonzero, outer, together, working_dtype
@@ -127,23 +126,23 @@ def _householder(x: Array) -> Array:
 
 
 def _qr(x: Array) -> tuple[Array, Array]:
-    """The QR factorization; of a stack of large matrices on a GPU one after the other.
+    """The QR factorization; of many large matrices on a GPU one after the other.
 
-    JAX may hand such a stack to a kernel of cuBLAS for batches of small ones: with 16
-    matrices of 2048 × 2048 a step of SOAP took 20 s on an H100.
+    JAX may hand a batch to a kernel of cuBLAS that is for small matrices: with 16 of
+    2048 × 2048 a step of SOAP took 20 s on an H100.
     """
-    if x.ndim == 2 or x.shape[-2] <= 2 * SMALL:
+    if x.shape[-2] <= 2 * SMALL:
         q, upper = jnp.linalg.qr(x)
     else:
-        in_turn = functools.partial(one_by_one, jnp.linalg.qr)
-        q, upper = lax.platform_dependent(x, cuda=in_turn, default=jnp.linalg.qr)
+        q, upper = lax.platform_dependent(x, cuda=_one_by_one, default=jnp.linalg.qr)
     return q, upper
 
 
-def one_by_one(f: Callable[[Array], PyTree], x: Float[Array, "*b m n"]) -> PyTree:
-    """``f`` of each matrix of a stack, in a loop."""
-    found = lax.map(f, x.reshape(-1, *x.shape[-2:]))
-    return jax.tree.map(lambda y: y.reshape(*x.shape[:-2], *y.shape[1:]), found)
+def _one_by_one(x: Array) -> tuple[Array, Array]:
+    factorize = jax.custom_batching.sequential_vmap(lambda x: jnp.linalg.qr(x))
+    for _ in range(x.ndim - 2):
+        factorize = jax.vmap(factorize)
+    return factorize(x)
 
 
 def cholesky_pass(x: Array, shift: ArrayLike) -> Array:
@@ -153,9 +152,9 @@ def cholesky_pass(x: Array, shift: ArrayLike) -> Array:
 
 def _passes(xs: tuple[Array, ...], shift: ArrayLike) -> tuple[Array, ...]:
     def inverse(g):
-        identity = identity_like(g)
-        trace = jnp.sum(g * identity, axis=(-2, -1))
+        trace = jnp.trace(g, axis1=-2, axis2=-1)
         s = shift * jnp.finfo(g.dtype).eps * nonzero(trace)
+        identity = identity_like(g)
         lower = cholesky(g + s[..., None, None] * identity)
         # Inverting the small factor and multiplying keeps the rows of x where they are; a
         # triangular solve against x would gather them.

@@ -4,7 +4,7 @@ import jax.random as jr
 import pytest
 
 from lrjax.linalg import orthonormalize
-from lrjax.linalg.orthonormalize import one_by_one
+from lrjax.linalg.orthonormalize import _one_by_one
 from tests.helpers import all_finite, assert_close, relative_error, tol
 from tests.linalg.test_gram import matrices
 
@@ -94,14 +94,16 @@ def test_the_complement_of_everything_is_finite(getkey):
 
 def test_one_by_one_is_a_batch(getkey):
     x = jr.normal(getkey(), (2, 3, 6, 4))
-    for got, wanted in zip(one_by_one(jnp.linalg.qr, x), jnp.linalg.qr(x), strict=True):
-        assert_close(got, wanted)
+    wanted = jnp.linalg.qr(x)
+    for f in (_one_by_one, jax.vmap(_one_by_one)):
+        for got, expected in zip(f(x), wanted, strict=True):
+            assert_close(got, expected)
 
 
+@pytest.mark.parametrize("batched", [orthonormalize, jax.vmap(orthonormalize)])
 @pytest.mark.parametrize(("side", "loops"), [(256, False), (512, True)])
-def test_a_gpu_factorizes_large_matrices_of_a_stack_one_by_one(side, loops):
-    stack = jax.ShapeDtypeStruct((16, side, 8), jnp.float32)
-    program = jax.jit(orthonormalize).trace(stack)
+def test_a_gpu_factorizes_many_large_matrices_one_by_one(batched, side, loops):
+    program = jax.jit(batched).trace(jax.ShapeDtypeStruct((16, side, 8), jnp.float32))
     text = lambda platform: program.lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.while" in text("cuda")) is loops
     assert "stablehlo.while" not in text("cpu")
