@@ -41,7 +41,7 @@ def together(
     """
     rows = list(zip(*columns, strict=True))
     alike = len({tuple(map(jax.typeof, row)) for row in rows}) == 1
-    if not alike or max(rows[0][0].shape[-2:]) > SMALL:
+    if len(rows) == 1 or not alike or max(rows[0][0].shape[-2:]) > SMALL:
         return [f(*row) for row in rows]
     return list(f(*map(jnp.stack, columns)))
 

@@ -152,9 +152,9 @@ def cholesky_pass(x: Array, shift: ArrayLike) -> Array:
 
 def _passes(xs: tuple[Array, ...], shift: ArrayLike) -> tuple[Array, ...]:
     def inverse(g):
-        trace = jnp.trace(g, axis1=-2, axis2=-1)
-        s = shift * jnp.finfo(g.dtype).eps * nonzero(trace)
         identity = identity_like(g)
+        trace = jnp.sum(g * identity, axis=(-2, -1))
+        s = shift * jnp.finfo(g.dtype).eps * nonzero(trace)
         lower = cholesky(g + s[..., None, None] * identity)
         # Inverting the small factor and multiplying keeps the rows of x where they are; a
         # triangular solve against x would gather them.
