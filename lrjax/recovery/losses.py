@@ -7,6 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 
+GROSS = 200.0  # a measurement so many times the lower quartile is gross
+SAMPLES = 256  # of which the quartile is taken
+
+
 class Objective(eqx.Module):
     """A convex function of the residuals ``r = A(X) − y``, summed over measurements.
 
@@ -33,6 +37,40 @@ class Objective(eqx.Module):
         """The summed loss."""
         return jnp.sum(self.pointwise(r))
 
+    def between(
+        self, measured: Float[Array, "*m"], targets: Float[Array, "*m"]
+    ) -> Float[Array, ""]:
+        """The summed loss of ``measured − targets``, less a constant of the targets.
+
+        Where a loss is linear, far from zero, a gross target adds its own size to the sum,
+        whatever is measured: a few of a million times the size of the others, and in
+        float32 the sum no longer tells one matrix from the next. What a target adds
+        beyond 200 lower quartiles of ``|targets|`` is left out, before it is rounded. The
+        constant is zero without such targets; the derivative is that of the whole sum.
+        """
+        reach = self._linear_from()
+        if reach is None:
+            return self(measured - targets)
+        limit = reach + GROSS * _lower_quartile(jnp.abs(targets))
+        near = jnp.clip(targets, -limit, limit)
+        gross = jnp.abs(targets) > limit
+        # On one side of both the targets differ by a constant; else it is subtracted.
+        aside = gross & (jnp.abs(measured) <= limit - reach)
+        values = self.pointwise(measured - jnp.where(aside, near, targets))
+        excess = self.pointwise(-targets) - self.pointwise(-near)
+        return jnp.sum(values - jnp.where(gross & ~aside, excess, 0))
+
+    def _linear_from(self) -> ArrayLike | None:
+        """The size of a residual from which on the loss is linear; ``None``: nowhere."""
+        return None
+
+
+def _lower_quartile(sizes: Array) -> Array:
+    """Of some of the sizes, evenly spaced; those that are zero do not count."""
+    flat = sizes.reshape(-1)
+    some = flat[:: max(1, flat.size // SAMPLES)]
+    return jnp.nanquantile(jnp.where(some > 0, some, jnp.nan), 0.25)
+
 
 class L1(Objective):
     """The sum of absolute residuals; its subgradient at zero is zero.
@@ -51,6 +89,9 @@ class L1(Objective):
 
     def subgradient(self, r):
         return jnp.sign(r)  # differentiation takes one of the two slopes at zero
+
+    def _linear_from(self):
+        return 0.0
 
 
 class Squared(Objective):
@@ -85,6 +126,9 @@ class Huber(Objective):
         clipped = jnp.clip(r, -width, width)
         return clipped * (r - 0.5 * clipped)
 
+    def _linear_from(self):
+        return self.width
+
 
 class Quantile(Objective):
     """The pinball loss ``max(level · r, (level − 1) · r)`` of ``r = A(X) − y``.
@@ -107,3 +151,6 @@ class Quantile(Objective):
         slope = jnp.where(r > 0, self.level, self.level - 1)
         # Of all subgradients at zero the one that moves nothing.
         return r * jnp.where(r == 0, 0, slope).astype(r.dtype)
+
+    def _linear_from(self):
+        return 0.0

@@ -59,11 +59,13 @@ class Problem(eqx.Module):
         return measured - self.targets
 
     def loss(self, x: LowRank) -> Float[Array, ""]:
-        """The objective at a matrix in factors.
+        """The objective at a matrix in factors, less a constant of gross measurements.
 
-        At the truth it is the ``f_min`` of Polyak steps, if the truth has low rank.
+        At the truth it is the ``f_min`` of Polyak steps, if the truth has low rank. The
+        constant, :meth:`Objective.between`, is zero unless some measurements are hundreds
+        of times larger than most.
         """
-        return self.objective(self.residual(x))
+        return self.objective.between(self.operator(x), self.targets)
 
     def relative_error(self, x: LowRank) -> Float[Array, ""]:
         """``‖X − truth‖_F / ‖truth‖_F``; infinite for a matrix that diverged.

@@ -18,14 +18,14 @@ from ..helpers import assert_close
 SIZE, RANK, DRAWS = 20, 2, 6
 
 
-def draw(operator, key, outliers):
+def draw(operator, key, outliers, size=10.0):
     """A truth of condition 20 and its measurements by a given operator."""
     k_left, k_right, k_where, k_size = jr.split(key, 4)
     values = jnp.array([[1.0, 0.05]])
     columns = lambda k: jnp.linalg.qr(jr.normal(k, (SIZE, RANK)))[0]
     truth = lrjax.balance(lrjax.LowRank(columns(k_left) * values, columns(k_right)))
     y = operator(truth)
-    gross = 10 * jnp.max(jnp.abs(y)) * jr.uniform(k_size, y.shape, y.dtype, -1, 1)
+    gross = size * jnp.max(jnp.abs(y)) * jr.uniform(k_size, y.shape, y.dtype, -1, 1)
     y = jnp.where(jr.uniform(k_where, y.shape) < outliers, gross, y)
     return recovery.Problem(operator, y, recovery.L1(), truth)
 
@@ -34,19 +34,20 @@ METHODS = {
     "known": lambda f_min, size: lrjax.scaled_subgradient(f_min=f_min),
     "search": lambda f_min, size: lrjax.scaled_subgradient(f_min="search"),
     "opsa": lambda f_min, size: lrjax.opsa(),
+    "lm": lambda f_min, size: lrjax.levenberg_marquardt(f_min="search", damping=1e-4),
     "rate": lambda f_min, size: lrjax.opsa(optax.exponential_decay(size / 6, 1, 0.95)),
 }
 
 
 @functools.partial(jax.jit, static_argnames=("methods", "factor", "width", "steps"))
-def errors(*, methods, factor, width, outliers, steps):
+def errors(*, methods, factor, width, outliers, steps, size=10.0):
     """The relative errors before every step, ``(draws, steps)``, of each method."""
     count = factor * SIZE * RANK
     rows = jr.normal(jr.key(0), (count, SIZE**2)) / count**0.5
     operator = recovery.DenseSensing(rows, (SIZE, SIZE))
 
     def one(key):
-        problem = draw(operator, key, outliers)
+        problem = draw(operator, key, outliers, size)
         start = lrjax.spectral_init(problem, width, key=key)
         make = [METHODS[name] for name in methods]
         optimizers = [m(problem.loss(problem.truth), lrjax.norm(start)) for m in make]
@@ -88,6 +89,20 @@ def test_opsa_does_not_stall_at_the_level_of_its_damping():
     )
     for method in found:
         assert float(found[method][:, -1].max()) < 5e-6, method
+
+
+def test_errors_of_a_million_times_do_not_drown_the_gap_in_float32():
+    """The sum of the errors is 10⁷ times the gap at the start."""
+    found = errors(
+        methods=("known", "opsa", "lm"),
+        factor=24,
+        width=2 * RANK,
+        outliers=0.2,
+        steps=500,
+        size=1e6,
+    )
+    for method in found:
+        assert float(found[method][:, -1].max()) < 1e-4, method
 
 
 def test_opsa_recovers_with_factors_as_wide_as_the_matrix():
