@@ -50,13 +50,7 @@ class Problem(eqx.Module):
 
     def residual(self, x: LowRank) -> Float[Array, "..."]:
         """``A(X) − y``."""
-        measured = self.operator(x)
-        if measured.shape != self.targets.shape:
-            raise ValueError(
-                f"{type(self.operator).__name__} measures numbers of shape "
-                f"{measured.shape}, but targets has shape {self.targets.shape}."
-            )
-        return measured - self.targets
+        return self._measured(x) - self.targets
 
     def loss(self, x: LowRank) -> Float[Array, ""]:
         """The objective at a matrix in factors, less a constant of gross measurements.
@@ -65,7 +59,16 @@ class Problem(eqx.Module):
         constant, :meth:`Objective.between`, is zero unless some measurements are hundreds
         of times larger than most.
         """
-        return self.objective.between(self.operator(x), self.targets)
+        return self.objective.between(self._measured(x), self.targets)
+
+    def _measured(self, x: LowRank) -> Float[Array, "..."]:
+        measured = self.operator(x)
+        if measured.shape != self.targets.shape:
+            raise ValueError(
+                f"{type(self.operator).__name__} measures numbers of shape "
+                f"{measured.shape}, but targets has shape {self.targets.shape}."
+            )
+        return measured
 
     def relative_error(self, x: LowRank) -> Float[Array, ""]:
         """``‖X − truth‖_F / ‖truth‖_F``; infinite for a matrix that diverged.
