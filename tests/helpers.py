@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -43,6 +45,7 @@ def all_finite(tree):
     return all(bool(jnp.all(jnp.isfinite(x))) for x in leaves)
 
 
+@functools.partial(jax.jit, static_argnames=("m", "n", "r", "batch", "dtype"))
 def random_low_rank(key, m, n, r, *, batch=(), dtype=jnp.float32):
     """A LowRank with standard normal factors."""
     kl, kr = jr.split(key)
@@ -53,8 +56,12 @@ def random_low_rank(key, m, n, r, *, batch=(), dtype=jnp.float32):
 
 def with_spectrum(key, m, n, values, dtype=jnp.float32):
     """A matrix ``(m, n)`` with random singular vectors and the given singular values."""
-    values = jnp.asarray(values, dtype)
+    return _with_spectrum(key, m, n, jnp.asarray(values, dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _with_spectrum(key, m, n, values):
     kl, kr = jr.split(key)
-    u = jnp.linalg.qr(jr.normal(kl, (m, len(values)), dtype))[0]
-    v = jnp.linalg.qr(jr.normal(kr, (n, len(values)), dtype))[0]
+    u = jnp.linalg.qr(jr.normal(kl, (m, len(values)), values.dtype))[0]
+    v = jnp.linalg.qr(jr.normal(kr, (n, len(values)), values.dtype))[0]
     return (u * values[None]) @ v.T

@@ -37,7 +37,8 @@ def test_both_halves_move_the_product_by_half_a_polar_factor(getkey, x64):
     want_right = -0.1 * q_l @ polar(g.T @ q_l).T
     assert_close(step["pair"].left @ x.right.T, want_left, condition=1e5)
     assert_close(x.left @ step["pair"].right.T, want_right, condition=1e5)
-    assert_close(step["bias"], -0.2 * jnp.sign(params["bias"]), rtol=1e-5)
+    adam = params["bias"] / (jnp.abs(params["bias"]) + 1e-8)  # of equal gradients
+    assert_close(step["bias"], -0.2 * adam, condition=1e3)
     moved = lrjax.LowRank(x.left, step["pair"].right).materialize()
     moved += lrjax.LowRank(step["pair"].left, x.right).materialize()
     assert jnp.linalg.norm(moved, 2) <= 0.2 * (1 + 1e-9)

@@ -14,13 +14,15 @@ def rollout():
 
         @jax.jit
         def scan(state, grads):
+            state = tx.init(params) if state is None else state
+
             def step(state, g):
                 updates, state = tx.update(g, state, params)
                 return state, updates
 
             return jax.lax.scan(step, state, grads)
 
-        state, updates = scan(tx.init(params) if state is None else state, grads)
+        state, updates = scan(state, grads)
         return updates, state
 
     return run
