@@ -28,3 +28,11 @@ from .truncation import (
     retraction as retraction,
     truncate as truncate,
 )
+from .tucker import (
+    TuckerForm as TuckerForm,
+    higher_order_svd as higher_order_svd,
+    multiply_axes as multiply_axes,
+    tucker_inner as tucker_inner,
+    unfold as unfold,
+    unfolded_svd as unfolded_svd,
+)

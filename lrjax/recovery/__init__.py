@@ -63,3 +63,8 @@ from .solve import (
     solve as solve,
 )
 from .spectral_init import spectral_init as spectral_init
+from .tensors import (
+    TensorFit as TensorFit,
+    fit_robust_tensor as fit_robust_tensor,
+    fit_tensor_completion as fit_tensor_completion,
+)
