@@ -94,7 +94,13 @@ NAMES = {
 # Constructors of problems take the key first.
 KEY_FIRST = {
     f"recovery.{name}"
-    for name in ("matrix_completion", "matrix_sensing", "phase_retrieval", "robust_pca")
+    for name in (
+        "matrix_completion",
+        "matrix_sensing",
+        "phase_retrieval",
+        "robust_pca",
+        "spiked_model",
+    )
 }
 FIELDS = {
     "iterations": "steps",

@@ -28,6 +28,7 @@ from .gram import (
     inverse_root_grams as inverse_root_grams,
 )
 from .nystrom import nystrom as nystrom
+from .optimal_shrinkage import optimal_shrinkage as optimal_shrinkage
 from .orthonormalize import orthonormalize as orthonormalize
 from .pivoted_columns import pivoted_columns as pivoted_columns
 from .polar import check_polar_method as check_polar_method, polar as polar

@@ -28,7 +28,7 @@ class TuckerForm(eqx.Module):
 
     Reference:
         L. De Lathauwer, B. De Moor, J. Vandewalle, "A multilinear singular value
-        decomposition" (2000).
+        decomposition" (2000), SIAM Journal on Matrix Analysis and Applications.
     """
 
     core: Float[Array, "*batch_and_ranks"]
@@ -169,7 +169,7 @@ def higher_order_svd(x: Float[Array, "*s"], ranks: tuple[int, ...]) -> TuckerFor
 
     Reference:
         L. De Lathauwer, B. De Moor, J. Vandewalle, "A multilinear singular value
-        decomposition" (2000).
+        decomposition" (2000), SIAM Journal on Matrix Analysis and Applications.
     """
     fits = len(ranks) == x.ndim
     if not fits or any(not 1 <= r <= n for r, n in zip(ranks, x.shape, strict=True)):

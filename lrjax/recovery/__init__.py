@@ -63,6 +63,7 @@ from .solve import (
     solve as solve,
 )
 from .spectral_init import spectral_init as spectral_init
+from .spiked import SpikedModel as SpikedModel, spiked_model as spiked_model
 from .tensors import (
     TensorFit as TensorFit,
     fit_robust_tensor as fit_robust_tensor,
