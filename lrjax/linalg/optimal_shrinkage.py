@@ -32,7 +32,7 @@ def optimal_shrinkage(
         >>> import jax.numpy as jnp, lrjax
         >>> values = jnp.array([30.0, 12.0, 10.0])
         >>> print(lrjax.linalg.optimal_shrinkage(values, (25, 100), noise=1.0).round(2))
-        [27.8  0.   0. ]
+        [25.62  0.    0.  ]
 
     Reference:
         M. Gavish, D. L. Donoho, "Optimal shrinkage of singular values" (2017), arXiv
