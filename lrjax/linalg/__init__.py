@@ -19,6 +19,7 @@ from .decompositions import (
     singular_values as singular_values,
     svd as svd,
 )
+from .fastfood import fastfood as fastfood, walsh_hadamard as walsh_hadamard
 from .gram import (
     cholesky as cholesky,
     gram as gram,
@@ -34,6 +35,7 @@ from .pivoted_columns import pivoted_columns as pivoted_columns
 from .polar import check_polar_method as check_polar_method, polar as polar
 from .procrustes import procrustes as procrustes
 from .product_svd import product_svd as product_svd
+from .sqrtm import inverse_sqrtm as inverse_sqrtm, sqrtm as sqrtm
 from .subspace_iteration import subspace_iteration as subspace_iteration
 from .thresholds import (
     hard_threshold as hard_threshold,
@@ -42,3 +44,4 @@ from .thresholds import (
     soft_threshold as soft_threshold,
 )
 from .truncated_svd import TruncatedSVD as TruncatedSVD, truncated_svd as truncated_svd
+from .weighted_svd import weighted_svd as weighted_svd

@@ -4,6 +4,7 @@ from .alignment import misalignment as misalignment
 from .balance import balance_drift as balance_drift, imbalance as imbalance
 from .hessian import HessianOverlap as HessianOverlap, hessian_overlap as hessian_overlap
 from .intruders import intruder_dimensions as intruder_dimensions
+from .local_rank import local_rank as local_rank
 from .memory_report import (
     LeafMemory as LeafMemory,
     MemoryReport as MemoryReport,
@@ -17,6 +18,10 @@ from .phases import (
 )
 from .rank import (
     effective_rank as effective_rank,
+    energy_rank as energy_rank,
+    nuclear_rank as nuclear_rank,
+    numerical_rank as numerical_rank,
+    participation_ratio as participation_ratio,
     singular_values as singular_values,
     stable_rank as stable_rank,
 )

@@ -61,6 +61,7 @@ def test_what_has_gradients_or_is_masked_is_taken(leaf):
 SENSING = lrjax.matrix_sensing(KEY, (4, 4), 1, 40)
 # How those are called that take a key and are no optimizers: f(key).
 WITH_KEY = {
+    "linalg.fastfood": lambda key: lrjax.linalg.fastfood(jnp.ones(3), 5, key=key),
     "linalg.truncated_svd": lambda key: lrjax.linalg.truncated_svd(
         jnp.eye(4), 1, method="randomized", key=key
     ),
