@@ -18,26 +18,31 @@ import jax
 RESULTS = Path(__file__).parent / "results"
 
 
-def timed(function: Callable[[], object]) -> float:
+def timed(
+    function: Callable[[], object], clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Seconds of one call, waiting for its result."""
-    start = time.perf_counter()
+    start = clock()
     jax.block_until_ready(function())
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], repeats: int = 20
+    functions: dict[str, Callable[[], object]],
+    repeats: int = 20,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each function, one after the other in turn, after one warm-up call.
 
-    Turn by turn, so that a busy minute of the machine slows all of them alike.
+    Turn by turn, so that a busy minute of the machine slows all of them alike. With
+    ``time.process_time`` they are seconds of processors, which others' work hardly moves.
     """
     for function in functions.values():
         jax.block_until_ready(function())
     seconds = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            seconds[name].append(timed(function))
+            seconds[name].append(timed(function, clock))
     return seconds
 
 

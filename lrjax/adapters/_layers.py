@@ -125,12 +125,6 @@ class LinearSite(_StockSite):
         """``rightᵀ x``, in the dtype of ``right``."""
         return dense(jnp.atleast_1d(x).astype(right.dtype), right.T)
 
-    def fold(self, rank, x, dtype):
-        """Sums, without a product."""
-        x = jnp.atleast_1d(x).astype(dtype)
-        ends = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % rank)]
-        return jnp.pad(x, ends).reshape(*x.shape[:-1], -1, rank).sum(axis=-2)
-
     def up(self, left, h):
         """``left h``."""
         return self._output(dense(h, left))

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._matrices import named_leaves
@@ -57,10 +56,6 @@ class Site(abc.ABC):
     @abc.abstractmethod
     def up(self, left: Float[Array, "out r"], h: Float[Array, "*c r"]) -> Array:
         """What :meth:`down` gave, expanded to the output of the layer."""
-
-    def fold(self, rank: int, x: Array, dtype: Any) -> Float[Array, "*c r"]:
-        """The input, every ``rank``-th number summed: ``down`` of stacked identities."""
-        return self.down(stacked_identities(self.shape[1], rank, dtype), x)
 
     def base(self, x: Array) -> Array:
         """What the layer itself gives without its bias; its weight has no gradient."""
@@ -250,11 +245,6 @@ def check_unique(paths: Iterable[str]) -> None:
                 "rename the key, adapters are stored by path."
             )
         seen.add(path)
-
-
-def stacked_identities(size: int, rank: int, dtype: Any) -> Float[Array, "size rank"]:
-    """Identities below each other, the last one cut."""
-    return jnp.tile(jnp.eye(rank, dtype=dtype), (-(-size // rank), 1))[:size]
 
 
 def over_stack(f: Callable, site: Site, *trees: PyTree) -> Any:

@@ -136,10 +136,6 @@ class BoundSite(Site):
         """That of the layer."""
         return self._inner.down(right, x)
 
-    def fold(self, rank, x, dtype):
-        """That of the layer."""
-        return self._inner.fold(rank, x, dtype)
-
     def up(self, left, h):
         """That of the layer."""
         return self._inner.up(left, h)

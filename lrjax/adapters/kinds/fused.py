@@ -52,10 +52,6 @@ class PartSite(Site):
         """That of the whole."""
         return self._whole.down(right, x)
 
-    def fold(self, rank, x, dtype):
-        """That of the whole."""
-        return self._whole.fold(rank, x, dtype)
-
     def up(self, left, h):
         """That of the whole."""
         return self._whole.up(left, h)
