@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
+from .._arguments import check_key
 from ..linalg import nonzero, orthonormalize
 from ..lowrank import LowRank
 
@@ -75,6 +76,7 @@ def spiked_model(
         F. Benaych-Georges, R. R. Nadakuditi, "The singular values and vectors of low rank
         perturbations of large rectangular random matrices" (2012), arXiv 1103.2221.
     """
+    check_key("spiked_model", key)
     m, n = shape
     theta = jnp.asarray(strengths, dtype)
     if theta.ndim != 1 or len(theta) > min(m, n):

@@ -109,6 +109,7 @@ WITH_KEY = {
     "recovery.matrix_sensing": lambda key: lrjax.matrix_sensing(key, (4, 4), 1, 40),
     "recovery.phase_retrieval": lambda key: lrjax.phase_retrieval(key, 4, 40),
     "recovery.robust_pca": lambda key: lrjax.robust_pca(key, (4, 4), 1),
+    "recovery.spiked_model": lambda key: recovery.spiked_model(key, (4, 4), [2.0]),
     "recovery.spectral_init": lambda key: lrjax.spectral_init(SENSING, 1, key=key),
 }
 OPTIMIZERS = {
