@@ -72,6 +72,8 @@ ROWS = {
     "recovery.CompletionFit.transform",
     "recovery.RobustPCAFit.transform",
     "recovery.RobustPCAFit.update",
+    "recovery.SubspaceTracker.track",
+    "recovery.SubspaceTracker.update",
     "recovery.matrix_completion.from_data",
     "subspaces.MatrixSpec",
 }

@@ -49,6 +49,8 @@ from .separation import (
     PursuitState as PursuitState,
     RobustPCAFit as RobustPCAFit,
     Separation as Separation,
+    SubspaceTracker as SubspaceTracker,
+    TrackedRows as TrackedRows,
     alternating_projections as alternating_projections,
     fit_robust_pca as fit_robust_pca,
     geometric_layers as geometric_layers,

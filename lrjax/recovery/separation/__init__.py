@@ -19,3 +19,4 @@ from .principal_component_pursuit import (
     principal_component_pursuit as principal_component_pursuit,
 )
 from .scaled_descent import scaled_descent as scaled_descent
+from .track import SubspaceTracker as SubspaceTracker, TrackedRows as TrackedRows
