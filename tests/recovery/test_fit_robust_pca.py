@@ -61,6 +61,19 @@ def test_the_scale_of_the_data_does_not_matter():
         assert_close(got / scale, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("power", [100, -100])
+def test_a_power_of_two_as_unit_changes_no_bit(power):
+    p = problem()
+    scale = 2.0**power
+    want = fit(p.targets, mask=p.operator.mask)
+    got = fit(scale * p.targets, mask=p.operator.mask)
+    assert jnp.array_equal(got.low_rank.left, scale * want.low_rank.left)
+    assert jnp.array_equal(got.low_rank.right, want.low_rank.right)
+    assert jnp.array_equal(got.sparse, scale * want.sparse)
+    assert got.trusted
+    assert got.held_out_error == want.held_out_error
+
+
 def test_several_matrices_at_once():
     problems = [problem(seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
@@ -158,7 +171,7 @@ def test_degenerate_data_give_the_right_answer(name):
     p = problem(observed=0.999)
     data = DEGENERATE[name](p.targets)
     result = fit(data, mask=p.operator.mask)
-    assert all_finite(result)
+    assert all_finite((result.low_rank, result.sparse, result.residual))
     got, truth = result.low_rank.materialize(), p.truth.materialize()
     if name in ("a zero matrix", "nothing observed"):
         assert float(jnp.abs(got).max()) == 0
@@ -219,6 +232,8 @@ X = jnp.ones((6, 5))
         (X, {"mask": jnp.ones((5, 6), bool)}, "shape of the matrix"),
         (X, {"mask": X}, "mask must be boolean"),
         (X, {"mask": jnp.ones((6, 5), int)}, r"mask\.astype\(bool\)"),
+        (X, {"errors": "lines"}, "'entries', 'rows', 'columns' or the shape"),
+        (X, {"errors": (7, 1)}, r"block of a matrix \(6, 5\); got \(7, 1\)"),
     ],
 )
 def test_refuses(matrix, options, message):
@@ -258,3 +273,128 @@ def test_a_singular_value_near_the_tolerance_is_no_rank(getkey, x64, size, rank)
 
 def test_an_unfinished_fit_says_so():
     assert not lrjax.fit_robust_pca(problem().targets, max_steps=3).converged
+
+
+EVERYWHERE = jnp.ones((M, N), bool)  # with it, one compiled program serves many tests
+
+
+@pytest.mark.parametrize("size", [10.0, 1e6])
+@pytest.mark.parametrize("tol", [1e-6, 1e-9])
+def test_the_size_of_the_errors_does_not_matter(getkey, size, tol):
+    """The tolerance is relative to the clean part, and no lower than rounding."""
+    clean = _low_rank(getkey(), (M, N), RANK)
+    wrong = jr.bernoulli(getkey(), 0.05, clean.shape)
+    dirty = jnp.where(wrong, size * jr.normal(getkey(), clean.shape), clean)
+    found = fit(dirty, mask=EVERYWHERE, tol=tol)
+    assert_close(found.low_rank.materialize(), clean, rtol=1e-5)
+    assert found.rank == RANK
+    assert found.trusted
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_what_no_method_recovers_is_not_trusted(getkey, constant):
+    """At 60 % errors, and with nothing but noise."""
+    clean = _low_rank(getkey(), (M, N), RANK)
+    noise = jr.normal(getkey(), clean.shape)
+    wrong = jr.bernoulli(getkey(), 0.6, clean.shape)
+    spoiled = jnp.where(wrong, 5.0 if constant else 10 * noise, clean)
+    for matrix in (spoiled, noise):
+        found = fit(matrix, mask=EVERYWHERE)
+        assert not found.trusted
+        assert found.held_out_error > 0.1
+
+
+@pytest.mark.parametrize("shape", [(100, 80), (200, 100)])
+def test_a_fifth_of_the_entries_may_be_wrong(getkey, shape):
+    """Pursuit recovers all of these, and so does a fit that is told nothing."""
+
+    @jax.jit
+    @jax.vmap
+    def errors(key):
+        first, second, third = jr.split(key, 3)
+        clean = _low_rank(first, shape, RANK)
+        size = jnp.max(jnp.abs(clean))
+        wrong = jr.bernoulli(second, 0.2, shape)
+        uniform = jr.uniform(third, shape, minval=-size, maxval=size)
+        found = lrjax.fit_robust_pca(jnp.where(wrong, clean + uniform, clean))
+        error = jnp.linalg.norm(found.low_rank.materialize() - clean)
+        return error / jnp.linalg.norm(clean), found.trusted
+
+    error, trusted = errors(jr.split(getkey(), 4))
+    assert error.max() < 1e-4
+    assert trusted.all()
+
+
+@pytest.mark.slow
+def test_the_width_grows_to_the_rank(getkey):
+    """Where shapes are fixed the fit says that it did not suffice."""
+    clean = _low_rank(getkey(), (250, 250), 45)
+    wrong = jr.bernoulli(getkey(), 0.02, clean.shape)
+    dirty = jnp.where(wrong, 50.0, clean)
+    found = lrjax.fit_robust_pca(dirty)
+    assert (found.low_rank.rank, int(found.rank)) == (80, 45)
+    assert_close(found.low_rank.materialize(), clean, rtol=1e-5)
+    assert found.trusted
+    assert not fit(dirty).trusted
+
+
+def test_noise_beside_the_errors_is_noticed(getkey):
+    """σ = .1 on entries of 1.5, one in twenty of them wrong: the error is the noise's."""
+    shape, noise = (60, 40), 0.1
+
+    @jax.jit
+    @jax.vmap
+    def run(key):
+        keys = jr.split(key, 4)
+        clean = _low_rank(keys[0], shape, 3)
+        clean = 1.5 * clean / jnp.std(clean)
+        dirty = clean + noise * jr.normal(keys[1], shape)
+        wrong = jr.bernoulli(keys[2], 0.05, shape)
+        dirty = jnp.where(wrong, dirty + 10 * jr.normal(keys[3], shape), dirty)
+        found = lrjax.fit_robust_pca(dirty)
+        error = jnp.linalg.norm(found.low_rank.materialize() - clean)
+        return found.rank, error, found.noise, found.trusted
+
+    rank, error, estimate, trusted = run(jr.split(getkey(), 4))
+    assert (rank == 3).all()
+    # That of the best approximation of rank three without errors is σ √(r (m + n − r)).
+    assert error.max() < 2 * noise * (3 * (60 + 40 - 3)) ** 0.5
+    assert_close(estimate, jnp.full(4, noise), rtol=0.5)
+    assert trusted.all()
+
+
+def _rows_that_are_wrong(key):
+    first, second = jr.split(key)
+    clean = _low_rank(first, (60, 50), 2)
+    wrong = jnp.arange(60) < 6
+    return clean, wrong, jnp.where(wrong[:, None], 5 * jr.normal(second, (60, 50)), clean)
+
+
+def test_rows_and_columns_may_be_wrong_as_a_whole(getkey):
+    clean, wrong, dirty = _rows_that_are_wrong(getkey())
+    rows = lrjax.fit_robust_pca(dirty, errors="rows")
+    columns = lrjax.fit_robust_pca(dirty.T, errors="columns")
+    for found in (rows.low_rank, columns.low_rank.T):
+        assert_close(found.materialize()[6:], clean[6:], rtol=1e-4)
+    assert rows.rank == columns.rank == 2
+    assert jnp.array_equal(jnp.any(rows.sparse != 0, axis=1), wrong)
+    assert jnp.array_equal(jnp.any(columns.sparse != 0, axis=0), wrong)
+
+
+def test_so_may_blocks_and_the_batches_keep_it(getkey):
+    clean = _low_rank(getkey(), (96, 48), 2)
+    dirty = clean
+    for block in range(6):  # one in every second row of blocks
+        row, column = 16 * block, 8 * (5 * block % 6)
+        dirty = dirty.at[row : row + 8, column : column + 8].set(6.0)
+    found = lrjax.fit_robust_pca(dirty[:48], errors=(8, 8), rank=9)
+    found = found.update(dirty[48:])
+    assert found.rank == 2
+    assert found.trusted
+    assert_close(found.low_rank.materialize(), clean[48:], rtol=1e-4)
+    assert_close(found.sparse, dirty[48:] - clean[48:], rtol=1e-4)
+
+
+def _low_rank(key, shape, rank):
+    left, right = jr.split(key)
+    return jr.normal(left, (shape[0], rank)) @ jr.normal(right, (rank, shape[1]))

@@ -5,6 +5,13 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ...linalg import cholesky, cross, gram, identity_like, nonzero, outer, svd, times
+from .groups import ENTRIES, Groups
+
+
+FAST = 1.5  # growth of the penalty while the constraint is what is missing
+SLOW = 1.05  # … while optimality is
+PATIENCE = 30  # steps after which it grows fast in any case
+ROUNDINGS = 1.0  # that the clip of an entry stays above
 
 
 class Parts(NamedTuple):
@@ -17,7 +24,7 @@ class Parts(NamedTuple):
         basis: ``(n, d)`` orthonormal, spans the rows of the low-rank part.
         sparse: ``(m, n)``, zero where the low-rank part explains the matrix or nothing
             is observed.
-        residual: ``‖matrix − low rank − sparse‖ / ‖matrix‖`` at the end.
+        residual: ``‖matrix − low rank − sparse − noise‖ / ‖low rank‖`` at the end.
         steps: iterations made.
     """
 
@@ -28,14 +35,20 @@ class Parts(NamedTuple):
     residual: Float[Array, ""]
     steps: Int[Array, ""]
 
+    @property
+    def low_rank(self) -> Float[Array, "m n"]:
+        """The dense low-rank part."""
+        return outer(self.vectors * self.values[None, :], self.basis)
+
 
 class _State(NamedTuple):
-    cleaned: Array
+    rest: Array  # matrix − sparse
     clipped: Array  # the multiplier in the units of the matrix, Λ/μ
     vectors: Array
     values: Array
     basis: Array
-    penalty: Array
+    penalty: Array  # of the step before, as the clipped is in its units
+    growth: Array  # to the penalty of the next
     residual: Array
     steps: Array
 
@@ -48,24 +61,32 @@ def separate(
     *,
     sparse_weight: ArrayLike,
     penalty: ArrayLike,
-    penalty_growth: ArrayLike,
     tol: ArrayLike,
     max_steps: int,
+    noise: ArrayLike = 0.0,
+    groups: Groups = ENTRIES,
     adapt_basis: bool = True,
 ) -> Parts:
-    """The inexact augmented Lagrangian of ``min ‖L‖_* + w ‖S‖_1, L + S = matrix``.
+    """The augmented Lagrangian of ``min ‖L‖_* + w ‖S‖_1 + ‖N‖²/2τ, L + S + N = matrix``.
 
-    With the multiplier Λ and the cleaned matrix ``C = matrix − S + Λ/μ``::
+    With the multiplier Λ and the cleaned matrix ``C = matrix − S − N + Λ/μ``::
 
         L ← soft threshold of the singular values of C at 1/μ
         R ← matrix − L + Λ/μ
-        Λ ← μ clip(R, ± w/μ),   S ← R − Λ/μ,   μ ← penalty_growth · μ
+        Λ ← μ P(R / (1 + τ μ)),   S + N ← R − Λ/μ,   μ ← growth · μ
 
+    where P is a clip to ``± w/μ``, and for groups of entries, whose lengths take the place
+    of the absolute values in ``‖S‖_1``, a projection of each on a ball of that radius.
+    Without noise, ``τ = 0``, N is zero.
     Where nothing is observed the clip is to zero: S takes up everything there, and L
     fills in. No SVD of C: its leading singular vectors are tracked by :func:`leading`
     from those of the step before. The rows meet only matrix products and sums, so that
-    they may be sharded. In a step the matrix is read once, L, C and Λ are written once
-    and C is read twice more, by the two products.
+    they may be sharded.
+
+    The penalty grows fast while the constraint is what is missing, ``‖matrix − L − S −
+    N‖ / ‖matrix‖`` above ``‖S − S_before‖ / ‖Λ/μ‖``, and slowly while it is optimality:
+    a penalty that always grew fast would freeze the iteration before it is optimal. It
+    stays where the clip is above the rounding error of the matrix.
 
     Args:
         matrix: what is observed, zeros elsewhere.
@@ -73,44 +94,55 @@ def separate(
         start: first guess of C.
         basis: first guess of the right singular vectors, orthonormal.
         sparse_weight: ``w``; may differ by row ``(m, 1)`` or column ``(1, n)``,
-            infinite where there are no errors.
+            infinite where there is neither error nor noise.
         penalty: first ``μ``, in the units of one over the matrix.
-        penalty_growth: what a step multiplies μ by, above one.
-        tol: stop at this relative residual.
+        tol: stop at this residual.
         max_steps: at most as many iterations.
+        noise: ``τ``, in the units of the matrix: singular values of L that the noise
+            alone may have.
+        groups: which entries are wrong together.
         adapt_basis: if false, the basis is fixed: robust regression of the rows on it.
 
     Returns:
         The parts.
     """
     dtype = matrix.dtype
-    growth = jnp.asarray(penalty_growth, dtype)
     size = nonzero(_norm(matrix))
+    weight = jnp.asarray(sparse_weight, dtype)
+    exact = jnp.isinf(weight)
+    noise = jnp.where(exact, 0, jnp.asarray(noise, dtype))
+    largest = jnp.min(weight) / (ROUNDINGS * jnp.finfo(dtype).eps)
 
-    def limit(penalty: Array) -> Array:
-        return jnp.where(mask, sparse_weight / penalty, 0)
+    def project(rest: Array, penalty: Array) -> Array:
+        rest = jnp.where(mask, rest / (1 + noise * penalty), 0)
+        return groups.project(rest, weight / penalty)
 
     def step(state: _State) -> _State:
         vectors, values, basis = state.vectors, state.values, state.basis
-        if adapt_basis:
-            vectors, values, basis = leading(state.cleaned, basis)
-            values = jnp.maximum(values - 1 / state.penalty, 0)
-        else:
-            vectors = times(state.cleaned, basis)
-        low_rank = outer(vectors * values[None, :], basis)
         # Λ/μ of the last step in the units of the new μ.
-        before = state.clipped / growth
-        bound = limit(state.penalty)
-        clipped = jnp.clip(matrix - low_rank + before, -bound, bound)
+        before = state.clipped / state.growth
+        cleaned = state.rest + before
+        penalty = state.penalty * state.growth
+        if adapt_basis:
+            vectors, values, basis = leading(cleaned, basis)
+            values = jnp.maximum(values - 1 / penalty, 0)
+        else:
+            vectors = times(cleaned, basis)
+        low_rank = outer(vectors * values[None, :], basis)
+        clipped = project(matrix - low_rank + before, penalty)
+        rest = low_rank - before + clipped
+        primal, dual = _norm(clipped - before), _norm(rest - state.rest)
+        fast = (primal / size > dual / nonzero(_norm(clipped))) | (state.steps >= PATIENCE)
+        growth = jnp.where(fast, FAST, SLOW).astype(dtype)
         return _State(
-            # matrix − S + Λ/μ at the next μ, where matrix − S = L − before + clipped.
-            cleaned=low_rank - before + (1 + 1 / growth) * clipped,
+            rest=rest,
             clipped=clipped,
             vectors=vectors,
             values=values,
             basis=basis,
-            penalty=growth * state.penalty,
-            residual=_norm(clipped - before) / size,
+            penalty=penalty,
+            growth=jnp.clip(largest / penalty, 1, growth),
+            residual=primal / nonzero(_norm(low_rank)),
             steps=state.steps + 1,
         )
 
@@ -119,19 +151,21 @@ def separate(
 
     width = basis.shape[-1]
     first = _State(
-        cleaned=start,
+        rest=start,
         clipped=jnp.zeros_like(matrix),
         vectors=times(jnp.zeros_like(matrix), basis),
         values=jnp.zeros(width, dtype) if adapt_basis else jnp.ones(width, dtype),
         basis=basis,
         penalty=jnp.asarray(penalty, dtype),
+        growth=jnp.ones((), dtype),
         residual=jnp.asarray(jnp.inf, dtype),
         steps=jnp.zeros((), jnp.int32),
     )
     end = lax.while_loop(unfinished, step, first)
-    # What was not clipped is explained by L: zero, and not zero up to rounding only.
-    hit = mask & (jnp.abs(end.clipped) > 0.999 * limit(end.penalty / growth))
-    sparse = jnp.where(hit, matrix - end.cleaned + end.clipped / growth, 0)
+    # What was not clipped is explained by L and noise: zero, and not up to rounding only.
+    hit = mask & groups.reach(end.clipped, 0.999 * weight / end.penalty)
+    errors = matrix - end.rest - noise * end.penalty * end.clipped
+    sparse = jnp.where(hit, errors, 0)
     return Parts(end.vectors, end.values, end.basis, sparse, end.residual, end.steps)
 
 

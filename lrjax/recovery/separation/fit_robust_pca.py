@@ -1,28 +1,32 @@
+from collections.abc import Callable
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-import jax.random as jr
-from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ...linalg import nonzero, working_dtype
 from ...lowrank import LowRank
 from .._inputs import MatrixLike, as_matrix, check_not_negative, check_width
 from ..derivatives import refuse_derivatives
-from ..fill_in import fill_in
 from ..problems import observed_entries
-from .augmented_lagrangian import Parts, leading, separate
+from .augmented_lagrangian import Parts, separate
+from .groups import Groups, groups_of
+from .held_out import Choice
+from .take_apart import CLOSE, first_penalty, take_apart, unit_of
 
 
-GROWTH = 1.5  # of the penalty; 1.3 takes 1.5 times the steps for the same errors
-WEIGHT = 0.7  # of the nuclear norm, in units of sqrt(observed fraction · longer side)
-WIDEST = 40  # default width where the rank is not given
+WEIGHTS = (0.85, 1.0, 0.7, 1.2)  # tried in this order where none is given
+WIDEST = 40  # width to begin with where the rank is not given
+TRUSTED = 0.1  # error of entries held out, relative to the low-rank part
+FINEST = 4.0  # rounding errors, the lowest tolerance
+NOISE = 20.0  # singular values below NOISE · tol · σ_1 do not count as rank
 NO_DERIVATIVE = (
     "{} has no derivative: at a matrix that is low-rank plus sparse its result moves by "
     "another amount for a small error than for minus that error. Differentiate the steps "
     "of lrjax.recovery.principal_component_pursuit(…, tol=None), or hold the fit constant "
     "with jax.lax.stop_gradient."
 )
-NOISE = 20.0  # singular values below NOISE · tol · σ_1 do not count as rank
 
 
 class RobustPCAFit(eqx.Module):
@@ -35,10 +39,21 @@ class RobustPCAFit(eqx.Module):
         values: singular values of all rows seen, by this fit and by those that it is an
             :meth:`update` of.
         rank: the number of columns in use.
-        residual: ``‖matrix − low_rank − sparse‖ / ‖matrix‖`` over what is observed.
-        steps: iterations taken.
+        residual: what low-rank part, sparse part and noise leave of the observed matrix,
+            relative to the low-rank part.
+        steps: iterations taken, of all weights that were tried.
         tol: the tolerance of the fit, also that of what follows from it.
         nuclear_weight: that of the fit, also that of its updates.
+        noise: estimated standard deviation of what neither part explains, in the units
+            of the matrix; zero where there is none or none was told from errors.
+        held_out_error: the median error of the low-rank part where entries were hidden
+            from it, relative to its root mean square; infinite where there were too few
+            entries to hide any. Gross errors among them, up to half, do not count.
+        trusted: whether the residual fell to the tolerance, the held-out error is at most
+            a tenth, and the rank found is below the default width, or else the hidden
+            entries are predicted to ``100 tol``. True is no proof; false means: do not
+            use this fit unseen.
+        groups: of the entries that are wrong together.
     """
 
     low_rank: LowRank
@@ -49,6 +64,10 @@ class RobustPCAFit(eqx.Module):
     steps: Int[Array, ""]
     tol: Float[Array, ""]
     nuclear_weight: Float[Array, ""]
+    noise: Float[Array, ""]
+    held_out_error: Float[Array, ""]
+    trusted: Bool[Array, ""]
+    groups: Groups = eqx.field(static=True)
 
     @property
     def converged(self) -> Bool[Array, ""]:
@@ -79,19 +98,20 @@ class RobustPCAFit(eqx.Module):
         (self,) = _without_derivative("RobustPCAFit.transform", self)
         matrix, seen = _observed("RobustPCAFit.transform", rows, mask)
         _check_length("transform", matrix, self.low_rank)
+        unit = unit_of(matrix, matrix)
+        matrix = matrix / unit
         parts = separate(
             matrix,
             seen,
             matrix,
             self.low_rank.right,
             sparse_weight=1.0,
-            penalty=_first_penalty(jnp.sqrt(jnp.max(jnp.sum(matrix * matrix, axis=-1)))),
-            penalty_growth=1.2,
+            penalty=first_penalty(jnp.sqrt(jnp.max(jnp.sum(matrix * matrix, axis=-1)))),
             tol=self.tol,
             max_steps=300,
             adapt_basis=False,
         )
-        return parts.vectors
+        return parts.vectors * unit
 
     def update(
         self,
@@ -129,20 +149,18 @@ class RobustPCAFit(eqx.Module):
         (self,) = _without_derivative("RobustPCAFit.update", self)
         matrix, seen = _observed("RobustPCAFit.update", rows, mask)
         _check_length("update", matrix, self.low_rank)
-        known = self.values[:, None] * self.low_rank.right.T
         width = len(self.values)
-        start = _filled(matrix, seen)
-        parts = _take_apart(
-            jnp.concatenate([known, matrix]),
-            jnp.concatenate([jnp.ones_like(known, bool), seen]),
-            jnp.concatenate([known, start]),
+        parts, choice = take_apart(
+            matrix,
+            seen,
             width,
-            nuclear_weight=self.nuclear_weight * _scale(seen),
-            trusted=width,
+            weights=[self.nuclear_weight],
             tol=self.tol,
             max_steps=max_steps,
+            groups=self.groups,
+            known=self.values[:, None] * self.low_rank.right.T,
         )
-        return _assemble(parts, self.tol, self.nuclear_weight, skip=width)
+        return _assemble(parts, choice, self.tol, self.groups, width)
 
 
 def fit_robust_pca(
@@ -150,22 +168,35 @@ def fit_robust_pca(
     *,
     mask: MatrixLike | None = None,
     rank: int | None = None,
-    nuclear_weight: ArrayLike = WEIGHT,
+    nuclear_weight: ArrayLike | None = None,
+    errors: str | tuple[int, int] = "entries",
     tol: ArrayLike = 1e-6,
     max_steps: int = 100,
 ) -> RobustPCAFit:
     """Robust PCA: a matrix taken apart into a low-rank part and sparse gross errors.
 
     Principal component pursuit, ``min w ‖L‖_* + ‖S‖_1`` with ``L + S = matrix`` where
-    observed and ``w = nuclear_weight · sqrt(observed fraction · max(m, n))``, by the
-    inexact augmented Lagrangian. Its singular vectors are tracked by one step of subspace
+    observed and ``w = nuclear_weight · sqrt(observed fraction · max(m, n))``, by an
+    augmented Lagrangian whose penalty grows only as fast as the iteration stays optimal.
+    Its singular vectors are tracked by one step of subspace
     iteration at a fixed width: three products with thin matrices and decompositions of
     ``width × width`` matrices an iteration, never an SVD of the matrix. Neither the
     rank, nor the share of errors, nor their size has to be known.
 
-    Pure: jit it (with ``rank`` and ``max_steps`` static) and ``vmap`` it
+    What is not told is chosen by one entry in twenty, at most 2000, that are hidden at
+    first: the weight that predicts them best, and whether there is noise on all entries
+    beside the errors on a few. With noise of standard deviation σ the program is the
+    stable one, ``min ‖L‖_* + ‖S‖_1/w + ‖matrix − L − S‖²/2τ`` with τ a quarter above the
+    norm of a matrix of noise, ``σ (√m + √n)``, and least squares at its rank and its
+    errors follow. Where the hidden entries are predicted exactly, nothing more is tried,
+    and in any case all entries are fitted in the end. They also say whether
+    the result can be :attr:`~RobustPCAFit.trusted`: a small residual does not, since any
+    matrix is the sum of two parts.
+
+    Pure: jit it (with ``rank``, ``errors`` and ``max_steps`` static) and ``vmap`` it
     over matrices. Rows sharded over a mesh stay where they are. For a matrix that does
-    not fit the memory see :meth:`RobustPCAFit.update`.
+    not fit the memory see :meth:`RobustPCAFit.update`. The fit of ``a · matrix`` is ``a``
+    times the fit: bit by bit for a power of two, and else to rounding.
 
     Not differentiable, and refused in both modes: at ``L + S`` of rank r and support Ω the
     solution of the program follows changes within ``T_L + Ω``, where T_L is the tangent
@@ -178,13 +209,19 @@ def fit_robust_pca(
             also one of scipy.sparse. Integers count as float32. Entries that are not finite
             count as missing, also whole rows and columns: their low-rank part is zero.
         mask: boolean, true where an entry is observed.
-        rank: the width of the factors: the rank, if it is known, or anything above it;
-            by default 40 or the shorter side.
-        nuclear_weight: of the nuclear norm, 1 in the theory. Exactly low-rank data are
-            recovered for a range of weights; on real data more weight means a lower rank.
+        rank: the width of the factors: the rank, if it is known, or anything above it.
+            By default 40 or the shorter side, and twice as much as long as the rank found
+            uses up all of it and the hidden entries gain. Under ``jit`` shapes are fixed:
+            there the width stays 40, and the fit is not trusted if that is not enough.
+        nuclear_weight: of the nuclear norm, 1 in the theory; by default chosen.
+        errors: what is wrong together. ``"entries"``, each for itself; ``"rows"`` or
+            ``"columns"`` as a whole; ``(h, w)``: blocks of h rows and w columns. For all
+            but entries, lengths of the groups take the place of absolute values in
+            ``‖S‖_1``, which is outlier pursuit. The low-rank part of a row that is wrong
+            as a whole is what its column space has nearest to zero, not the truth.
         tol: stop when low-rank and sparse part explain the observed matrix to this
-            relative residual.
-        max_steps: at most as many iterations; 20 to 40 are usual.
+            residual, relative to the low-rank part; at least four rounding errors.
+        max_steps: at most as many iterations of a fit; 20 to 60 are usual.
 
     Returns:
         A :class:`RobustPCAFit`.
@@ -192,8 +229,8 @@ def fit_robust_pca(
     Raises:
         ValueError: for a matrix without entries or axes or with complex ones, a mask of
             another shape or that is not boolean, a sparse matrix without a mask, a rank out
-            of range, or a negative weight or tolerance; where it is differentiated by the
-            matrix or a number.
+            of range, a negative weight or tolerance, or errors of another kind; where it is
+            differentiated by the matrix or a number.
         TypeError: for a rank that is no integer; booleans, dates, text, other objects.
 
     Example:
@@ -207,22 +244,47 @@ def fit_robust_pca(
         E. J. Candès, X. Li, Y. Ma, J. Wright, "Robust principal component analysis?"
         (2011), arXiv 0912.3599; Z. Lin, M. Chen, Y. Ma, "The augmented Lagrange
         multiplier method for exact recovery of corrupted low-rank matrices" (2010),
-        arXiv 1009.5055.
+        arXiv 1009.5055; with noise: Z. Zhou, X. Li, J. Wright, E. Candès, Y. Ma, "Stable
+        principal component pursuit" (2010), arXiv 1001.2363; errors of rows and columns:
+        H. Xu, C. Caramanis, S. Sanghavi, "Robust PCA via outlier pursuit" (2010),
+        arXiv 1010.4237.
     """
-    check_not_negative("fit_robust_pca", tol=tol, nuclear_weight=nuclear_weight)
-    tol, nuclear_weight = _without_derivative("fit_robust_pca", tol, nuclear_weight)
+    given = WEIGHTS if nuclear_weight is None else (nuclear_weight,)
+    for weight in given:
+        check_not_negative("fit_robust_pca", tol=tol, nuclear_weight=weight)
+    tol, *weights = _without_derivative("fit_robust_pca", tol, *given)
     matrix, seen = _observed("fit_robust_pca", matrix, mask)
-    tol, weight = (jnp.asarray(x, matrix.dtype) for x in (tol, nuclear_weight))
-    parts = _take_apart(
-        matrix,
-        seen,
-        _filled(matrix, seen),
-        _width(matrix.shape, rank),
-        nuclear_weight=weight * _scale(seen),
-        tol=tol,
-        max_steps=max_steps,
-    )
-    return _assemble(parts, tol, weight)
+    tol = jnp.maximum(jnp.asarray(tol, matrix.dtype), FINEST * jnp.finfo(matrix.dtype).eps)
+    groups = groups_of(errors, matrix.shape)
+
+    def fit(width: int) -> RobustPCAFit:
+        parts, choice = take_apart(
+            matrix,
+            seen,
+            width,
+            weights=weights,
+            tol=tol,
+            max_steps=max_steps,
+            groups=groups,
+        )
+        return _assemble(parts, choice, tol, groups, min(matrix.shape) if rank else width)
+
+    found = fit(_width(matrix.shape, rank))
+    return found if rank is not None else _widened(fit, found)
+
+
+def _widened(fit: Callable[[int], RobustPCAFit], found: RobustPCAFit) -> RobustPCAFit:
+    """Fits of twice the width, while the rank found uses up all of it and that helps."""
+    short = min(found.sparse.shape)
+    while not isinstance(found.rank, jax.core.Tracer):
+        width = found.low_rank.rank
+        if width == short or found.rank < width:
+            break
+        wider = fit(min(2 * width, short))
+        if not wider.held_out_error < found.held_out_error:
+            break
+        found = wider
+    return found
 
 
 def _without_derivative(method: str, *inputs):
@@ -257,88 +319,28 @@ def _width(shape: tuple[int, ...], rank: int | None) -> int:
     return check_width("fit_robust_pca", rank, short, shape)
 
 
-def _scale(mask: Array) -> Array:
-    """The natural scale of the weight, ``sqrt(observed fraction · longer side)``."""
-    share = jnp.mean(mask, dtype=jnp.float32)
-    return jnp.sqrt(jnp.maximum(share, 1 / mask.size) * max(mask.shape))
-
-
-def _filled(matrix: Array, mask: Array) -> Array:
-    """Medians over the longer side for outliers and missing entries.
-
-    Zeros where a whole row or column is missing: there the low-rank part stays zero.
-    """
-    if matrix.shape[0] < matrix.shape[1]:
-        return _filled(matrix.T, mask.T).T
-    start = fill_in(matrix, mask)
-    return jnp.where(jnp.any(mask, axis=1, keepdims=True), start, 0)
-
-
-def _first_penalty(largest: Array) -> Array:
-    # The first step cuts the singular values by 0.8 of the largest.
-    return 1.25 / nonzero(largest)
-
-
-def _take_apart(
-    matrix: Array,
-    mask: Array,
-    start: Array,
-    width: int,
-    *,
-    nuclear_weight: Array,
-    tol: Array,
-    max_steps: int,
-    trusted: int = 0,
-) -> Parts:
-    """Separate a matrix, the first rows of which are known to be clean.
-
-    With the longer side as rows: the basis that each step computes with is short.
-    """
-    m, n = matrix.shape
-    # The program divided by the weight of the nuclear norm. An infinite weight of the
-    # sparse part allows no errors in rows that are known to be clean.
-    sparse_weight = jnp.where(jnp.arange(m) < trusted, jnp.inf, 1 / nuclear_weight)[:, None]
-    wide = m < n
-    if wide:
-        matrix, mask, start = matrix.T, mask.T, start.T
-        sparse_weight = sparse_weight.T
-    # From random columns three steps settle the leading vectors, which the iteration
-    # tracks, and their order, which its decompositions rely on.
-    basis = jr.normal(jr.key(0), (min(m, n), width), matrix.dtype)
-    _, values, basis = lax.fori_loop(
-        0, 2, lambda _, found: leading(start, found[-1]), leading(start, basis)
-    )
-    parts = separate(
-        matrix,
-        mask,
-        start,
-        basis,
-        sparse_weight=sparse_weight,
-        penalty=_first_penalty(values[0]),
-        penalty_growth=GROWTH,
-        tol=tol,
-        max_steps=max_steps,
-    )
-    if wide:
-        parts = parts._replace(
-            vectors=parts.basis, basis=parts.vectors, sparse=parts.sparse.T
-        )
-    return parts
-
-
-def _assemble(parts: Parts, tol: Array, weight: Array, skip: int = 0) -> RobustPCAFit:
+def _assemble(
+    parts: Parts, choice: Choice, tol: Array, groups: Groups, width: int
+) -> RobustPCAFit:
     # What is left of a singular value near the tolerance is not told from noise.
     values = parts.values
     values = jnp.where(values > NOISE * tol * values[0], values, 0)
-    left = (parts.vectors * values[None, :])[skip:]
+    left = parts.vectors * values[None, :]
     right = jnp.where(values[None, :] > 0, parts.basis, 0)
+    rank = jnp.sum(values > 0, dtype=jnp.int32)
+    full = (rank == width) & (width < min(parts.sparse.shape))
+    limit = jnp.where(full, jnp.minimum(CLOSE * tol, TRUSTED), TRUSTED)
     return RobustPCAFit(
         low_rank=LowRank(left, right),
-        sparse=parts.sparse[skip:],
+        sparse=parts.sparse,
         values=values,
-        rank=jnp.sum(values > 0, dtype=jnp.int32),
+        rank=rank,
         residual=parts.residual,
         steps=parts.steps,
         tol=tol,
-        nuclear_weight=weight,
+        nuclear_weight=choice.weight,
+        noise=choice.noise,
+        held_out_error=choice.error / nonzero(choice.size),
+        trusted=(parts.residual <= tol) & (choice.error <= limit * choice.size),
+        groups=groups,
     )

@@ -1,0 +1,164 @@
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from ...linalg import order_statistic
+from .augmented_lagrangian import Parts
+
+
+SHARE, MOST = 0.05, 2000  # entries held out: a share of them, at most so many
+FEWEST = 10  # entries that a row or a column keeps, or none of it is held out
+NORMAL_MEDIAN = 0.6745  # of the absolute values of a standard normal variable
+NOISY = 1.0  # the weight of a fit with noise, which depends on it little
+ROUNDS = 2  # of a fit with noise, whose size the one before has left
+SLACK = 1.02  # times the loss that a fit with noise may have at half the rank
+
+
+class Choice(NamedTuple):
+    """What entries held out say of a fit.
+
+    Attributes:
+        weight: of the nuclear norm, the one that predicts them best.
+        noise: standard deviation of what neither part explains, zero where leaving it
+            out predicts better.
+        loss: the mean of the absolute errors of the prediction, none of which counts more
+            than the size of the first guess: gross errors add the same to every choice.
+        error: the median of the absolute errors, which they do not touch up to half;
+            infinite where no entry could be held out.
+        size: the root mean square of the low-rank part that predicts, to measure by.
+        rank: of that low-rank part.
+    """
+
+    weight: Float[Array, ""]
+    noise: Float[Array, ""]
+    loss: Float[Array, ""]
+    error: Float[Array, ""]
+    size: Float[Array, ""]
+    rank: Int[Array, ""]
+
+
+class _State(NamedTuple):
+    turn: Int[Array, ""]
+    best: Choice
+    parts: Parts
+    steps: Int[Array, ""]
+
+
+def choose(
+    run: Callable[[Array, Array, Array], Parts],
+    matrix: Float[Array, "m n"],
+    mask: Bool[Array, "m n"],
+    known: Bool[Array, "..."],
+    weights: Sequence[ArrayLike],
+    *,
+    largest: ArrayLike,
+    close: ArrayLike,
+) -> tuple[Parts, Choice]:
+    """The parts at the weight and the noise that predict entries held out best.
+
+    Some entries are hidden. The weights are tried one after the other without noise, and
+    the best of them with the noise that its errors on the hidden entries show; once they
+    are predicted nearly exactly no more is tried. Then all entries are fitted. Half of
+    the hidden entries may be gross errors: the median does not notice.
+
+    One loop around one program, in place of a program for each weight.
+
+    Args:
+        run: ``(mask, weight, noise) -> Parts``.
+        matrix: ``(m, n)``.
+        mask: what is observed.
+        known: rows ``(m, 1)`` or columns ``(1, n)`` without errors, never held out.
+        weights: of the nuclear norm, the likeliest first.
+        largest: error that counts in the loss.
+        close: what counts as exact, relative to the root mean square of the low-rank part.
+
+    Returns:
+        The parts of the fit of all entries, with the steps of all fits, and the choice.
+    """
+    dtype = matrix.dtype
+    path = jnp.stack([jnp.asarray(weight, dtype) for weight in weights])
+    held = _held_out(mask) & ~known
+    count = jnp.sum(held, dtype=jnp.int32)
+    last, single = len(path) + ROUNDS, len(path) == 1
+
+    def judge(parts: Parts, weight: Array, noise: Array) -> Choice:
+        low_rank = parts.low_rank
+        errors = jnp.where(held, jnp.abs(matrix - low_rank), 0)
+        return Choice(
+            weight,
+            noise,
+            loss=jnp.sum(jnp.minimum(errors, largest)),
+            error=_median(errors, count),
+            size=_size(low_rank, known),
+            rank=jnp.sum(parts.values > 0, dtype=jnp.int32),
+        )
+
+    def take_turn(state: _State) -> _State:
+        turn, best = state.turn, state.best
+        alone, final = turn < len(path), turn == last
+        weight = jnp.where(final, best.weight, jnp.where(single, path[0], NOISY))
+        weight = jnp.where(alone, path[jnp.minimum(turn, len(path) - 1)], weight)
+        noise = jnp.where(final, best.noise, best.error / NORMAL_MEDIAN)
+        noise = jnp.where(alone, 0, noise)
+        parts = run(mask & (final | ~held), weight, noise)
+        tried = judge(parts, weight, noise)
+        simpler = ~alone & (2 * tried.rank <= best.rank)
+        better = tried.loss < jnp.where(simpler, SLACK, 1) * best.loss
+        best = jax.tree.map(
+            lambda new, old: jnp.where(better & ~final, new, old), tried, best
+        )
+        exact = best.error <= close * best.size
+        return _State(
+            turn=jnp.where(exact & ~final, last, turn + 1),
+            best=best,
+            parts=parts,
+            steps=state.steps + parts.steps,
+        )
+
+    nothing = jnp.zeros((), dtype)
+    state = _State(
+        turn=jnp.where(count > 0, 0, last),
+        best=Choice(
+            path[0],
+            nothing,
+            nothing + jnp.inf,
+            nothing + jnp.inf,
+            nothing,
+            jnp.zeros((), jnp.int32),
+        ),
+        parts=_empty(run, mask, path[0], nothing),
+        steps=jnp.zeros((), jnp.int32),
+    )
+    state = lax.while_loop(lambda state: state.turn <= last, take_turn, state)
+    return state.parts._replace(steps=state.steps), state.best
+
+
+def _size(low_rank: Array, known: Array) -> Array:
+    """The root mean square of what is not known."""
+    count = low_rank.size / known.size * jnp.sum(~known)
+    return jnp.sqrt(jnp.sum(jnp.where(known, 0, low_rank**2)) / count)
+
+
+def _empty(run: Callable, mask: Array, weight: Array, noise: Array) -> Parts:
+    """Zeros, placed as the parts of the matrix will be."""
+    shapes = jax.eval_shape(run, mask, weight, noise)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _held_out(mask: Array) -> Array:
+    share = min(SHARE, MOST / mask.size)
+    chosen = jr.bernoulli(jr.key(1), share, mask.shape) & mask
+    enough = [jnp.sum(mask, axis=axis, keepdims=True) >= FEWEST for axis in (0, 1)]
+    return chosen & enough[0] & enough[1]
+
+
+def _median(errors: Array, count: Array) -> Array:
+    """Of the ``count`` positive ones among zeros."""
+    flat = errors.reshape(-1)
+    found = order_statistic(flat, (count + 1) // 2, axis=0)[0]
+    return jnp.where(count > 0, found, jnp.inf)
