@@ -1,8 +1,8 @@
 from collections.abc import Callable
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ...linalg import nonzero, working_dtype
@@ -12,7 +12,7 @@ from ..derivatives import refuse_derivatives
 from ..problems import observed_entries
 from .augmented_lagrangian import Parts, separate
 from .groups import Groups, groups_of
-from .held_out import Choice
+from .held_out import Choice, certain
 from .take_apart import CLOSE, first_penalty, take_apart, unit_of
 
 
@@ -49,10 +49,10 @@ class RobustPCAFit(eqx.Module):
         held_out_error: the median error of the low-rank part where entries were hidden
             from it, relative to its root mean square; infinite where there were too few
             entries to hide any. Gross errors among them, up to half, do not count.
-        trusted: whether the residual fell to the tolerance, the held-out error is at most
-            a tenth, and the rank found is below the default width, or else the hidden
-            entries are predicted to ``100 tol``. True is no proof; false means: do not
-            use this fit unseen.
+        trusted: whether the residual fell to the tolerance, and the held-out error is at
+            most a tenth (``100 tol``, where the rank found uses up the default width); or
+            the low-rank part is equal to more entries, by a tenth of all, than it has
+            free numbers. True is no proof; false means: do not use this fit unseen.
         groups: of the entries that are wrong together.
     """
 
@@ -160,7 +160,7 @@ class RobustPCAFit(eqx.Module):
             groups=self.groups,
             known=self.values[:, None] * self.low_rank.right.T,
         )
-        return _assemble(parts, choice, self.tol, self.groups, width)
+        return _assemble(parts, choice, seen, self.tol, self.groups, width)
 
 
 def fit_robust_pca(
@@ -267,7 +267,8 @@ def fit_robust_pca(
             max_steps=max_steps,
             groups=groups,
         )
-        return _assemble(parts, choice, tol, groups, min(matrix.shape) if rank else width)
+        saturates = min(matrix.shape) if rank else width
+        return _assemble(parts, choice, seen, tol, groups, saturates)
 
     found = fit(_width(matrix.shape, rank))
     return found if rank is not None else _widened(fit, found)
@@ -276,7 +277,7 @@ def fit_robust_pca(
 def _widened(fit: Callable[[int], RobustPCAFit], found: RobustPCAFit) -> RobustPCAFit:
     """Fits of twice the width, while the rank found uses up all of it and that helps."""
     short = min(found.sparse.shape)
-    while not isinstance(found.rank, jax.core.Tracer):
+    while not isinstance(found.rank, Tracer):
         width = found.low_rank.rank
         if width == short or found.rank < width:
             break
@@ -320,7 +321,7 @@ def _width(shape: tuple[int, ...], rank: int | None) -> int:
 
 
 def _assemble(
-    parts: Parts, choice: Choice, tol: Array, groups: Groups, width: int
+    parts: Parts, choice: Choice, seen: Array, tol: Array, groups: Groups, width: int
 ) -> RobustPCAFit:
     # What is left of a singular value near the tolerance is not told from noise.
     values = parts.values
@@ -330,6 +331,8 @@ def _assemble(
     rank = jnp.sum(values > 0, dtype=jnp.int32)
     full = (rank == width) & (width < min(parts.sparse.shape))
     limit = jnp.where(full, jnp.minimum(CLOSE * tol, TRUSTED), TRUSTED)
+    predicted = choice.error <= limit * choice.size
+    known = (choice.noise == 0) & certain(parts, seen)
     return RobustPCAFit(
         low_rank=LowRank(left, right),
         sparse=parts.sparse,
@@ -341,6 +344,6 @@ def _assemble(
         nuclear_weight=choice.weight,
         noise=choice.noise,
         held_out_error=choice.error / nonzero(choice.size),
-        trusted=(parts.residual <= tol) & (choice.error <= limit * choice.size),
+        trusted=(parts.residual <= tol) & (known | predicted),
         groups=groups,
     )

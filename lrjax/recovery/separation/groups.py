@@ -38,6 +38,7 @@ class Groups(NamedTuple):
             radius: a number, or by row ``(m, 1)`` or column ``(1, n)`` and alike within a
                 block; entries with an infinite radius are free and count for no block.
         """
+        radius = jnp.asarray(radius, x.dtype)
         if self == ENTRIES:
             return jnp.clip(x, -radius, radius)
         lengths = self._lengths(jnp.where(jnp.isinf(radius), 0, x))

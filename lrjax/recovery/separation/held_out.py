@@ -16,6 +16,7 @@ FEWEST = 10  # entries that a row or a column keeps, or none of it is held out
 NORMAL_MEDIAN = 0.6745  # of the absolute values of a standard normal variable
 NOISY = 1.0  # the weight of a fit with noise, which depends on it little
 ROUNDS = 2  # of a fit with noise, whose size the one before has left
+SURPLUS = 0.1  # of the entries, beyond as many as are free, that prove exactness
 SLACK = 1.02  # times the loss that a fit with noise may have at half the rank
 
 
@@ -44,7 +45,9 @@ class Choice(NamedTuple):
 
 class _State(NamedTuple):
     turn: Int[Array, ""]
-    best: Choice
+    plain: Choice
+    noisy: Choice
+    chosen: Choice
     parts: Parts
     steps: Int[Array, ""]
 
@@ -62,9 +65,11 @@ def choose(
     """The parts at the weight and the noise that predict entries held out best.
 
     Some entries are hidden. The weights are tried one after the other without noise, and
-    the best of them with the noise that its errors on the hidden entries show; once they
-    are predicted nearly exactly no more is tried. Then all entries are fitted. Half of
-    the hidden entries may be gross errors: the median does not notice.
+    then noise of the size that the errors on the hidden entries show; once these are
+    predicted nearly exactly no more is tried. Then all entries are fitted at the best
+    weight, and with noise if that predicted better, unless the fit without is
+    :func:`certain`. Half of the hidden entries may be gross errors: the median does not
+    notice.
 
     One loop around one program, in place of a program for each weight.
 
@@ -84,7 +89,8 @@ def choose(
     path = jnp.stack([jnp.asarray(weight, dtype) for weight in weights])
     held = _held_out(mask) & ~known
     count = jnp.sum(held, dtype=jnp.int32)
-    last, single = len(path) + ROUNDS, len(path) == 1
+    single = len(path) == 1
+    whole = len(path) + ROUNDS  # the turn of all entries without noise; then with noise
 
     def judge(parts: Parts, weight: Array, noise: Array) -> Choice:
         low_rank = parts.low_rank
@@ -99,43 +105,61 @@ def choose(
         )
 
     def take_turn(state: _State) -> _State:
-        turn, best = state.turn, state.best
-        alone, final = turn < len(path), turn == last
-        weight = jnp.where(final, best.weight, jnp.where(single, path[0], NOISY))
-        weight = jnp.where(alone, path[jnp.minimum(turn, len(path) - 1)], weight)
-        noise = jnp.where(final, best.noise, best.error / NORMAL_MEDIAN)
-        noise = jnp.where(alone, 0, noise)
-        parts = run(mask & (final | ~held), weight, noise)
+        turn, plain, noisy = state.turn, state.plain, state.noisy
+        alone, last = turn < len(path), turn == whole + 1
+        shown = jnp.where(turn == len(path), plain.error, noisy.error) / NORMAL_MEDIAN
+        turns = [alone, turn < whole, ~last]
+        tried_alone = path[jnp.minimum(turn, len(path) - 1)]
+        with_noise = jnp.where(single, path[0], NOISY).astype(dtype)
+        weights = [tried_alone, with_noise, plain.weight]
+        weight = jnp.select(turns, weights, noisy.weight)
+        noise = jnp.select(turns, [nothing, shown, nothing], noisy.noise)
+        parts = run(mask & ((turn >= whole) | ~held), weight, noise)
         tried = judge(parts, weight, noise)
-        simpler = ~alone & (2 * tried.rank <= best.rank)
-        better = tried.loss < jnp.where(simpler, SLACK, 1) * best.loss
-        best = jax.tree.map(
-            lambda new, old: jnp.where(better & ~final, new, old), tried, best
-        )
-        exact = best.error <= close * best.size
+        plain = _where(alone & (tried.loss < plain.loss), tried, plain)
+        noisy = _where(~alone & (turn < whole), tried, noisy)
+        exact = plain.error <= close * plain.size
+        simpler = 2 * noisy.rank <= plain.rank
+        better = noisy.loss < jnp.where(simpler, SLACK, 1) * plain.loss
+        more = ~exact & better & ~certain(parts, mask)
+        following = jnp.where(alone & exact, whole, turn + 1)
         return _State(
-            turn=jnp.where(exact & ~final, last, turn + 1),
-            best=best,
+            turn=jnp.where((turn == whole) & ~more, whole + 2, following),
+            plain=plain,
+            noisy=noisy,
+            chosen=_where(last, noisy, plain),
             parts=parts,
             steps=state.steps + parts.steps,
         )
 
-    nothing = jnp.zeros((), dtype)
+    nothing, endless = jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype)
+    none = Choice(path[0], nothing, endless, endless, nothing, jnp.zeros((), jnp.int32))
     state = _State(
-        turn=jnp.where(count > 0, 0, last),
-        best=Choice(
-            path[0],
-            nothing,
-            nothing + jnp.inf,
-            nothing + jnp.inf,
-            nothing,
-            jnp.zeros((), jnp.int32),
-        ),
+        turn=jnp.where(count > 0, 0, whole),
+        plain=none,
+        noisy=none,
+        chosen=none,
         parts=_empty(run, mask, path[0], nothing),
         steps=jnp.zeros((), jnp.int32),
     )
-    state = lax.while_loop(lambda state: state.turn <= last, take_turn, state)
-    return state.parts._replace(steps=state.steps), state.best
+    state = lax.while_loop(lambda state: state.turn < whole + 2, take_turn, state)
+    return state.parts._replace(steps=state.steps), state.chosen
+
+
+def certain(parts: Parts, mask: Bool[Array, "m n"]) -> Bool[Array, ""]:
+    """Whether the low-rank part is equal to more entries than its freedom explains.
+
+    Without noise. A matrix of rank r has ``r (m + n − r)`` free numbers and can be made
+    equal to as many entries of anything; that it is equal to many more is no accident.
+    """
+    m, n = mask.shape
+    rank = jnp.sum(parts.values > 0)
+    equal = jnp.sum(mask & (parts.sparse == 0), dtype=jnp.int32)
+    return equal - rank * (m + n - rank) > SURPLUS * jnp.sum(mask)
+
+
+def _where(condition: Array, new: Choice, old: Choice) -> Choice:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 def _size(low_rank: Array, known: Array) -> Array:
