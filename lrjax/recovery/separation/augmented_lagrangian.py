@@ -10,7 +10,7 @@ from .groups import ENTRIES, Groups
 
 FAST = 1.5  # growth of the penalty while the constraint is what is missing
 SLOW = 1.05  # … while optimality is
-PATIENCE = 30  # steps after which it grows fast in any case
+PATIENCE = 60  # steps after which it grows fast in any case
 ROUNDINGS = 1.0  # that the clip of an entry stays above
 
 

@@ -221,7 +221,7 @@ def fit_robust_pca(
             as a whole is what its column space has nearest to zero, not the truth.
         tol: stop when low-rank and sparse part explain the observed matrix to this
             residual, relative to the low-rank part; at least four rounding errors.
-        max_steps: at most as many iterations of a fit; 20 to 60 are usual.
+        max_steps: at most as many iterations of a fit; 20 to 80 are usual.
 
     Returns:
         A :class:`RobustPCAFit`.
