@@ -3,8 +3,5 @@
 from .alternating_least_squares import (
     alternating_least_squares as alternating_least_squares,
 )
-from .fit_completion import (
-    CompletionFit as CompletionFit,
-    Prior as Prior,
-    fit_completion as fit_completion,
-)
+from .completed import CompletionFit as CompletionFit, Prior as Prior
+from .fit_completion import fit_completion as fit_completion

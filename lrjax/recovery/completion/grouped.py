@@ -2,8 +2,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ class Grouped(NamedTuple):
         starts: ``(m + 1,)``, where the entries of each row start.
         order: ``(m,)``, rows by their number of entries.
         places: ``(m,)``, where a row stands in that order.
-        used: ``(m,)``, which rows have entries, here or on another device.
+        window: ``(2,)``, the lots of the entries that are looked at, see :func:`lots`.
     """
 
     cols: Int[Array, " count"]
@@ -38,7 +39,28 @@ class Grouped(NamedTuple):
     starts: Int[Array, " m1"]
     order: Int[Array, " m"]
     places: Int[Array, " m"]
-    used: Bool[Array, " m"]
+    window: UInt[Array, "2"]
+
+
+EVERY = (0, 0xFFFFFFFF)  # the window of all entries
+
+
+def lots(i: Int[Array, "*#k"], j: Int[Array, "*#k"]) -> UInt[Array, "*#k"]:
+    """A number for each place of the matrix, as if drawn at random, from 0 to 2³² − 2.
+
+    It is that of the transposed place, too: an entry has one lot, whether it is come upon
+    by rows or by columns, and so have several observations of it.
+    """
+    mixed = _mix(_mix(i.astype(jnp.uint32)) + _mix(j.astype(jnp.uint32)))
+    return jnp.minimum(mixed, jnp.uint32(0xFFFFFFFE))
+
+
+def _mix(x: UInt[Array, "*k"]) -> UInt[Array, "*k"]:
+    """A bijection of 32 bits in which every bit of the result hangs on every bit."""
+    x = x + jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 15)
 
 
 class Slab(NamedTuple):
@@ -90,10 +112,11 @@ def group_by_row(
     starts = jnp.pad(jnp.cumsum(counts), (1, 0))
     # A stable sort would need four times the memory of the data on CPU.
     _, cols, values = lax.sort((rows, cols, values), num_keys=1, is_stable=False)
-    everywhere = reduce(counts)
-    order = jnp.argsort(everywhere, stable=False).astype(jnp.int32)
+    order = jnp.argsort(reduce(counts), stable=False).astype(jnp.int32)
     places = jnp.zeros(m, jnp.int32).at[order].set(jnp.arange(m, dtype=jnp.int32))
-    return Grouped(cols, values, starts, order, places, everywhere > 0)
+    return Grouped(
+        cols, values, starts, order, places, jnp.asarray(np.array(EVERY, np.uint32))
+    )
 
 
 def scan_rows(
@@ -127,10 +150,14 @@ def scan_rows(
         def fold(body, start):
             def one(index, carry):
                 place = first[:, None] + index * width + jnp.arange(width)[None, :]
-                seen = place < last[:, None]
-                place = jnp.where(seen, place, 0)
+                there = place < last[:, None]
+                place = jnp.where(there, place, 0)
+                cols = entries.cols[place]
+                lot = lots(rows[:, None], cols)
+                low, high = entries.window
+                seen = there & (lot >= low) & (lot < high)
                 slab = Slab(
-                    jnp.where(seen[..., None], vectors[entries.cols[place]], 0),
+                    jnp.where(seen[..., None], vectors[cols], 0),
                     jnp.where(seen, entries.values[place], 0),
                     seen,
                     index,

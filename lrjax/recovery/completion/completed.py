@@ -1,0 +1,271 @@
+"""What a completion has found, and the completion of new rows by it."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from ...linalg import cross, gram, nonzero, orthonormalize, outer, svd, times
+from ...lowrank import LowRank
+from .._inputs import VectorLike
+from ..derivatives import refuse_derivatives
+from ..operators import Entries
+from .bayes import Side, regress, student_weights, whiten
+from .entries import check_entries, observed
+from .features import Units, check_features, pattern_features
+from .grouped import group_by_row
+from .iteration import HeldOut, Model, State, joined
+
+
+SUPPORTED = 0.1  # a direction counts if data explain this share of both its priors
+TRUSTED = 2.0  # times the expected error that the error held out may be
+NEGLIGIBLE = 1e-2  # an error of this share of the spread of the values is trusted, too
+NEW_ROW_STEPS = 20  # of the reweighting of new rows
+NO_DERIVATIVE = (
+    "{} cannot be differentiated: it iterates until it has converged and decides on a "
+    "rank. Continue from fit.low_rank by a fixed number of steps of lrjax.solve, which can "
+    "be, on lrjax.matrix_completion.from_data(rows, cols, values, shape), or hold the fit "
+    "constant with jax.lax.stop_gradient."
+)
+
+
+class Prior(NamedTuple):
+    """What the fit learned about rows: the setting in which new ones are regressed.
+
+    A row is ``gauge @ [u, 1]`` in the basis ``low_rank.right``; without effects of the
+    columns, ``gauge @ u``.
+
+    Attributes:
+        gauge: ``(w, k)``; columns are regressed on ``(right @ gauge) / scale``.
+        mean: ``(p, f)``, the mean of u is ``units(features) @ mean``, the covariance the
+            identity.
+        units: center and scale of the features: a constant, those given, and those of
+            the pattern.
+        pattern: ``(n, k)``, see :func:`pattern_features`; ``None`` if it tells nothing.
+        spread: ``(k, k)``, the average posterior covariance of the rows of
+            ``(right @ gauge) / scale``.
+        scale: ``(n,)`` or ``(1,)``, the units of the columns.
+        noise: the variance of the noise in these units.
+    """
+
+    gauge: Float[Array, "w k"]
+    mean: Float[Array, "p f"]
+    units: Units
+    pattern: Float[Array, "n q"] | None
+    spread: Float[Array, "k k"]
+    scale: Float[Array, " c"]
+    noise: Float[Array, ""]
+
+
+class CompletionFit(eqx.Module):
+    """A low-rank matrix, and effects of rows and columns, fitted to some entries.
+
+    Attributes:
+        low_rank: the whole matrix, with its effects; ``right`` has orthonormal columns,
+            ``left`` is sorted by size. Its columns from ``rank`` on are zero, without
+            effects; with them one or two more are not.
+        rank: the number of directions that the data support beside the effects.
+        noise: the standard deviation of the noise in the entries, as estimated; for each
+            column if they have units of their own.
+        residual: how far the last step moved the matrix, relative to its norm.
+        steps: iterations taken.
+        converged: whether the last one moved it by less than the tolerance, or by next to
+            nothing against the uncertainty of the matrix.
+        held_out: the root mean square error at entries that were held out (a tenth, at
+            most a thousand), by a fit of the others from which this one went on. In units
+            of the columns if they have their own.
+        trusted: whether that is what the fit expects of itself, or next to nothing. If
+            not, there are too few entries for what was to be found.
+        prior: what :meth:`transform` needs beside ``low_rank``.
+        limits: the range that predictions are clipped to, if any.
+        robust: whether gross errors were reckoned with.
+    """
+
+    low_rank: LowRank
+    rank: Int[Array, ""]
+    noise: Float[Array, " *c"]
+    residual: Float[Array, ""]
+    steps: Int[Array, ""]
+    converged: Bool[Array, ""]
+    held_out: Float[Array, ""]
+    trusted: Bool[Array, ""]
+    prior: Prior
+    limits: tuple[Float[Array, ""], Float[Array, ""]] | None
+    robust: bool = eqx.field(static=True)
+
+    def predict(self, rows: VectorLike, cols: VectorLike) -> Float[Array, " k"]:
+        """The entries ``(rows, cols)`` of the matrix, clipped to the limits if there are."""
+        shape = self.low_rank.shape
+        rows, cols, _ = check_entries("predict", rows, cols, rows, shape)
+        found = Entries(rows, cols, shape)(self.low_rank)
+        return found if self.limits is None else jnp.clip(found, *self.limits)
+
+    def transform(
+        self,
+        rows: VectorLike,
+        cols: VectorLike,
+        values: VectorLike,
+        count: int,
+        *,
+        features: ArrayLike | None = None,
+    ) -> Float[Array, "count w"]:
+        """The coordinates of new rows in the basis ``low_rank.right``.
+
+        Every row is regressed on the basis as in the fit, with its noise and its prior:
+        a row with few entries stays near the mean row, one without any is the mean row.
+        To fit more rows than fit into memory, fit a random share of them and transform
+        the others batch by batch.
+
+        Args:
+            rows: which of the new rows an entry belongs to, in ``[0, count)``.
+            cols: the columns of the entries.
+            values: the entries; those that are not finite count as missing.
+            count: the number of new rows.
+            features: ``(count, p)``, those of the new rows, if the fit was given some.
+
+        Returns:
+            ``(count, w)``: new rows of ``low_rank.left``. The completed rows are
+            ``fit.transform(…) @ fit.low_rank.right.T``.
+
+        Raises:
+            ValueError: for indices out of range, arrays of different lengths or other
+                features than the fit was given; where it is differentiated, as
+                :func:`fit_completion`.
+            TypeError: for values that are no numbers.
+
+        Example:
+            >>> import jax.numpy as jnp, lrjax
+            >>> i, j = jnp.divmod(jnp.arange(60), 6)
+            >>> fit = lrjax.fit_completion(i, j, (i + 1.0) * (j + 1.0), (10, 6))
+            >>> new = fit.transform([0, 0, 0], [0, 1, 2], [20.0, 40.0, 60.0], 1)
+            >>> print(jnp.round(new @ fit.low_rank.right.T)[0])
+            [ 20.  40.  60.  80. 100. 120.]
+        """
+        prior, shape = self.prior, (count, self.low_rank.shape[1])
+        checked = check_entries("transform", rows, cols, values, shape)
+        told = 0 if prior.pattern is None else 1 + prior.pattern.shape[1]
+        features = check_features("row", features, count, len(prior.mean) - 1 - told)
+        sentence = NO_DERIVATIVE.format("CompletionFit.transform")
+        self, values = refuse_derivatives(sentence, (self, checked[2]))
+        rows, cols, values = observed(*checked[:2], values, shape)
+        prior = self.prior
+        scale = jnp.take(prior.scale, cols, mode="clip")
+        vectors = times(self.low_rank.right, prior.gauge) / prior.scale[:, None]
+        entries = group_by_row(rows, cols, (values / scale).astype(vectors.dtype), count)
+        features = features.astype(vectors.dtype)
+        if prior.pattern is not None:
+            told = pattern_features(entries, prior.pattern)
+            features = jnp.concatenate([features, told], axis=1)
+        mean = prior.units(features) @ prior.mean
+        known = prior.gauge.shape[1] - prior.mean.shape[1]
+        extend = lambda u: jnp.pad(u, ((0, 0), (0, known)), constant_values=1)
+        weigh = student_weights(prior.noise) if self.robust else None
+
+        def step(_, u):
+            row = extend(u)
+            spread, noise = prior.spread, prior.noise
+            return regress(entries, row, mean, vectors, spread, noise, weigh=weigh)[0]
+
+        u = lax.fori_loop(0, NEW_ROW_STEPS if self.robust else 2, step, mean)
+        return outer(extend(u), prior.gauge)
+
+
+def assemble(
+    state: State,
+    held_out: HeldOut,
+    model: Model,
+    center: Array,
+    scale: Array,
+    units: Units,
+    pattern: Array | None,
+    limits: tuple[Array, Array] | None,
+) -> CompletionFit:
+    """The fit, in units of the values; directions without support are left out."""
+    d, reduce = model.width, model.reduce
+    left, right = whiten(state.left, state.right, gram(state.right.factor[:, :d]))
+    right, rank = _supported(left, right, model)
+    sizes = jnp.sqrt(jnp.diagonal(left.prior))
+    rows, _, columns, spread = joined(left, right, sizes, model)
+    columns = columns * scale[:, None]
+    if model.col_effects:
+        columns = columns.at[:, -1].add(center)
+    basis, gauge = _orthogonal(columns)
+    # Sorted by what the rows make of it.
+    lower = _root(reduce(gram(rows)))
+    turn = svd(gauge @ lower)[0]
+    basis, gauge = times(basis, turn), turn.T @ gauge
+    # Rounding would give the others sizes, too.
+    extra = int(model.row_effects) + int(model.col_effects)
+    kept = jnp.arange(len(gauge)) < rank + extra
+    gauge = jnp.where(kept[:, None], gauge, 0)
+    noise = jnp.sqrt(state.noise) * scale
+    # In units of the columns, if these have their own.
+    unit = scale[0] if len(scale) == 1 else jnp.ones_like(scale[0])
+    fine = held_out.error <= jnp.maximum(TRUSTED * held_out.expected, NEGLIGIBLE)
+    return CompletionFit(
+        low_rank=LowRank(outer(rows, gauge), basis),
+        rank=rank,
+        noise=noise[0] if len(scale) == 1 else noise,
+        residual=state.move,
+        steps=state.taken,
+        converged=state.settled,
+        held_out=held_out.error * unit,
+        trusted=fine & (held_out.count > 0) & state.settled,
+        prior=Prior(
+            gauge, left.mean / sizes[None, :], units, pattern, spread, scale, state.noise
+        ),
+        limits=limits,
+        robust=model.robust,
+    )
+
+
+def _supported(left: Side, right: Side, model: Model) -> tuple[Side, Array]:
+    """The columns' factor without the directions that the data do not support.
+
+    What is the same for all columns is an effect of the rows, if these have any, and
+    remains; likewise for the rows.
+    """
+    d, reduce = model.width, model.reduce
+    mean = jnp.mean(right.factor[:, :d], axis=0) * model.row_effects
+    factor = right.factor[:, :d] - mean[None, :]
+    rows = left.factor[:, :d]
+    if model.col_effects:
+        total = reduce(jnp.asarray(len(rows), rows.dtype))
+        rows = rows - reduce(jnp.sum(rows, axis=0))[None, :] / total
+    # The factors are well-conditioned but for the sizes of their columns.
+    sizes = jnp.sqrt(jnp.sum(factor**2, axis=0))
+    columns = factor / nonzero(sizes)[None, :]
+    basis = orthonormalize(columns, method="cholesky")
+    triangular = cross(basis, columns) * sizes[None, :]
+    turned = times(basis, svd(triangular @ _root(reduce(gram(rows))))[0])
+
+    def known(side: Side, effects: bool) -> Array:
+        # A direction that a mean carries is known, too, if it is not an effect.
+        moment = jnp.diagonal(side.prior)[:d] + (0 if effects else side.mean[0, :d] ** 2)
+        return 1 - jnp.diagonal(side.spread)[:d] / nonzero(moment)
+
+    share = known(left, model.col_effects) * known(right, model.row_effects)
+    rank = jnp.sum((share > SUPPORTED) & (sizes > 0), dtype=jnp.int32)
+    kept = jnp.where(jnp.arange(d)[None, :] < rank, turned, 0)
+    factor = outer(kept, cross(factor, kept)) + mean[None, :]
+    return right._replace(factor=right.factor.at[:, :d].set(factor)), rank
+
+
+def _orthogonal(columns: Float[Array, "n k"]) -> tuple[Array, Array]:
+    """``basis @ gauge = columns`` with an orthonormal basis ``(n, w)``, ``w ≤ n``."""
+    n, k = columns.shape
+    if k >= n:
+        return jnp.eye(n, dtype=columns.dtype), columns
+    # No column is small next to the others: their sum is not to drown in one of them.
+    sizes = jnp.sqrt(jnp.sum(columns**2, axis=0))
+    basis = orthonormalize(columns / nonzero(sizes)[None, :])
+    return basis, cross(basis, columns)
+
+
+def _root(second: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    """A triangular root of a Gram matrix, shifted by its rounding error."""
+    diagonal = jnp.diagonal(second)
+    shift = 4 * len(diagonal) * jnp.finfo(second.dtype).eps * diagonal + 1e-20
+    return lax.linalg.cholesky(second + jnp.diag(shift))

@@ -1,0 +1,75 @@
+"""Where the observed values lie and how far they spread, of all or column by column."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from .grouped import Reduce
+
+
+HALVINGS = 40  # of the range of the values, to find their median
+TO_DEVIATION = 1.4826  # a normal distribution's standard over its median deviation
+TIE = 1e-4  # a median deviation below this share of the mean one is one of ties
+
+
+def center_and_scale(
+    values: Float[Array, " count"],
+    seen: Bool[Array, " count"],
+    cols: Int[Array, " count"],
+    n: int,
+    *,
+    by_column: bool,
+    centered: bool,
+    robust: bool,
+    reduce: Reduce,
+) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+    """Center and scale of the values: mean and standard deviation, or medians.
+
+    Both go with the data: those of ``a x + c`` are ``a center + c`` and ``|a| scale``.
+    ``c`` is the number of columns, or one. A scale is positive: one where values are equal.
+    """
+    groups = n if by_column else 1
+
+    def total(x: Array) -> Array:
+        x = jnp.where(seen, x, 0)
+        summed = jax.ops.segment_sum(x, cols, n) if by_column else jnp.sum(x)[None]
+        return reduce(summed)
+
+    spread = lambda c: jnp.take(c, cols, mode="clip") if by_column else c[0]
+    one = jnp.ones_like(values)
+    count = jnp.maximum(total(one), 1)
+    mean = total(values) / count
+    # What the first sum lost by rounding.
+    mean = mean + total(values - spread(mean)) / count
+    center = mean
+    if robust:
+        center = _medians(values, total, spread, mean, count)
+    if not centered:
+        center = jnp.zeros(groups, values.dtype)
+    away = values - spread(center)
+    largest = jnp.sqrt(total(away * away) / count)
+    scale = largest
+    if robust:
+        zero = jnp.zeros_like(mean)
+        scale = TO_DEVIATION * _medians(jnp.abs(away), total, spread, zero, count)
+        scale = jnp.where(scale > TIE * total(jnp.abs(away)) / count, scale, largest)
+    # Equal values spread by their rounding error alone.
+    least = 4 * jnp.finfo(values.dtype).eps * jnp.abs(mean)
+    return center, jnp.where(scale > least, scale, 1)
+
+
+def _medians(values: Array, total, spread, start: Array, count: Array) -> Array:
+    """Medians by halving the range: no values are sorted, and none leave their device."""
+    # Sums bound the range of the values without a maximum over devices.
+    reach = jnp.sqrt(total((values - spread(start)) ** 2) / count) * 1.001
+
+    def halve(_, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = 0.5 * low + 0.5 * high
+        below = total((values <= spread(middle)).astype(values.dtype)) < 0.5 * count
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    # No median lies farther from the mean than one standard deviation.
+    low, high = lax.fori_loop(0, HALVINGS, halve, (start - reach, start + reach))
+    return high
