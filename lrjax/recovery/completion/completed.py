@@ -96,7 +96,7 @@ class CompletionFit(eqx.Module):
     robust: bool = eqx.field(static=True)
 
     def predict(self, rows: VectorLike, cols: VectorLike) -> Float[Array, " k"]:
-        """The entries ``(rows, cols)`` of the matrix, clipped to the limits if there are."""
+        """The entries ``(rows, cols)`` of the matrix, clipped to the limits, if any."""
         shape = self.low_rank.shape
         rows, cols, _ = check_entries("predict", rows, cols, rows, shape)
         found = Entries(rows, cols, shape)(self.low_rank)
@@ -195,7 +195,10 @@ def assemble(
     # Sorted by what the rows make of it.
     lower = _root(reduce(gram(rows)))
     turn = svd(gauge @ lower)[0]
-    basis, gauge = times(basis, turn), turn.T @ gauge
+    basis = times(basis, turn)
+    gauge = cross(basis, columns)
+    # A center far from zero magnifies by how much the basis misses to be orthonormal.
+    gauge += cross(basis, columns - times(basis, gauge))
     # Rounding would give the others sizes, too.
     extra = int(model.row_effects) + int(model.col_effects)
     kept = jnp.arange(len(gauge)) < rank + extra

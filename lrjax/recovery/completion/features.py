@@ -41,8 +41,8 @@ def check_features(
         )
     if wanted is not None and features.shape[1] != wanted:
         raise ValueError(
-            f"the fit knows {wanted} features of each {side}, got {features.shape[1]}: give "
-            "transform those of the new rows, in the same order."
+            f"the fit knows {wanted} features of each {side}, got {features.shape[1]}: "
+            "give transform those of the new rows, in the same order."
         )
     if not isinstance(features, Tracer) and not np.all(np.isfinite(np.asarray(features))):
         raise ValueError(
@@ -54,12 +54,13 @@ def check_features(
 
 
 class Units(NamedTuple):
-    """Center and scale of features: a row ``x`` of them counts as ``(x - center) / scale``."""
+    """Center and scale of features: a row ``x`` counts as ``(x - center) / scale``."""
 
     center: Float[Array, " p"]
     scale: Float[Array, " p"]
 
     def __call__(self, features: Float[Array, "count p"]) -> Float[Array, "count p"]:
+        """Features in these units."""
         return (features - self.center[None, :]) / self.scale[None, :]
 
 

@@ -70,8 +70,8 @@ def fit_completion(
     An iteration takes ``O(count · width² + (m + n) width³)`` operations; beside the data,
     sorted by row and by column, and the factors it needs the memory of a few hundred
     rows. Pure: jit it (``shape``, ``rank``, ``effects``, ``units``, ``robust``,
-    ``pattern``, ``max_steps``, ``reduce`` static) and ``vmap`` it over matrices; where they have
-    different numbers of entries, fill up with NaN.
+    ``pattern``, ``max_steps``, ``reduce`` static) and ``vmap`` it over matrices; where
+    they have different numbers of entries, fill up with NaN.
 
     Not differentiable, and refused in both modes: it iterates for as long as it takes, and
     where the width exceeds the rank of data without noise the solution has no derivative.
@@ -81,9 +81,10 @@ def fit_completion(
         rows: ``(count,)``, integers in ``[0, m)``, in any order.
         cols: ``(count,)``, integers in ``[0, n)``.
         values: ``(count,)``, integers or floats; entries that are not finite count as
-            missing. Those of a table or a sparse matrix are :func:`matrix_entries`. An entry that is given several times counts as so many observations.
-            Rows and columns without entries are completed as what their features say or,
-            without any, as mean row and mean column.
+            missing. Those of a table or a sparse matrix are :func:`matrix_entries`. An
+            entry that is given several times counts as so many observations. Rows and
+            columns without entries are completed as their features say or, without any,
+            as mean row and mean column.
         shape: ``(m, n)``.
         rank: the largest rank of what is not effects, by default 40, the shorter side or
             what so many entries can determine. A rank that is too large costs time, not

@@ -1,4 +1,4 @@
-"""The alternation of the two factors: start, steps, and an estimate from entries held out."""
+"""The alternation of the two factors: start, steps, error at entries held out."""
 
 import dataclasses
 import functools

@@ -71,5 +71,5 @@ def _medians(values: Array, total, spread, start: Array, count: Array) -> Array:
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
     # No median lies farther from the mean than one standard deviation.
-    low, high = lax.fori_loop(0, HALVINGS, halve, (start - reach, start + reach))
+    _, high = lax.fori_loop(0, HALVINGS, halve, (start - reach, start + reach))
     return high
