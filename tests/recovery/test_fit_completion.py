@@ -12,7 +12,7 @@ from ..helpers import all_finite, assert_close
 
 
 M, N, RANK, WIDTH = 64, 64, 3, 6
-STATIC = ("shape", "rank", "robust", "max_steps", "reduce")
+STATIC = ("shape", "rank", "robust", "effects", "units", "pattern", "max_steps", "reduce")
 fit = jax.jit(lrjax.fit_completion, static_argnames=STATIC)
 transform = jax.jit(lrjax.recovery.CompletionFit.transform, static_argnums=4)
 
@@ -45,7 +45,11 @@ def test_clean_data_give_matrix_and_rank(seed):
     assert_close(right.T @ right, jnp.eye(RANK), rtol=1e-5)
     sizes = jnp.linalg.norm(result.low_rank.left, axis=0)
     assert bool(jnp.all(sizes[:-1] >= sizes[1:]))
-    assert float(sizes[RANK:].max()) == 0
+    # Row and column effects that there are not leave their rounding errors.
+    assert float(sizes[RANK:].max()) < 1e-4 * float(sizes[0])
+    assert float(sizes[RANK + 2 :].max()) == 0
+    assert bool(result.converged)
+    assert bool(result.trusted)
     at = p.operator
     assert_close(result.predict(at.rows, at.cols), p.targets, rtol=1e-4)
 
@@ -191,9 +195,10 @@ def test_rows_on_eight_devices_give_the_same():
         check_vma=False,
     )
     left, right, rank, noise = jax.jit(spread)(*rows_on_devices(p))
-    assert_close(left @ right.T, want.low_rank.materialize(), rtol=1e-3)
+    # They hold out other entries, and end where a step is small next to the noise.
+    assert_close(left @ right.T, want.low_rank.materialize(), rtol=1e-2)
     assert int(rank) == int(want.rank)
-    np.testing.assert_allclose(noise, want.noise, rtol=1e-3)
+    np.testing.assert_allclose(noise, want.noise, rtol=1e-2)
 
 
 BAD = {
@@ -235,6 +240,175 @@ def test_integers_and_the_rank_of_the_short_side():
     assert_close(result.low_rank.materialize(), matrix.astype(jnp.float32), rtol=1e-3)
 
 
+@pytest.mark.parametrize("robust", [False, True])
+def test_a_shift_and_a_scale_of_the_values_are_one_of_the_fit(robust):
+    p = problem(1)
+    at, size = p.operator, float(jnp.std(p.targets))
+    want = p.truth.materialize() / size
+    for factor, center in ((1.0, 30.0), (-1e-3, 1000.0), (1e4, -300.0)):
+        values = factor * (p.targets / size + center)
+        result = fit(at.rows, at.cols, values, (M, N), rank=WIDTH, robust=robust)
+        assert int(result.rank) == RANK
+        # The values carry a rounding error of eps / 2 times the center.
+        error = result.low_rank.materialize() / factor - center - want
+        least = 10 * jnp.finfo(jnp.float32).eps * abs(center)
+        assert float(jnp.sqrt(jnp.mean(error**2))) < 3e-5 + least
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_quarter_of_gross_errors(seed):
+    keys = jr.split(jr.key(seed), 3)
+    p = lrjax.matrix_completion(keys[0], (M, N), RANK, observed=0.8)
+    at, size = p.operator, jnp.std(p.targets)
+    wrong = jr.bernoulli(keys[1], 0.25, p.targets.shape)
+    errors = 10 * size * jr.normal(keys[2], wrong.shape)
+    values = jnp.where(wrong, p.targets + errors, p.targets)
+    result = fit(at.rows, at.cols, values, (M, N), rank=WIDTH, robust=True)
+    assert float(p.relative_error(result.low_rank)) < 1e-3
+    assert int(result.rank) == RANK
+
+
+def test_effects_of_rows_and_columns_alone(getkey):
+    at = problem().operator
+    b, c = jr.normal(getkey(), (M, 1)), 3 * jr.normal(getkey(), (1, N)) + 7
+    result = fit(at.rows, at.cols, (b + c)[at.rows, at.cols], (M, N), rank=WIDTH)
+    assert_close(result.low_rank.materialize(), b + c, rtol=1e-4)
+    assert int(result.rank) == 0
+
+
+def test_without_effects_a_direction_that_the_means_carry_is_counted():
+    at = problem().operator
+    row = 2 + jnp.linspace(0, 1, N)
+    image = jnp.ones((M, 1)) * row[None, :]
+    result = fit(
+        at.rows, at.cols, image[at.rows, at.cols], (M, N), rank=WIDTH, effects=None
+    )
+    assert int(result.rank) == 1
+    assert_close(result.low_rank.materialize(), image, rtol=1e-3)
+    assert result.low_rank.rank == WIDTH
+
+
+def test_too_few_entries_are_told_from_enough():
+    p = problem(0, 0.1)
+    at = p.operator
+    assert bool(complete(p).trusted)
+    clean = problem()
+    # Fewer numbers than the matrix has degrees of freedom, 3 (64 + 64 - 3).
+    few = jnp.where(jnp.arange(len(p.targets)) < 300, clean.targets, jnp.nan)
+    result = fit(at.rows, at.cols, few, (M, N), rank=WIDTH)
+    error = float(clean.relative_error(result.low_rank))
+    size = float(jnp.sqrt(jnp.mean(clean.truth.materialize() ** 2)))
+    assert error > 0.5
+    assert float(result.held_out) > 0.3 * size
+
+
+def test_values_that_are_missing_because_they_are_large():
+    p = problem(0, 0.05)
+    at, y = p.operator, p.targets
+    kept = jnp.where(y > jnp.quantile(y, 0.8), jnp.nan, y)
+    result = fit(at.rows, at.cols, kept, (M, N), rank=WIDTH)
+    hidden = jnp.isnan(kept)
+    error = jnp.where(hidden, result.predict(at.rows, at.cols) - y, 0)
+    plain = jnp.where(hidden, jnp.nanmean(kept) - y, 0)
+    assert float(jnp.linalg.norm(error)) < 0.3 * float(jnp.linalg.norm(plain))
+
+
+def test_one_entry_in_a_row_and_constant_columns():
+    p = problem(0, 0.01)
+    at, y = p.operator, p.targets
+    first = jnp.argmax(at.rows == 5)
+    lonely = (at.rows != 5) | (jnp.arange(len(y)) == first)
+    y = jnp.where(at.cols == 3, 2.0, jnp.where(lonely, y, jnp.nan))
+    result = fit(at.rows, at.cols, y, (M, N), rank=WIDTH)
+    image = result.low_rank.materialize()
+    assert all_finite(image)
+    rows = jnp.arange(M) != 5
+    assert_close(image[rows, 3], jnp.full(M - 1, 2.0), rtol=0.05)
+    # A row of one entry is not sent far beyond the others.
+    assert float(jnp.abs(image[5]).max()) < float(jnp.abs(image[rows]).max())
+
+
+def test_rows_that_are_wrong_as_a_whole():
+    p = problem(0)
+    at = p.operator
+    wrong = at.rows < 4
+    values = jnp.where(wrong, 30 * jnp.sin(7.0 * at.cols), p.targets)
+    result = fit(at.rows, at.cols, values, (M, N), rank=WIDTH, robust=True)
+    image, want = result.low_rank.materialize()[4:], p.truth.materialize()[4:]
+    assert_close(image, want, rtol=1e-2)
+
+
+def test_columns_with_units_of_their_own():
+    p = problem(0, 0.1)
+    at, y = p.operator, p.targets
+    scale = jnp.logspace(-3, 3, N)
+    shift = 5 * scale * jnp.cos(jnp.arange(N))
+    y = y.at[at.cols == 3].set(2.0)
+    run = lambda y: fit(at.rows, at.cols, y, (M, N), rank=WIDTH, units="columns")
+    one, other = run(y), run(scale[at.cols] * y + shift[at.cols])
+    want = scale[None, :] * one.low_rank.materialize() + shift[None, :]
+    found = other.low_rank.materialize()
+    others = jnp.arange(N) != 3
+    error = jnp.abs(found - want) / scale[None, :]
+    assert float(error[:, others].max()) < 1e-2
+    assert_close(one.low_rank.materialize()[:, 3], jnp.full(M, 2.0), rtol=1e-2)
+    assert_close(other.noise[others], (scale * one.noise)[others], rtol=1e-2)
+    assert_close(
+        transform(other, at.rows, at.cols, scale[at.cols] * y + shift[at.cols], M),
+        other.low_rank.left,
+        rtol=1e-2,
+    )
+
+
+def test_features_tell_of_rows_and_columns_without_entries(getkey):
+    at = problem().operator
+    told, weights = jr.normal(getkey(), (M, 2)), jr.normal(getkey(), (2, N))
+    image = told @ weights + 4.0
+    noise = 0.1 * jr.normal(getkey(), at.rows.shape)
+    values = image[at.rows, at.cols] + noise
+    cold = at.rows < 5
+    values = jnp.where(cold, jnp.nan, values)
+    result = fit(at.rows, at.cols, values, (M, N), rank=WIDTH, row_features=told)
+    assert_close(result.low_rank.materialize()[:5], image[:5], rtol=0.1)
+    new = result.transform([0], [0], [jnp.nan], 5, features=told[:5])
+    assert_close(new @ result.low_rank.right.T, image[:5], rtol=0.1)
+    with pytest.raises(ValueError, match="2 features of each row, got 0"):
+        result.transform([0], [0], [1.0], 1)
+    with pytest.raises(ValueError, match="as many rows"):
+        fit(at.rows, at.cols, values, (M, N), rank=WIDTH, col_features=told[:9])
+    with pytest.raises(ValueError, match="have to be finite"):
+        lrjax.fit_completion(
+            at.rows, at.cols, values, (M, N), row_features=told.at[0, 0].set(jnp.nan)
+        )
+
+
+def test_the_pattern_of_the_entries_tells_of_the_values():
+    """Columns that are seldom seen are low: what is seen once is guessed from that."""
+    m, n = 200, 60
+    keys = jr.split(jr.key(0), 3)
+    seen_by = jr.uniform(keys[0], (n,)) ** 2
+    mask = jr.uniform(keys[1], (m, n)) < 0.02 + 0.3 * seen_by[None, :]
+    truth = jnp.broadcast_to(3 * jnp.log(0.1 + seen_by)[None, :], (m, n))
+    y = truth + 2 * jr.normal(keys[2], (m, n))
+    i, j = (x.ravel() for x in jnp.indices((m, n)))
+    values = jnp.where(mask, y, jnp.nan).ravel()
+    errors = []
+    for pattern in (True, False):
+        result = fit(i, j, values, (m, n), rank=2, pattern=pattern)
+        errors.append(jnp.linalg.norm(result.low_rank.materialize() - truth))
+    assert float(errors[0]) < 0.97 * float(errors[1])
+
+
+def test_predictions_are_clipped_to_their_limits():
+    p = problem()
+    at = p.operator
+    result = fit(at.rows, at.cols, p.targets, (M, N), rank=WIDTH, limits=(-0.5, 0.5))
+    found = result.predict(at.rows, at.cols)
+    assert_close(found, jnp.clip(p.targets, -0.5, 0.5), rtol=1e-4)
+    with pytest.raises(ValueError, match="least first"):
+        lrjax.fit_completion(at.rows, at.cols, p.targets, (M, N), limits=(5, 0))
+
+
 def test_bad_arguments_are_refused():
     i, y = jnp.array([0, 1]), jnp.ones(2)
     run = lrjax.fit_completion
@@ -256,6 +430,10 @@ def test_bad_arguments_are_refused():
         run(i, i, y, (4, 3), rank=4)
     with pytest.raises(ValueError, match=r"shape \(m, n\)"):
         run(i, i, y, (4, 0))
+    with pytest.raises(TypeError, match="boolean"):
+        run(i, i, np.array([True, False]), (4, 3))
+    with pytest.raises(TypeError, match="datetime64"):
+        run(i, i, np.array(["2026-01-01", "2026-01-02"], "datetime64[D]"), (4, 3))
 
 
 def test_indices_may_be_constants_of_a_jitted_function():

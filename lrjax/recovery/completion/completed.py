@@ -15,7 +15,7 @@ from ..operators import Entries
 from .bayes import Side, regress, student_weights, whiten
 from .entries import check_entries, observed
 from .features import Units, check_features, pattern_features
-from .grouped import group_by_row
+from .grouped import Reduce, group_by_row, identity
 from .iteration import HeldOut, Model, State, joined
 
 
@@ -63,9 +63,10 @@ class CompletionFit(eqx.Module):
     """A low-rank matrix, and effects of rows and columns, fitted to some entries.
 
     Attributes:
-        low_rank: the whole matrix, with its effects; ``right`` has orthonormal columns,
-            ``left`` is sorted by size. Its columns from ``rank`` on are zero, without
-            effects; with them one or two more are not.
+        low_rank: the whole matrix, with its effects; ``right`` has orthonormal columns
+            (in units of the columns, if these have their own), ``left`` is sorted by
+            size. Its columns from ``rank`` on are zero, without effects; with them one or
+            two more are not.
         rank: the number of directions that the data support beside the effects.
         noise: the standard deviation of the noise in the entries, as estimated; for each
             column if they have units of their own.
@@ -188,9 +189,8 @@ def assemble(
     right, rank = _supported(left, right, model)
     sizes = jnp.sqrt(jnp.diagonal(left.prior))
     rows, _, columns, spread = joined(left, right, sizes, model)
-    columns = columns * scale[:, None]
     if model.col_effects:
-        columns = columns.at[:, -1].add(center)
+        columns = columns.at[:, -1].add(center / scale)
     basis, gauge = _orthogonal(columns)
     # Sorted by what the rows make of it.
     lower = _root(reduce(gram(rows)))
@@ -203,14 +203,16 @@ def assemble(
     extra = int(model.row_effects) + int(model.col_effects)
     kept = jnp.arange(len(gauge)) < rank + extra
     gauge = jnp.where(kept[:, None], gauge, 0)
+    shared = len(scale) == 1
+    gauge = gauge * scale[0] if shared else gauge
     noise = jnp.sqrt(state.noise) * scale
     # In units of the columns, if these have their own.
-    unit = scale[0] if len(scale) == 1 else jnp.ones_like(scale[0])
+    unit = scale[0] if shared else jnp.ones_like(scale[0])
     fine = held_out.error <= jnp.maximum(TRUSTED * held_out.expected, NEGLIGIBLE)
     return CompletionFit(
-        low_rank=LowRank(outer(rows, gauge), basis),
+        low_rank=LowRank(outer(rows, gauge), basis if shared else basis * scale[:, None]),
         rank=rank,
-        noise=noise[0] if len(scale) == 1 else noise,
+        noise=noise[0] if shared else noise,
         residual=state.move,
         steps=state.taken,
         converged=state.settled,
@@ -234,9 +236,9 @@ def _supported(left: Side, right: Side, model: Model) -> tuple[Side, Array]:
     mean = jnp.mean(right.factor[:, :d], axis=0) * model.row_effects
     factor = right.factor[:, :d] - mean[None, :]
     rows = left.factor[:, :d]
-    if model.col_effects:
-        total = reduce(jnp.asarray(len(rows), rows.dtype))
-        rows = rows - reduce(jnp.sum(rows, axis=0))[None, :] / total
+    total = reduce(jnp.asarray(len(rows), rows.dtype))
+    mean_row = reduce(jnp.sum(rows, axis=0)) / total * model.col_effects
+    rows = rows - mean_row[None, :]
     # The factors are well-conditioned but for the sizes of their columns.
     sizes = jnp.sqrt(jnp.sum(factor**2, axis=0))
     columns = factor / nonzero(sizes)[None, :]
@@ -244,16 +246,20 @@ def _supported(left: Side, right: Side, model: Model) -> tuple[Side, Array]:
     triangular = cross(basis, columns) * sizes[None, :]
     turned = times(basis, svd(triangular @ _root(reduce(gram(rows))))[0])
 
-    def known(side: Side, effects: bool) -> Array:
-        # A direction that a mean carries is known, too, if it is not an effect.
-        moment = jnp.diagonal(side.prior)[:d] + (0 if effects else side.mean[0, :d] ** 2)
-        return 1 - jnp.diagonal(side.spread)[:d] / nonzero(moment)
+    def known(rows: Array, spread: Array, over: Reduce) -> Array:
+        # What features or means carry is known, too: moments, not prior covariances.
+        total = over(jnp.asarray(len(rows), rows.dtype))
+        spread = jnp.diagonal(spread)[:d]
+        return 1 - spread / nonzero(over(jnp.sum(rows**2, axis=0)) / total + spread)
 
-    share = known(left, model.col_effects) * known(right, model.row_effects)
+    share = known(rows, left.spread, reduce) * known(factor, right.spread, identity)
     rank = jnp.sum((share > SUPPORTED) & (sizes > 0), dtype=jnp.int32)
     kept = jnp.where(jnp.arange(d)[None, :] < rank, turned, 0)
-    factor = outer(kept, cross(factor, kept)) + mean[None, :]
-    return right._replace(factor=right.factor.at[:, :d].set(factor)), rank
+    supported = outer(kept, cross(factor, kept))
+    new = right.factor.at[:, :d].set(supported + mean[None, :])
+    if model.col_effects:
+        new = new.at[:, d].add((factor - supported) @ mean_row)
+    return right._replace(factor=new), rank
 
 
 def _orthogonal(columns: Float[Array, "n k"]) -> tuple[Array, Array]:

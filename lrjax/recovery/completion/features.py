@@ -15,6 +15,7 @@ from .._inputs import as_numbers
 from .grouped import Grouped, Reduce, back_project, identity
 
 
+FARTHEST = 2.0  # standard deviations from the mean that a pattern may be
 PATTERN_STEPS = 4  # of the power iteration on the pattern
 
 
@@ -54,20 +55,31 @@ def check_features(
 
 
 class Units(NamedTuple):
-    """Center and scale of features: a row ``x`` counts as ``(x - center) / scale``."""
+    """Center and scale of features: a row ``x`` counts as ``(x - center) / scale``.
+
+    That is cut off at ``most``: a row without entries is far from all that have some.
+    """
 
     center: Float[Array, " p"]
     scale: Float[Array, " p"]
+    most: Float[Array, " p"]
 
     def __call__(self, features: Float[Array, "count p"]) -> Float[Array, "count p"]:
         """Features in these units."""
-        return (features - self.center[None, :]) / self.scale[None, :]
+        features = (features - self.center[None, :]) / self.scale[None, :]
+        return jnp.clip(features, -self.most[None, :], self.most[None, :])
 
 
 def units_of(
-    features: Float[Array, "count p"], seen: Bool[Array, " count"], reduce: Reduce
+    features: Float[Array, "count p"],
+    seen: Bool[Array, " count"],
+    pattern: int,
+    reduce: Reduce,
 ) -> Units:
-    """Those in which the features of rows with entries have mean zero and size one."""
+    """Those in which the features of rows with entries have mean zero and size one.
+
+    ``pattern`` of them, the last ones, are of the pattern, and cut off.
+    """
     weight = seen[:, None].astype(features.dtype)
     count = jnp.maximum(reduce(jnp.sum(weight)), 1)
     constant = jnp.arange(features.shape[1]) == 0
@@ -76,7 +88,10 @@ def units_of(
     away = weight * (features - center[None, :])
     square = reduce(jnp.sum(away**2, axis=0)) / count
     least = (1e-4 * mean) ** 2
-    return Units(center, jnp.where(constant | (square <= least), 1, jnp.sqrt(square)))
+    scale = jnp.where(constant | (square <= least), 1, jnp.sqrt(square))
+    own = jnp.arange(len(mean)) < len(mean) - pattern
+    most = jnp.where(own, jnp.finfo(mean.dtype).max, FARTHEST)
+    return Units(center, scale, most.astype(mean.dtype))
 
 
 def first_precision(features: Float[Array, "count p"], f: int) -> Float[Array, "p f"]:

@@ -21,7 +21,7 @@ from .standardize import center_and_scale
 
 WIDEST = 40  # default width where the rank is not given
 PATTERNS = 16  # singular vectors of the pattern that are features,
-ROWS_OF_PATTERN = 8  # but at most one for so many rows or columns
+ROWS_OF_PATTERN = 32  # but at most one for so many rows or columns
 UNKNOWNS = 1.5  # that each entry can stand for, if most are shrunk
 EFFECTS = {"both": (True, True), "rows": (True, False), "cols": (False, True)}
 
@@ -168,7 +168,7 @@ def fit_completion(
     by_col = group_by_row(cols, rows, values, shape[1], reduce)
     row_features = row_features.astype(values.dtype)
     col_features = col_features.astype(values.dtype)
-    basis = None
+    basis, k = None, -1
     if pattern:
         k = max(1, min(PATTERNS, min(shape) // ROWS_OF_PATTERN))
         row_basis, basis = pattern_basis(by_row, by_col, k, reduce)
@@ -176,8 +176,8 @@ def fit_completion(
         row_features = jnp.concatenate([row_features, told], axis=1)
         told = pattern_features(by_col, row_basis, reduce)
         col_features = jnp.concatenate([col_features, told], axis=1)
-    row_units = units_of(row_features, jnp.diff(by_row.starts) > 0, reduce)
-    col_units = units_of(col_features, reduce(jnp.diff(by_col.starts)) > 0, identity)
+    row_units = units_of(row_features, jnp.diff(by_row.starts) > 0, 1 + k, reduce)
+    col_units = units_of(col_features, reduce(jnp.diff(by_col.starts)) > 0, 1 + k, identity)
     data = Data(by_row, by_col, row_units(row_features), col_units(col_features))
     held, others = windows(share)
 
