@@ -48,7 +48,7 @@ def ratings():
         "method": "lrjax.fit_completion",
         "error": error(predicted),
         "error_of_means": error(_means(users, movies, values, train, shape)[test]),
-        "error_held_out": float(found.held_out),
+        "error_held_out": float(found.held_out_error),
         "rank": int(found.rank),
         "iterations": int(found.steps),
         "processor_seconds": seconds,
@@ -76,10 +76,10 @@ def tables():
     from skimage.data import lfw_subset
 
     return [
-        ("wine", datasets.load_wine().data, False),
-        ("breast cancer", datasets.load_breast_cancer().data, False),
-        ("diabetes", datasets.load_diabetes(scaled=False).data, False),
-        ("digits", datasets.load_digits().data, True),
+        ("wine", datasets.load_wine(return_X_y=True)[0], False),
+        ("breast cancer", datasets.load_breast_cancer(return_X_y=True)[0], False),
+        ("diabetes", datasets.load_diabetes(return_X_y=True, scaled=False)[0], False),
+        ("digits", datasets.load_digits(return_X_y=True)[0], True),
         ("faces", lfw_subset().reshape(200, -1), True),
     ]
 
@@ -156,7 +156,7 @@ def table(name, x, shared, rule):
         z = np.asarray(run())
         rows.append(
             {
-                "what": f"{name}, {x.shape[0]}x{x.shape[1]}, {'rule' if rule else 'random'}",
+                "what": f"{name}, {'rule' if rule else 'random'}",
                 "method": method,
                 "error": error(z),
                 "processor_seconds": time.process_time() - start,

@@ -299,7 +299,7 @@ def test_too_few_entries_are_told_from_enough():
     error = float(clean.relative_error(result.low_rank))
     size = float(jnp.sqrt(jnp.mean(clean.truth.materialize() ** 2)))
     assert error > 0.5
-    assert float(result.held_out) > 0.3 * size
+    assert float(result.held_out_error) > 0.3 * size
 
 
 def test_values_that_are_missing_because_they_are_large():

@@ -74,7 +74,7 @@ class CompletionFit(eqx.Module):
         steps: iterations taken.
         converged: whether the last one moved it by less than the tolerance, or by next to
             nothing against the uncertainty of the matrix.
-        held_out: the root mean square error at entries that were held out (a tenth, at
+        held_out_error: the root mean square error at entries that were held out (a tenth, at
             most a thousand), by a fit of the others from which this one went on. In units
             of the columns if they have their own.
         trusted: whether that is what the fit expects of itself, or next to nothing. If
@@ -90,7 +90,7 @@ class CompletionFit(eqx.Module):
     residual: Float[Array, ""]
     steps: Int[Array, ""]
     converged: Bool[Array, ""]
-    held_out: Float[Array, ""]
+    held_out_error: Float[Array, ""]
     trusted: Bool[Array, ""]
     prior: Prior
     limits: tuple[Float[Array, ""], Float[Array, ""]] | None
@@ -100,7 +100,7 @@ class CompletionFit(eqx.Module):
         """The entries ``(rows, cols)`` of the matrix, clipped to the limits, if any."""
         shape = self.low_rank.shape
         rows, cols, _ = check_entries("predict", rows, cols, rows, shape)
-        found = Entries(rows, cols, shape)(self.low_rank)
+        found = Entries(rows, cols, (shape[0], shape[1]))(self.low_rank)
         return found if self.limits is None else jnp.clip(found, *self.limits)
 
     def transform(
@@ -216,7 +216,7 @@ def assemble(
         residual=state.move,
         steps=state.taken,
         converged=state.settled,
-        held_out=held_out.error * unit,
+        held_out_error=held_out.error * unit,
         trusted=fine & (held_out.count > 0) & state.settled,
         prior=Prior(
             gauge, left.mean / sizes[None, :], units, pattern, spread, scale, state.noise

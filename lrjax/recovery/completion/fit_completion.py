@@ -65,7 +65,7 @@ def fit_completion(
     that of ``X``, plus ``c``.
 
     First a part of the entries is held out. When the others are fitted, those tell how
-    well, ``fit.held_out``; then the fit goes on with all.
+    well, ``fit.held_out_error``; then the fit goes on with all.
 
     An iteration takes ``O(count · width² + (m + n) width³)`` operations; beside the data,
     sorted by row and by column, and the factors it needs the memory of a few hundred
@@ -138,12 +138,12 @@ def fit_completion(
     shape = tuple(shape)
     check_not_negative("fit_completion", tol=tol)
     rows, cols, values = check_entries("fit_completion", rows, cols, values, shape)
-    row_features = check_features("row", row_features, shape[0])
-    col_features = check_features("column", col_features, shape[1])
+    of_rows = check_features("row", row_features, shape[0])
+    of_cols = check_features("column", col_features, shape[1])
     limits = _check_limits(limits)
     sentence = NO_DERIVATIVE.format("fit_completion")
-    values, tol, row_features, col_features = refuse_derivatives(
-        sentence, (values, tol, row_features, col_features)
+    values, tol, of_rows, of_cols = refuse_derivatives(
+        sentence, (values, tol, of_rows, of_cols)
     )
     spread = reduce is not None
     reduce = identity if reduce is None else reduce
@@ -151,7 +151,7 @@ def fit_completion(
     model = Model(width, *_check_effects(effects, units), robust, reduce)
     share = share_held(len(values))
 
-    rows, cols, values = observed(rows, cols, values, shape)
+    rows, cols, values = observed(rows, cols, values, (shape[0], shape[1]))
     center, scale = center_and_scale(
         values,
         rows < shape[0],
@@ -166,19 +166,19 @@ def fit_completion(
     values = (values - jnp.take(center, at, mode="clip")) / jnp.take(scale, at, mode="clip")
     by_row = group_by_row(rows, cols, values, shape[0])
     by_col = group_by_row(cols, rows, values, shape[1], reduce)
-    row_features = row_features.astype(values.dtype)
-    col_features = col_features.astype(values.dtype)
+    of_rows = of_rows.astype(values.dtype)
+    of_cols = of_cols.astype(values.dtype)
     basis, k = None, -1
     if pattern:
         k = max(1, min(PATTERNS, min(shape) // ROWS_OF_PATTERN))
         row_basis, basis = pattern_basis(by_row, by_col, k, reduce)
         told = pattern_features(by_row, basis)
-        row_features = jnp.concatenate([row_features, told], axis=1)
+        of_rows = jnp.concatenate([of_rows, told], axis=1)
         told = pattern_features(by_col, row_basis, reduce)
-        col_features = jnp.concatenate([col_features, told], axis=1)
-    row_units = units_of(row_features, jnp.diff(by_row.starts) > 0, 1 + k, reduce)
-    col_units = units_of(col_features, reduce(jnp.diff(by_col.starts)) > 0, 1 + k, identity)
-    data = Data(by_row, by_col, row_units(row_features), col_units(col_features))
+        of_cols = jnp.concatenate([of_cols, told], axis=1)
+    row_units = units_of(of_rows, jnp.diff(by_row.starts) > 0, 1 + k, reduce)
+    col_units = units_of(of_cols, reduce(jnp.diff(by_col.starts)) > 0, 1 + k, identity)
+    data = Data(by_row, by_col, row_units(of_rows), col_units(of_cols))
     held, others = windows(share)
 
     def phase(state, window_and_limit):
