@@ -75,8 +75,8 @@ class CompletionFit(eqx.Module):
         converged: whether the last one moved it by less than the tolerance, or by next to
             nothing against the uncertainty of the matrix.
         held_out_error: the root mean square error at entries that were held out (a tenth,
-            at most a thousand), by a fit of the others from which this one went on. In units
-            of the columns if they have their own.
+            at most a thousand), by a fit of the others from which this one went on. In
+            units of the columns if they have their own.
         trusted: whether that is what the fit expects of itself, or next to nothing. If
             not, there are too few entries for what was to be found.
         prior: what :meth:`transform` needs beside ``low_rank``.
