@@ -43,7 +43,7 @@ class Prior(NamedTuple):
             identity.
         units: center and scale of the features: a constant, those given, and those of
             the pattern.
-        pattern: ``(n, k)``, see :func:`pattern_features`; ``None`` if it tells nothing.
+        pattern: ``(n, k)``, see ``features.pattern_features``; ``None`` if it tells nothing.
         spread: ``(k, k)``, the average posterior covariance of the rows of
             ``(right @ gauge) / scale``.
         scale: ``(n,)`` or ``(1,)``, the units of the columns.

@@ -190,7 +190,7 @@ def fit_robust_pca(
     norm of a matrix of noise, ``σ (√m + √n)``, and least squares at its rank and its
     errors follow. Where the hidden entries are predicted exactly, nothing more is tried,
     and in any case all entries are fitted in the end. They also say whether
-    the result can be :attr:`~RobustPCAFit.trusted`: a small residual does not, since any
+    the result can be ``trusted``: a small residual does not, since any
     matrix is the sum of two parts.
 
     Pure: jit it (with ``rank``, ``errors`` and ``max_steps`` static) and ``vmap`` it
