@@ -18,3 +18,15 @@ def any_member(predicate: Bool[Array, ""]) -> Bool[Array, ""]:
 def _(axis_size, in_batched, predicate):
     del axis_size
     return any_member(jnp.any(predicate) if in_batched[0] else predicate), False
+
+
+@custom_vmap
+def max_member(x: Array) -> Array:
+    """Take a batched scalar out of the batch: its largest value, NaN aside, as above."""
+    return x
+
+
+@max_member.def_vmap
+def _(axis_size, in_batched, x):
+    del axis_size
+    return max_member(jnp.nanmax(x) if in_batched[0] else x), False

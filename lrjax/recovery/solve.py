@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import equinox as eqx
@@ -9,7 +10,9 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
+from .. import _extras
 from .._batching import any_member
+from .._progress import REPORTS, Meter
 from ..linalg import nonzero
 from ..lowrank import LowRank, relative_step
 from .problem import Problem
@@ -123,11 +126,7 @@ def _curves(observed: PyTree) -> dict[str, Array]:
 
 def pyplot() -> Any:
     """matplotlib.pyplot; if it is missing, an error that names the extra."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'lrjax[plot]'") from error
-    return plt
+    return _extras.load("matplotlib.pyplot", "plot", "A plot")
 
 
 def solve(
@@ -163,7 +162,8 @@ def solve(
             step; what it returns is stacked in ``history.observed``. Ready ones:
             :func:`lrjax.recovery.spectrum`, :func:`lrjax.recovery.staircase`.
         callback: called on the host with the step and the loss, about a hundred times.
-        progress: show a progress bar (needs tqdm).
+        progress: show a progress bar with the loss, also of a compiled run; under
+            ``vmap`` one, with the largest loss of all members. Needs ``lrjax[sweep]``.
 
     Returns:
         A :class:`Solution`.
@@ -171,6 +171,7 @@ def solve(
     Raises:
         ValueError: if the start has not the shape of the problem, for ``steps < 1`` or
             an unknown ``keep``.
+        ImportError: with ``progress`` where tqdm is not installed.
 
     Example:
         >>> import jax, lrjax
@@ -193,7 +194,8 @@ def solve(
         raise ValueError(f'keep must be "last" or "best", got {keep!r}.')
     # Any: optax's types do not know nodes.
     optimizer = cast(Any, optax.with_extra_args_support(tx))
-    report = _reporter(steps, callback, progress)
+    meter = Meter("lrjax.solve", steps) if progress else None
+    report = _reporter(steps, callback, meter)
 
     def step(carry: _Carry, index) -> tuple[_Carry, History]:
         x = carry.x
@@ -223,6 +225,8 @@ def solve(
         end, history = lax.scan(step, start, jnp.arange(steps))
     else:
         end, history = scan_until_stopped(step, start, steps)
+    if meter is not None:
+        meter.end(end.taken)
     x = end.x
     if end.best is not None:
         x = end.best.or_lower(x, problem.loss(x)).x
@@ -289,33 +293,17 @@ def _where(predicate: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(predicate, a, b), new, old)
 
 
-def _reporter(steps: int, callback: Callable | None, progress: bool) -> Callable:
-    """A function ``(step, loss)`` that tells the host about a hundred times."""
-    if callback is None and not progress:
-        return lambda index, value: None
-    bar = _progress_bar(steps) if progress else None
-    every = max(1, steps // 100)
+def _reporter(
+    steps: int, callback: Callable | None, meter: Meter | None
+) -> Callable[[Array, Array], None]:
+    """A function of step and loss that tells the host about a hundred times."""
+    every = max(1, steps // REPORTS)
 
-    def tell(index, value):
-        if bar is not None:
-            bar.update(min(every, steps - bar.n))
-            bar.set_postfix(loss=f"{float(value):.3e}")
+    def report(index: Array, value: Array) -> None:
+        if meter is not None:
+            meter.at(index, value)
         if callback is not None:
-            callback(index, value)
-
-    def report(index, value):
-        lax.cond(
-            index % every == 0,
-            lambda: jax.debug.callback(tell, index, value),
-            lambda: None,
-        )
+            tell = partial(jax.debug.callback, callback, index, value)
+            lax.cond(index % every == 0, tell, lambda: None)
 
     return report
-
-
-def _progress_bar(steps: int):
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError("progress bars need tqdm: pip install 'lrjax[sweep]'") from error
-    return tqdm(total=steps)

@@ -1,3 +1,4 @@
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .. import _extras
+from .. import _extras, _progress
 from .chunks import Program, spans_processes
 from .grid import make_grid
 from .store import Store
@@ -117,7 +118,7 @@ def sweep(
         store = Store(save_to, points, dataset, chunk=max(chunks), shared=several)
         finished = store.finished
     shown = progress and not (several and jax.process_index())
-    with _progress_bar(finished.size, int(finished.sum()), shown) as bar:
+    with _progress_bar(finished, shown) as bar:
         for group, chunk in zip(points.groups, chunks, strict=True):
             pending = np.flatnonzero(~finished.reshape(-1)[group.where])
             size = min(chunk, program.size(max(1, len(pending)), batch_size))
@@ -126,7 +127,8 @@ def sweep(
                     flat[name][where] = x
                 if store is not None:
                     store.write(where)
-                bar.update(len(where))
+                if bar is not None:
+                    bar.update(len(where))
     return dataset
 
 
@@ -156,19 +158,8 @@ def _empty(shape: tuple[int, ...], dtype) -> np.ndarray:
     return np.full(shape, np.nan, np.float32 if np.dtype(dtype).kind == "V" else dtype)
 
 
-class _NoBar:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def update(self, count):
-        pass
-
-
-def _progress_bar(total: int, done: int, progress: bool):
-    if not progress:
-        return _NoBar()
-    tqdm = _extras.load("tqdm", "sweep", "lrjax.sweep with progress=True").tqdm
-    return tqdm(total=total, initial=done, unit="run")
+def _progress_bar(finished: np.ndarray, shown: bool):
+    if not shown:
+        return contextlib.nullcontext()
+    done = int(finished.sum())
+    return _progress.bar("lrjax.sweep", finished.size, done=done, unit="run")

@@ -155,6 +155,41 @@ def test_observe_and_callback_and_plot():
     assert len(solution.plot().lines) == 3
 
 
+def test_a_bar_begins_with_every_run_and_ends_with_it(capsys):
+    """One for all members of a batch, with the largest loss; free where it is off."""
+    problem = sensing(jr.key(5), n=10)
+    start = lrjax.spectral_init(problem, 2, key=jr.key(0))
+
+    def run(eta, progress=True):
+        tx = optax.sgd(eta)
+        return lrjax.solve(problem, tx, start, steps=7, tol=0.1, progress=progress)
+
+    assert "callback" not in str(jax.make_jaxpr(lambda e: run(e, False))(1e-5))
+    batch = jax.jit(jax.vmap(run))
+    for _ in range(2):
+        # The second member keeps moving, the first stops at once.
+        solution = batch(jnp.array([0.0, 2e-2]))
+        jax.effects_barrier()
+        shown = capsys.readouterr().err
+        taken = int(solution.steps.max())
+        assert shown.count(f"0/{7}") == 1
+        assert f"| {taken}/7" in shown.split("\r")[-1]
+        losses = solution.history.loss[:, :taken].max(axis=0)
+        assert f"loss={float(losses[-1]):.3e}" in shown
+
+
+def test_a_bar_does_no_harm_to_gradients():
+    problem = sensing(jr.key(6), n=10)
+    start = lrjax.spectral_init(problem, 2, key=jr.key(0))
+
+    def final(eta, progress):
+        tx = optax.sgd(eta)
+        return problem.loss(lrjax.solve(problem, tx, start, steps=3, progress=progress).x)
+
+    slope = jax.grad(final)
+    assert_close(slope(1e-3, True), slope(1e-3, False), rtol=1e-5)
+
+
 def test_gradients_pass_through_all_steps():
     problem = sensing(jr.key(6), n=10)
     start = lrjax.spectral_init(problem, 2, key=jr.key(0))

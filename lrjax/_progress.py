@@ -1,0 +1,67 @@
+"""Progress bars, moved by loops of the host or from within compiled ones."""
+
+from typing import Any
+
+import jax
+from jax import lax
+from jaxtyping import Array
+
+from . import _extras
+from ._batching import max_member
+
+
+REPORTS = 100  # of a compiled loop, about
+
+
+def bar(purpose: str, total: int, *, done: int = 0, unit: str = "it") -> Any:
+    """A bar of tqdm, in notebooks one of theirs.
+
+    Args:
+        purpose: what needs it, for the error where tqdm is missing.
+        total: how much is to be done.
+        done: how much is done already.
+        unit: of what.
+    """
+    tqdm = _extras.load("tqdm.auto", "sweep", f"{purpose} with progress=True").tqdm
+    return tqdm(total=total, initial=done, unit=unit)
+
+
+class Meter:
+    """A bar that a compiled loop moves, begun anew by every run of the program.
+
+    Under ``vmap`` there is one bar for all members, with the largest of their losses.
+    """
+
+    def __init__(self, purpose: str, total: int):
+        self._purpose, self._total = purpose, total
+        self._bar: Any = None
+        _extras.load("tqdm.auto", "sweep", f"{purpose} with progress=True")
+
+    def at(self, step: Array, loss: Array) -> None:
+        """To be called in every step, also traced."""
+        loss = max_member(lax.stop_gradient(loss))
+        every = max(1, self._total // REPORTS)
+        tell = lambda: jax.debug.callback(self._move, step, loss)
+        lax.cond(step % every == 0, tell, lambda: None)
+
+    def end(self, taken: Array) -> None:
+        """To be called behind the loop, with the number of steps it took."""
+        jax.debug.callback(self._end, max_member(taken))
+
+    def _move(self, step, loss) -> None:
+        if step == 0:
+            self._close()
+            self._bar = bar(self._purpose, self._total, unit="step")
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{float(loss):.3e}", refresh=False)
+            self._bar.update(int(step) - self._bar.n)
+
+    def _end(self, taken) -> None:
+        if self._bar is not None:
+            self._bar.update(int(taken) - self._bar.n)
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
