@@ -14,8 +14,8 @@ import numpy as np
 
 from .. import _extras
 from ..linalg import outer
-from ..lowrank import LowRank, truncate
 from ._inputs import matrix_entries
+from ._variance import centered
 from .completion import CompletionFit, fit_completion
 from .separation import RobustPCAFit, fit_robust_pca
 
@@ -38,7 +38,7 @@ FLOATS = (np.float64, np.float32)
 
 _robust_pca = jax.jit(fit_robust_pca, static_argnames=("rank", "max_steps"))
 _completion = jax.jit(
-    fit_completion, static_argnames=("shape", "rank", "robust", "max_steps")
+    fit_completion, static_argnames=("shape", "rank", "units", "robust", "max_steps")
 )
 
 
@@ -82,7 +82,8 @@ class RobustPCA(ClassNamePrefixFeaturesOutMixin, _Base):
         mean_: ``(n_features,)``, the mean of the rows of L.
         singular_values_: ``(n_components_,)``, those of the centered L.
         explained_variance_: their squares over the number of rows less one.
-        explained_variance_ratio_: the shares of the variance of L.
+        explained_variance_ratio_: their shares of the variance of the table without its
+            gross errors, ``fit_.explained_variance_ratio``.
         n_components_: how many there are.
         n_iter_: iterations made.
         fit_: the :class:`lrjax.recovery.RobustPCAFit`; its ``sparse`` are the errors.
@@ -142,11 +143,11 @@ class RobustPCA(ClassNamePrefixFeaturesOutMixin, _Base):
         self.n_iter_ = max(1, int(fit.steps))
         self.n_components_ = count
         self.mean_ = mean.astype(X.dtype)
-        self.components_ = components[:count].astype(X.dtype)
+        self.components_ = components.T[:count].astype(X.dtype)
         self.singular_values_ = values[:count].astype(X.dtype)
         self.explained_variance_ = variances[:count]
-        total = np.sum(variances)
-        self.explained_variance_ratio_ = variances[:count] / (total if total > 0 else 1)
+        ratio = np.asarray(fit.explained_variance_ratio)
+        self.explained_variance_ratio_ = ratio[:count].astype(X.dtype)
         return self
 
     def transform(self, X: Any) -> np.ndarray:
@@ -180,13 +181,16 @@ class RobustPCA(ClassNamePrefixFeaturesOutMixin, _Base):
 class MatrixCompletion(OneToOneFeatureMixin, _Base):
     """An imputer: the gaps of a table filled in by a low-rank matrix with known noise.
 
-    Every column is brought to mean zero and variance one of what is observed of it;
-    :func:`lrjax.fit_completion` finds rank, noise and ridges. A new row is regressed on
-    the columns' factor with the noise and the prior that were learned: one without any
-    entry becomes the mean row. Observed entries stay as they are.
+    :func:`lrjax.fit_completion` finds rank, noise and ridges, and the effects of rows and
+    columns. A new row is regressed on the columns' factor with the noise and the prior
+    that were learned: one without any entry becomes the mean row. Observed entries stay
+    as they are.
 
     Args:
         n_components: the largest rank, by default 40 or the shorter side.
+        units: ``"columns"`` where each column has a unit of its own, ``"shared"`` where
+            all have the same, such as ratings, pixels or channels of one instrument.
+            There the noise is the same in all columns, which ``"columns"`` cannot know.
         robust: whether to reckon with gross errors among the entries.
         keep_empty_features: keep columns without entries, as zeros; by default they are
             left out, as in the other imputers.
@@ -194,9 +198,8 @@ class MatrixCompletion(OneToOneFeatureMixin, _Base):
         max_iter: at most as many iterations.
 
     Attributes:
-        fit_: the :class:`lrjax.recovery.CompletionFit` of the standardized table.
-        center_: what was taken off the columns that have entries.
-        scale_: what these were divided by.
+        fit_: the :class:`lrjax.recovery.CompletionFit` of the table less ``center_``.
+        center_: of the columns that have entries, or of all.
         rank_: the number of directions that the data support.
         noise_: the standard deviation of the noise of each column.
         n_iter_: iterations made.
@@ -223,12 +226,14 @@ class MatrixCompletion(OneToOneFeatureMixin, _Base):
         self,
         n_components=None,
         *,
+        units="columns",
         robust=False,
         keep_empty_features=False,
         tol=1e-5,
         max_iter=100,
     ):
         self.n_components = n_components
+        self.units = units
         self.robust = robust
         self.keep_empty_features = keep_empty_features
         self.tol = tol
@@ -248,19 +253,20 @@ class MatrixCompletion(OneToOneFeatureMixin, _Base):
                 "MatrixCompletion needs at least one observed entry, got none."
             )
         known = X[:, self._seen]
-        self.center_, self.scale_ = _units(known, self.robust)
-        rows, cols, values, shape = matrix_entries((known - self.center_) / self.scale_)
+        self.center_ = _center(known, self.units, self.robust)
+        rows, cols, values, shape = matrix_entries(known - self.center_)
         rank = self.n_components and min(self.n_components, *shape)
         self.fit_ = _completion(
             *_padded(rows, cols, values),
             shape=shape,
             rank=rank,
+            units=self.units,
             robust=self.robust,
             tol=self.tol,
             max_steps=self.max_iter,
         )
         self.rank_ = int(self.fit_.rank)
-        self.noise_ = float(self.fit_.noise) * self.scale_
+        self.noise_ = np.broadcast_to(np.asarray(self.fit_.noise, X.dtype), shape[1:])
         self.n_iter_ = max(1, int(self.fit_.steps))
         return self
 
@@ -269,9 +275,9 @@ class MatrixCompletion(OneToOneFeatureMixin, _Base):
         check_is_fitted(self)
         X = self._validated(X, reset=False)
         known = X[:, self._seen]
-        standard = (known - self.center_) / self.scale_
-        filled = _by_blocks(functools.partial(_completed_rows, self.fit_), standard)
-        filled = (filled * self.scale_ + self.center_).astype(X.dtype)
+        rest = known - self.center_
+        filled = _by_blocks(functools.partial(_completed_rows, self.fit_), rest)
+        filled = (filled + self.center_).astype(X.dtype)
         whole = np.where(np.isnan(known), filled, known)
         if not self.keep_empty_features:
             return whole
@@ -286,14 +292,7 @@ class MatrixCompletion(OneToOneFeatureMixin, _Base):
         return names if self.keep_empty_features else names[self._seen]
 
 
-@jax.jit
-def _centered(x: LowRank) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The mean row of a matrix, and values and right vectors of what it leaves."""
-    mean = jnp.mean(x.left, axis=0, keepdims=True)
-    rest = truncate(LowRank(x.left - mean, x.right), x.rank)
-    values = jnp.sum(rest.left**2, axis=0)  # balanced: leftᵀleft = Σ
-    vectors = rest.right / jnp.sqrt(jnp.where(values > 0, values, 1))[None, :]
-    return outer(mean, x.right)[0], values, vectors.T
+_centered = jax.jit(centered)
 
 
 def _clean_rows(fit: RobustPCAFit, rows: jax.Array) -> jax.Array:
@@ -323,15 +322,10 @@ def _call(function: Callable, fit: Any, rows: jax.Array) -> jax.Array:
     return function(fit, rows)
 
 
-def _units(known: np.ndarray, robust: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Location and scale of every column; of the bulk of its entries if some are wrong."""
-    if robust:
-        center = np.nanmedian(known, axis=0)
-        scale = 1.4826 * np.nanmedian(np.abs(known - center), axis=0)
-        scale = np.where(scale > 0, scale, np.nanstd(known, axis=0))
-    else:
-        center, scale = np.nanmean(known, axis=0), np.nanstd(known, axis=0)
-    return center, np.where(scale > 0, scale, 1).astype(known.dtype)
+def _center(known: np.ndarray, units: str, robust: bool) -> np.ndarray:
+    """About the middle, in the precision of the table: what is fitted keeps its digits."""
+    middle = np.nanmedian if robust else np.nanmean
+    return middle(known, axis=0 if units == "columns" else None)
 
 
 def _padded(rows: jax.Array, cols: jax.Array, values: jax.Array) -> tuple[Any, ...]:

@@ -461,3 +461,15 @@ def test_rows_are_visited_in_blocks_of_slabs(monkeypatch):
     blocks, counts = scan_rows(count, 0, entries, vectors)
     assert int(blocks) == 3
     assert_close(counts[:, 0], jnp.bincount(rows, length=13))
+
+
+def test_a_matrix_alone_is_its_entries():
+    matrix = np.outer(np.arange(1.0, 13), np.arange(1.0, 9)).astype(np.float32)
+    matrix[np.arange(8), np.arange(8)] = np.nan
+    options = {"rank": 2, "max_steps": 4, "pattern": False}
+    alone = lrjax.fit_completion(matrix, **options)
+    entries = lrjax.recovery.matrix_entries(matrix)
+    want = lrjax.fit_completion(*entries, **options)
+    np.testing.assert_array_equal(alone.low_rank.left, want.low_rank.left)
+    with pytest.raises(TypeError, match=r"a matrix alone.*matrix_entries\(matrix, mask\)"):
+        lrjax.fit_completion(matrix, np.isfinite(matrix))

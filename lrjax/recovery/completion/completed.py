@@ -1,6 +1,6 @@
 """What a completion has found, and the completion of new rows by it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -9,7 +9,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ...linalg import cross, gram, nonzero, orthonormalize, outer, svd, times
 from ...lowrank import LowRank
+from ...metrics import singular_values
 from .._inputs import VectorLike
+from .._plots import norm_of_noise, plot_fit, refuse_batch, sampled_entries
+from .._variance import explained_variance_ratio
 from ..derivatives import refuse_derivatives
 from ..operators import Entries
 from .bayes import Side, regress, student_weights, whiten
@@ -43,7 +46,8 @@ class Prior(NamedTuple):
             identity.
         units: center and scale of the features: a constant, those given, and those of
             the pattern.
-        pattern: ``(n, k)``, see ``features.pattern_features``; ``None`` if it tells nothing.
+        pattern: ``(n, k)``, see ``features.pattern_features``; ``None`` if it tells
+            nothing.
         spread: ``(k, k)``, the average posterior covariance of the rows of
             ``(right @ gauge) / scale``.
         scale: ``(n,)`` or ``(1,)``, the units of the columns.
@@ -82,6 +86,7 @@ class CompletionFit(eqx.Module):
         prior: what :meth:`transform` needs beside ``low_rank``.
         limits: the range that predictions are clipped to, if any.
         robust: whether gross errors were reckoned with.
+        effects: whether rows, and whether columns have effects.
     """
 
     low_rank: LowRank
@@ -95,6 +100,52 @@ class CompletionFit(eqx.Module):
     prior: Prior
     limits: tuple[Float[Array, ""], Float[Array, ""]] | None
     robust: bool = eqx.field(static=True)
+    effects: tuple[bool, bool] = eqx.field(static=True)
+
+    @property
+    def explained_variance_ratio(self) -> Float[Array, " w"]:
+        """The share of the variance along each principal component, falling.
+
+        Of the rows of the whole matrix, centered: effects of rows are a component. Over
+        its whole variance, with that of the noise; in the units of the values.
+        """
+        m, n = self.low_rank.shape
+        rest = (m - 1) * n * jnp.mean(self.noise**2)
+        return explained_variance_ratio(self.low_rank, rest)
+
+    def plot(self) -> Any:
+        """Draw the singular values with the rank, and all sizes that tell of errors.
+
+        Of what is beside the effects, in units of the columns, if these have their own.
+        Right: how many of its entries are how large, with lines at the error where entries
+        were held out and at the noise. A fit is good where these are far left.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            ValueError: for a batch of fits.
+        """
+        refuse_batch(self)
+        part = self._beside_effects()
+        spectra = {"": (singular_values(part), self.rank)}
+        noise = jnp.sqrt(self.prior.noise) if self.noise.ndim else self.noise
+        levels = {"error of entries held out": self.held_out_error, "noise": noise}
+        norm = norm_of_noise(noise, part.shape)
+        return plot_fit(self, spectra, sampled_entries(part), None, levels, norm)
+
+    def _beside_effects(self) -> LowRank:
+        """The matrix without its effects, each column in its unit."""
+        left, right = self.low_rank.left, self.low_rank.right
+        if self.noise.ndim:
+            right = right / self.prior.scale[:, None]
+        of_rows, of_cols = self.effects
+        if of_cols:
+            left = left - jnp.mean(left, axis=0, keepdims=True)
+        if of_rows:
+            right = right - jnp.mean(right, axis=0, keepdims=True)
+        return LowRank(left, right)
 
     def predict(self, rows: VectorLike, cols: VectorLike) -> Float[Array, " k"]:
         """The entries ``(rows, cols)`` of the matrix, clipped to the limits, if any."""
@@ -223,6 +274,7 @@ def assemble(
         ),
         limits=limits,
         robust=model.robust,
+        effects=(model.row_effects, model.col_effects),
     )
 
 

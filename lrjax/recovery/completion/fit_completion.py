@@ -1,7 +1,7 @@
 """Complete a low-rank matrix with effects of its rows and columns."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
-from .._inputs import VectorLike, check_not_negative, check_width
+from .._inputs import VectorLike, check_not_negative, check_width, matrix_entries
 from ..derivatives import refuse_derivatives
 from .completed import NO_DERIVATIVE, CompletionFit, assemble
 from .entries import check_entries, observed
@@ -28,9 +28,9 @@ EFFECTS = {"both": (True, True), "rows": (True, False), "cols": (False, True)}
 
 def fit_completion(
     rows: VectorLike,
-    cols: VectorLike,
-    values: VectorLike,
-    shape: Sequence[int],
+    cols: VectorLike = None,
+    values: VectorLike = None,
+    shape: Sequence[int] | None = None,
     *,
     rank: int | None = None,
     effects: Literal["both", "rows", "cols"] | None = "both",
@@ -78,10 +78,12 @@ def fit_completion(
     A fixed number of steps of :func:`lrjax.solve` from ``fit.low_rank`` has one.
 
     Args:
-        rows: ``(count,)``, integers in ``[0, m)``, in any order.
+        rows: ``(count,)``, integers in ``[0, m)``, in any order. Alone the matrix itself,
+            with NaN for what is missing: a table, an array or what else
+            :func:`matrix_entries` takes.
         cols: ``(count,)``, integers in ``[0, n)``.
         values: ``(count,)``, integers or floats; entries that are not finite count as
-            missing. Those of a table or a sparse matrix are :func:`matrix_entries`. An
+            missing. An
             entry that is given several times counts as so many observations. Rows and
             columns without entries are completed as their features say or, without any,
             as mean row and mean column.
@@ -120,7 +122,8 @@ def fit_completion(
         ValueError: for arrays that are no vectors of one length, no entries, indices or
             a rank out of range. What is traced is not checked: then entries with indices
             out of range count as missing. Where it is differentiated by the values.
-        TypeError: for values that are no numbers, booleans and dates among them.
+        TypeError: for values that are no numbers, booleans and dates among them; for one
+            or two of ``cols``, ``values`` and ``shape`` without the others.
 
     Example:
         >>> import jax, lrjax
@@ -135,7 +138,7 @@ def fit_completion(
         (2007), KDD Cup; A. Ilin, T. Raiko, "Practical approaches to principal component
         analysis in the presence of missing values" (2010), JMLR.
     """
-    shape = tuple(shape)
+    rows, cols, values, shape = _entries_of(rows, cols, values, shape)
     check_not_negative("fit_completion", tol=tol)
     rows, cols, values = check_entries("fit_completion", rows, cols, values, shape)
     of_rows = check_features("row", row_features, shape[0])
@@ -196,6 +199,19 @@ def fit_completion(
     state, errors = lax.scan(phase, start(data, model), (every, limits_of_phases))
     error = jax.tree.map(lambda x: x[0], errors)
     return assemble(state, error, model, center, scale, row_units, basis, limits)
+
+
+def _entries_of(rows, cols, values, shape) -> tuple[Any, Any, Any, tuple[int, ...]]:
+    """The four arguments, or those of a matrix that is given alone."""
+    if cols is None and values is None and shape is None:
+        return matrix_entries(rows)
+    if cols is None or values is None or shape is None:
+        raise TypeError(
+            "fit_completion takes a matrix alone, with NaN for what is missing, or rows, "
+            "cols, values and shape, all of them. A mask: fit_completion(*lrjax.recovery."
+            "matrix_entries(matrix, mask))."
+        )
+    return rows, cols, values, tuple(shape)
 
 
 def _check_effects(effects: str | None, units: str) -> tuple[bool, bool]:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from ...linalg import nonzero, working_dtype
 from ...lowrank import LowRank
 from .._inputs import MatrixLike, as_matrix, check_not_negative, check_width
+from .._plots import norm_of_noise, plot_fit, refuse_batch, sampled_entries
+from .._variance import explained_variance_ratio
 from ..derivatives import refuse_derivatives
 from ..problems import observed_entries
 from .augmented_lagrangian import Parts, separate
@@ -73,6 +76,43 @@ class RobustPCAFit(eqx.Module):
     def converged(self) -> Bool[Array, ""]:
         """Whether the residual fell to the tolerance."""
         return self.residual <= self.tol
+
+    @property
+    def explained_variance_ratio(self) -> Float[Array, " r"]:
+        """The share of the variance along each principal component, falling.
+
+        Of the rows of ``low_rank``, centered, over their whole variance without gross
+        errors: theirs and that of the :attr:`noise`.
+        """
+        m, n = self.low_rank.shape
+        # The low-rank part has taken up its share of the noise.
+        free = jnp.maximum(m - 1 - self.rank, 0) * (n - self.rank)
+        return explained_variance_ratio(self.low_rank, free * self.noise**2)
+
+    def plot(self) -> Any:
+        """Draw the singular values with the rank, and all sizes that tell of errors.
+
+        Right: how many entries of the low-rank part and gross errors are how large, with
+        lines at the error where entries were held out and at the noise. A fit is good
+        where these are far left of the low-rank part.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            ValueError: for a batch of fits.
+        """
+        refuse_batch(self)
+        entries = sampled_entries(self.low_rank)
+        levels = {
+            "error of entries held out": self.held_out_error
+            * jnp.sqrt(jnp.mean(entries**2)),
+            "noise": self.noise,
+        }
+        spectra = {"": (self.values, self.rank)}
+        noise = norm_of_noise(self.noise, self.low_rank.shape)
+        return plot_fit(self, spectra, entries, self.sparse, levels, noise)
 
     def transform(
         self, rows: MatrixLike, mask: MatrixLike | None = None

@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from ...linalg import nonzero, working_dtype
 from ...lowrank import TuckerForm, unfolded_svd
 from .._inputs import as_mask, as_numbers, check_not_negative, check_width
+from .._plots import plot_fit, refuse_batch
 from ..derivatives import refuse_derivatives
 from ..fill_in import fill_in
 from .thresholded import Path, follow, median, norm, relative_norm
@@ -55,6 +56,32 @@ class TensorFit(eqx.Module):
     steps: Int[Array, ""]
     converged: Bool[Array, ""]
     trusted: Bool[Array, ""]
+
+    def plot(self) -> Any:
+        """Draw the singular values of all unfoldings, and all sizes that tell of errors.
+
+        Right: how many entries of the low-rank part and gross errors are how large, with
+        a line at the error where entries were held out. A fit is good where it is far
+        left of the low-rank part.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            ValueError: for a batch of fits.
+        """
+        refuse_batch(self)
+        # Of the core, as the factors are orthonormal.
+        values, _ = unfolded_svd(self.low_rank.core)
+        named = {
+            f"axis {axis}": (values[axis], self.ranks[..., axis])
+            for axis in range(len(values))
+        }
+        entries = self.low_rank.materialize()
+        size = jnp.sqrt(jnp.mean(entries**2))
+        levels = {"error of entries held out": self.held_out_error * size}
+        return plot_fit(self, named, entries, self.sparse, levels)
 
 
 def fit_robust_tensor(
