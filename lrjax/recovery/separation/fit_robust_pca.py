@@ -15,8 +15,8 @@ from ..derivatives import refuse_derivatives
 from ..problems import observed_entries
 from .augmented_lagrangian import Parts, separate
 from .groups import Groups, groups_of
-from .held_out import Choice, certain
-from .take_apart import CLOSE, first_penalty, take_apart, unit_of
+from .held_out import Choice
+from .take_apart import first_penalty, take_apart, unit_of
 
 
 WEIGHTS = (0.85, 1.0, 0.7, 1.2)  # tried in this order where none is given
@@ -50,12 +50,14 @@ class RobustPCAFit(eqx.Module):
         noise: estimated standard deviation of what neither part explains, in the units
             of the matrix; zero where there is none or none was told from errors.
         held_out_error: the median error of the low-rank part where entries were hidden
-            from it, relative to its root mean square; infinite where there were too few
-            entries to hide any. Gross errors among them, up to half, do not count.
-        trusted: whether the residual fell to the tolerance, and the held-out error is at
-            most a tenth (``100 tol``, where the rank found uses up the default width); or
-            the low-rank part is equal to more entries, by a tenth of all, than it has
-            free numbers. True is no proof; false means: do not use this fit unseen.
+            from it, relative to its root mean square; infinite where none was hidden, as
+            the fit proved itself or there were too few entries. Gross errors among
+            them, up to half, do not count.
+        trusted: whether the residual fell to the tolerance, and the fit proves itself, or
+            there is noise and the held-out error is at most a tenth at a rank below the
+            default width. It proves itself where the low-rank part is equal to more
+            entries than it has free numbers, by a tenth of the entries: of the matrix, of
+            each row and of each column. False means: do not use this fit unseen.
         groups: of the entries that are wrong together.
     """
 
@@ -200,7 +202,7 @@ class RobustPCAFit(eqx.Module):
             groups=self.groups,
             known=self.values[:, None] * self.low_rank.right.T,
         )
-        return _assemble(parts, choice, seen, self.tol, self.groups, width)
+        return _assemble(parts, choice, self.tol, self.groups, width)
 
 
 def fit_robust_pca(
@@ -223,15 +225,16 @@ def fit_robust_pca(
     ``width × width`` matrices an iteration, never an SVD of the matrix. Neither the
     rank, nor the share of errors, nor their size has to be known.
 
-    What is not told is chosen by one entry in twenty, at most 2000, that are hidden at
-    first: the weight that predicts them best, and whether there is noise on all entries
-    beside the errors on a few. With noise of standard deviation σ the program is the
-    stable one, ``min ‖L‖_* + ‖S‖_1/w + ‖matrix − L − S‖²/2τ`` with τ a quarter above the
-    norm of a matrix of noise, ``σ (√m + √n)``, and least squares at its rank and its
-    errors follow. Where the hidden entries are predicted exactly, nothing more is tried,
-    and in any case all entries are fitted in the end. They also say whether
-    the result can be ``trusted``: a small residual does not, since any
-    matrix is the sum of two parts.
+    What is not told is chosen by the data. A low-rank part that is equal to many more
+    entries than it has free numbers, in every row and every column, is no accident: the
+    first weight that gives one is taken. Where none does, one entry in twenty, at most
+    2000, is hidden: they choose the weight that predicts them best, and whether there is
+    noise on all entries beside the errors on a few. With noise of standard deviation σ
+    the program is the stable one, ``min ‖L‖_* + ‖S‖_1/w + ‖matrix − L − S‖²/2τ`` with τ a
+    quarter above the norm of a matrix of noise, ``σ (√m + √n)``, and least squares at its
+    rank and its errors follow. All entries are fitted in the end. The same evidence says
+    whether the result can be ``trusted``: a small residual does not,
+    since any matrix is the sum of two parts.
 
     Pure: jit it (with ``rank``, ``errors`` and ``max_steps`` static) and ``vmap`` it
     over matrices. Rows sharded over a mesh stay where they are. For a matrix that does
@@ -251,7 +254,7 @@ def fit_robust_pca(
         mask: boolean, true where an entry is observed.
         rank: the width of the factors: the rank, if it is known, or anything above it.
             By default 40 or the shorter side, and twice as much as long as the rank found
-            uses up all of it and the hidden entries gain. Under ``jit`` shapes are fixed:
+            uses up all of it and a wider fit is better. Under ``jit`` shapes are fixed:
             there the width stays 40, and the fit is not trusted if that is not enough.
         nuclear_weight: of the nuclear norm, 1 in the theory; by default chosen.
         errors: what is wrong together. ``"entries"``, each for itself; ``"rows"`` or
@@ -308,21 +311,24 @@ def fit_robust_pca(
             groups=groups,
         )
         saturates = min(matrix.shape) if rank else width
-        return _assemble(parts, choice, seen, tol, groups, saturates)
+        return _assemble(parts, choice, tol, groups, saturates)
 
     found = fit(_width(matrix.shape, rank))
     return found if rank is not None else _widened(fit, found)
 
 
 def _widened(fit: Callable[[int], RobustPCAFit], found: RobustPCAFit) -> RobustPCAFit:
-    """Fits of twice the width, while the rank found uses up all of it and that helps."""
+    """Fits of twice the width, while the rank found uses up all of it and that helps.
+
+    A fit of the whole width that proves itself needs no more.
+    """
     short = min(found.sparse.shape)
     while not isinstance(found.rank, Tracer):
         width = found.low_rank.rank
-        if width == short or found.rank < width:
+        if width == short or found.rank < width or found.trusted:
             break
         wider = fit(min(2 * width, short))
-        if not wider.held_out_error < found.held_out_error:
+        if not (wider.trusted | (wider.held_out_error < found.held_out_error)):
             break
         found = wider
     return found
@@ -361,7 +367,7 @@ def _width(shape: tuple[int, ...], rank: int | None) -> int:
 
 
 def _assemble(
-    parts: Parts, choice: Choice, seen: Array, tol: Array, groups: Groups, width: int
+    parts: Parts, choice: Choice, tol: Array, groups: Groups, width: int
 ) -> RobustPCAFit:
     # What is left of a singular value near the tolerance is not told from noise.
     values = parts.values
@@ -370,9 +376,8 @@ def _assemble(
     right = jnp.where(values[None, :] > 0, parts.basis, 0)
     rank = jnp.sum(values > 0, dtype=jnp.int32)
     full = (rank == width) & (width < min(parts.sparse.shape))
-    limit = jnp.where(full, jnp.minimum(CLOSE * tol, TRUSTED), TRUSTED)
-    predicted = choice.error <= limit * choice.size
-    known = (choice.noise == 0) & certain(parts, seen)
+    predicted = (choice.noise > 0) & ~full & (choice.error <= TRUSTED * choice.size)
+    told = (choice.size > 0) | (choice.error == 0)  # relative to something
     return RobustPCAFit(
         low_rank=LowRank(left, right),
         sparse=parts.sparse,
@@ -383,7 +388,7 @@ def _assemble(
         tol=tol,
         nuclear_weight=choice.weight,
         noise=choice.noise,
-        held_out_error=choice.error / nonzero(choice.size),
-        trusted=(parts.residual <= tol) & (known | predicted),
+        held_out_error=jnp.where(told, choice.error / nonzero(choice.size), jnp.inf),
+        trusted=(parts.residual <= tol) & (choice.certain | predicted),
         groups=groups,
     )

@@ -97,6 +97,7 @@ def take_apart(
         mask,
         exact,
         weights,
+        whole_lines=groups != ENTRIES,
         largest=jnp.sqrt(jnp.mean(start * start)),
         close=CLOSE * tol,
     )
