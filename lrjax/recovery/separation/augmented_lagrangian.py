@@ -10,7 +10,7 @@ from .groups import ENTRIES, Groups
 
 FAST = 1.5  # growth of the penalty while the constraint is what is missing
 SLOW = 1.05  # … while optimality is
-PATIENCE = 60  # steps after which it grows fast in any case
+PATIENCE = 60  # steps after which it grows fast in any case, by default
 ROUNDINGS = 1.0  # that the clip of an entry stays above
 
 
@@ -65,6 +65,7 @@ def separate(
     max_steps: int,
     noise: ArrayLike = 0.0,
     groups: Groups = ENTRIES,
+    patience: ArrayLike = PATIENCE,
     adapt_basis: bool = True,
 ) -> Parts:
     """The augmented Lagrangian of ``min ‖L‖_* + w ‖S‖_1 + ‖N‖²/2τ, L + S + N = matrix``.
@@ -101,6 +102,7 @@ def separate(
         noise: ``τ``, in the units of the matrix: singular values of L that the noise
             alone may have.
         groups: which entries are wrong together.
+        patience: steps after which the penalty grows fast in any case.
         adapt_basis: if false, the basis is fixed: robust regression of the rows on it.
 
     Returns:
@@ -132,7 +134,7 @@ def separate(
         clipped = project(matrix - low_rank + before, penalty)
         rest = low_rank - before + clipped
         primal, dual = _norm(clipped - before), _norm(rest - state.rest)
-        fast = (primal / size > dual / nonzero(_norm(clipped))) | (state.steps >= PATIENCE)
+        fast = (primal / size > dual / nonzero(_norm(clipped))) | (state.steps >= patience)
         growth = jnp.where(fast, FAST, SLOW).astype(dtype)
         return _State(
             rest=rest,

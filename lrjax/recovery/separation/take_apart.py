@@ -68,7 +68,7 @@ def take_apart(
         groups = groups.T
     basis, largest = _first_basis(start, width)
 
-    def run(mask: Array, weight: Array, noise: Array) -> Parts:
+    def run(mask: Array, weight: Array, noise: Array, patience: Array) -> Parts:
         share = _share(mask)
         scale = weight * _scale(share, matrix.shape, groups)
         level = MARGIN * noise * _sides(matrix.shape) * jnp.sqrt(share)
@@ -85,6 +85,7 @@ def take_apart(
             max_steps=max_steps,
             noise=level,
             groups=groups,
+            patience=patience,
         )
         # A block of noise alone is as long as this, or a little longer.
         length = noise * jnp.sqrt(jnp.maximum(groups.size(matrix.shape) * share, 1))
