@@ -1,13 +1,13 @@
 """A first guess of a matrix with outliers and missing entries: medians in their places."""
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
+
+from ._median import median_between
 
 
 SPREADS = 6.0  # entries further than this many median deviations count as outliers
 SAMPLE = 256  # rows that column medians are taken from
-HALVINGS = 40  # of the range of a column, to find its median
 
 
 def fill_in(
@@ -40,20 +40,9 @@ def fill_in(
 
 
 def _column_medians(x: Array, seen: Array) -> Array:
-    """``(1, n)``: the medians of what is seen of each column, zero if that is nothing.
-
-    By halving the range: sums over the rows alone, many times faster than sorting them,
-    and no device needs the rows of another.
-    """
+    """``(1, n)``: the medians of what is seen of each column, zero if that is nothing."""
     half = 0.5 * jnp.sum(seen, axis=0, keepdims=True)
-
-    def halve(_, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = 0.5 * low + 0.5 * high
-        below = jnp.sum(seen & (x <= middle), axis=0, keepdims=True) < half
-        return jnp.where(below, middle, low), jnp.where(below, high, middle)
-
+    is_above = lambda c: jnp.sum(seen & (x <= c), axis=0, keepdims=True) < half
     low = jnp.min(jnp.where(seen, x, jnp.inf), axis=0, keepdims=True)
     high = jnp.max(jnp.where(seen, x, -jnp.inf), axis=0, keepdims=True)
-    low, high = lax.fori_loop(0, HALVINGS, halve, (low, high))
-    return jnp.where(half > 0, high, 0)
+    return jnp.where(half > 0, median_between(low, high, is_above), 0)

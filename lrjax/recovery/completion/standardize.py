@@ -2,13 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from .._median import median_between
 from .grouped import Reduce
 
 
-HALVINGS = 40  # of the range of the values, to find their median
 TO_DEVIATION = 1.4826  # a normal distribution's standard over its median deviation
 TIE = 1e-4  # a median deviation below this share of the mean one is one of ties
 
@@ -60,16 +59,9 @@ def center_and_scale(
 
 
 def _medians(values: Array, total, spread, start: Array, count: Array) -> Array:
-    """Medians by halving the range: no values are sorted, and none leave their device."""
+    """The medians of all values, or of each column."""
     # Sums bound the range of the values without a maximum over devices.
     reach = jnp.sqrt(total((values - spread(start)) ** 2) / count) * 1.001
-
-    def halve(_, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = 0.5 * low + 0.5 * high
-        below = total((values <= spread(middle)).astype(values.dtype)) < 0.5 * count
-        return jnp.where(below, middle, low), jnp.where(below, high, middle)
-
+    below = lambda c: total((values <= spread(c)).astype(values.dtype))
     # No median lies farther from the mean than one standard deviation.
-    _, high = lax.fori_loop(0, HALVINGS, halve, (start - reach, start + reach))
-    return high
+    return median_between(start - reach, start + reach, lambda c: below(c) < 0.5 * count)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ...linalg import nonzero
 from ...lowrank import TuckerForm, multiply_axes, unfolded_svd
+from .._median import median_between
 
 
 PREFERRED = 0.93  # of the smallest error held out: what a later step must be below
@@ -147,18 +148,11 @@ def follow(
 
 
 def median(errors: Array, count: Array) -> Array:
-    """The median of the ``count`` largest, the others being zeros; by halving a range."""
-
-    def halve(_, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = 0.5 * (low + high)
-        above = jnp.sum(errors > middle) > 0.5 * count
-        return jnp.where(above, middle, low), jnp.where(above, high, middle)
-
+    """The median of the ``count`` largest, the others being zeros."""
+    is_above = lambda c: jnp.sum(errors > c) > 0.5 * count
     top = jnp.max(errors)
-    # In each step half of what is left: 40 of them reach the rounding of float32.
-    _, high = lax.fori_loop(0, 40, halve, (jnp.zeros_like(top), top))
-    return jnp.where(count > 0, high, jnp.inf)
+    found = median_between(jnp.zeros_like(top), top, is_above)
+    return jnp.where(count > 0, found, jnp.inf)
 
 
 def norm(x: Array) -> Array:
