@@ -84,7 +84,7 @@ class RobustPCAFit(eqx.Module):
         """The share of the variance along each principal component, falling.
 
         Of the rows of ``low_rank``, centered, over their whole variance without gross
-        errors: theirs and that of the :attr:`noise`.
+        errors: theirs and that of ``noise``.
         """
         m, n = self.low_rank.shape
         # The low-rank part has taken up its share of the noise.
