@@ -139,7 +139,7 @@ def main():
         rows, bounds = more + rows, held + bounds
     else:
         print(f"The kernels of a GPU are not counted: {absent}")
-    write_results("kernels", rows, bounds, "jax-cuda12-pjrt")
+    write_results("many_leaves", rows, bounds, "jax-cuda12-pjrt")
 
 
 if __name__ == "__main__":
