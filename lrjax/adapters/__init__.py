@@ -1,18 +1,21 @@
 """Low-rank adapters that live outside the model: build, bind, merge, train."""
 
+from .._sites import (
+    InputStatistic as InputStatistic,
+    LinearSite as LinearSite,
+    QuantizedArray as QuantizedArray,
+    Site as Site,
+    activation_statistics as activation_statistics,
+    register_layer as register_layer,
+    register_quantized as register_quantized,
+)
 from . import peft as peft
-from ._layers import LinearSite as LinearSite
 from ._pool import (
     BasisPool as BasisPool,
     FactorPool as FactorPool,
     Pool as Pool,
     VectorPool as VectorPool,
 )
-from ._quantized import (
-    QuantizedArray as QuantizedArray,
-    register_quantized as register_quantized,
-)
-from ._sites import Site as Site, register_layer as register_layer
 from .adapt import adapt as adapt
 from .as_lora import as_lora as as_lora, change_errors as change_errors
 from .bind import (
@@ -22,7 +25,6 @@ from .bind import (
     merge as merge,
 )
 from .inits_from_data import (
-    activation_statistics as activation_statistics,
     gradient_statistics as gradient_statistics,
     ranks_by_variance as ranks_by_variance,
 )
@@ -107,7 +109,6 @@ from .kinds.starts import (
     Start as Start,
     ZeroStart as ZeroStart,
 )
-from .kinds.statistic import InputStatistic as InputStatistic
 from .loftq import loftq as loftq
 from .protocol import (
     Adapter as Adapter,

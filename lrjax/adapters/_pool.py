@@ -1,11 +1,11 @@
 import abc
-from typing import Any, Literal
+from typing import Literal
 
 import equinox as eqx
 import jax
-import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
+from .._sites import Held
 from ..lowrank import LowRank
 
 
@@ -83,29 +83,6 @@ class BasisPool(Pool):
     def trainable(self):
         """Nothing."""
         return jax.tree.map(lambda _: False, self)
-
-
-@jtu.register_pytree_node_class
-class Held:
-    """A pool inside bound layers: a node without leaves.
-
-    A pool is one for all layers, so what takes the layers apart must not take it apart:
-    ``scan`` and ``vmap`` go by a node without leaves, and its arrays reach the function as
-    closed-over ones do, once and with their gradient.
-    """
-
-    def __init__(self, pool: Any):
-        self.pool = pool
-
-    def tree_flatten(self):
-        """No leaves; the holder itself is the structure."""
-        return (), self
-
-    @classmethod
-    def tree_unflatten(cls, aux, children):
-        """The same holder."""
-        del children
-        return aux
 
 
 class PoolRows(eqx.Module):

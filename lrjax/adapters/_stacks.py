@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._sites import Site
 from ..linalg import nonzero
-from ._sites import Site
 from .kinds.biased import Biased
 from .kinds.magnitude import Magnitude
 from .kinds.pair import Factors

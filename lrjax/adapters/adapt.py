@@ -1,9 +1,7 @@
 import collections
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -12,13 +10,19 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._arguments import check_key
 from .._sharding import placed_along
+from .._sites import (
+    Axes,
+    Site,
+    Where,
+    check_used_once,
+    find_sites,
+    fold_in_path,
+    in_turn,
+    pick,
+)
 from ..lowrank import LowRank, is_low_rank
-from ._arrays import Axes, array_site
 from ._pool import Pool
-from ._quantized import is_quantized
-from ._sites import Site, check_unique, flat_leaves, in_turn, is_layer, layer_site
 from ._stacks import for_each, joined
-from ._where import Where, pick
 from .protocol import Adapter, AdapterKind
 from .tree import Adapters
 
@@ -136,23 +140,6 @@ def adapt(
     }
     told = ((path, getattr(site, "told", None)) for path, (site, _) in chosen.items())
     return Adapters(layers, pools, tuple((p, spec) for p, spec in told if spec is not None))
-
-
-def find_sites(model: PyTree, axes: Axes | None = None) -> dict[str, Site]:
-    """Everything in a model that has a weight to adapt, by path."""
-    sites = []
-    for path, leaf in flat_leaves(model)[0]:
-        if is_layer(leaf):
-            sites.append(layer_site(path, leaf))
-        elif is_quantized(leaf) or (eqx.is_inexact_array(leaf) and leaf.ndim):
-            sites.append(array_site(path, leaf, axes))
-    check_unique(site.path for site in sites)
-    return {site.path: site for site in sites}
-
-
-def fold_in_path(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
-    """A key of its own for the layer at ``path``."""
-    return jr.fold_in(key, zlib.crc32(path.encode()))
 
 
 def _init(site: Site, kinds: list, key: PRNGKeyArray, pools: dict, data: Any) -> Adapter:
@@ -304,18 +291,3 @@ def _checked_data(chosen: _Chosen, data: Mapping[str, Any]) -> Mapping[str, Any]
                 f"{stack} of layers: its arrays must begin with these axes."
             )
     return data
-
-
-def check_used_once(model: PyTree, paths: Any) -> None:
-    """Refuse adapted weights that stand in a tree twice; seen outside of ``jit`` only."""
-    uses = collections.Counter(id(x) for x in jax.tree.leaves(model) if eqx.is_array(x))
-    for path, leaf in flat_leaves(model)[0]:
-        weight = vars(leaf).get("weight") if is_layer(leaf) else leaf
-        times = max((uses[id(x)] for x in jax.tree.leaves(weight)), default=0)
-        if path in paths and times > 1:
-            raise ValueError(
-                f"The weight of {path or 'the root'} is in the tree {times} "
-                "times: adapting one of them would untie them without a word. Tie them "
-                "with eqx.nn.Shared, or copy the layer if they are not meant to be tied "
-                "(jax.tree.map(jnp.copy, layer))."
-            )

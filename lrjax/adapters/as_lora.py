@@ -7,10 +7,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
+from .._sites import Site
 from ..linalg import TruncatedSVD, nonzero, product_svd, truncated_svd
 from ..lowrank import LowRank
 from ._pool import Pool
-from ._sites import Site
 from .bind import adapted_sites, dense_change
 from .kinds import Factors
 from .kinds._settings import checked_rank

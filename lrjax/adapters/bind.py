@@ -8,19 +8,20 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._arguments import check_key
 from .._matrices import path_name
-from ._arrays import array_site
-from ._pool import Held
-from ._quantized import holds_quantized
-from ._sites import (
+from .._sites import (
+    Held,
     Site,
+    array_site,
     check_reweighted,
+    check_used_once,
     flat_leaves,
+    fold_in_path,
+    holds_quantized,
     is_layer,
     layer_site,
     over_stack,
     reweighted,
 )
-from .adapt import check_used_once, fold_in_path
 from .bound import Bound, adapted, held_pools, is_bound, prepared
 from .protocol import Adapter, Ready, is_partial, with_stopped_gradients
 from .tree import Adapters

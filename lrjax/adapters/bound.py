@@ -5,9 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from .._sites import Held, Site, layer_site, over_stack, register_layer
 from ._dropout import dropout
-from ._pool import Held
-from ._sites import Site, layer_site, over_stack, register_layer
 from .protocol import Adapter, Ready, with_stopped_gradients
 
 

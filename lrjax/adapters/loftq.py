@@ -7,12 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._arguments import check_key
+from .._sites import QuantizedArray, Site, Where, find_sites, flat_leaves, pick
 from ..linalg import truncated_svd
 from ..lowrank import LowRank
-from ._quantized import QuantizedArray
-from ._sites import Site, flat_leaves
-from ._where import Where, pick
-from .adapt import adapt, find_sites
+from .adapt import adapt
 from .kinds import Factors, LoRA
 from .kinds._settings import check_fits
 from .protocol import AdapterKind

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._sites import Held, Site
 from ..lowrank import LowRank
-from ._pool import Held, Pool
-from ._sites import Site
+from ._pool import Pool
 
 
 class Ready(eqx.Module):

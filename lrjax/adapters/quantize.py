@@ -9,12 +9,23 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from ._arrays import ArraySite
-from ._layers import LinearSite, LookupSite
-from ._quantized import QuantizedArray, dense_array, encoded, in_blocks, is_quantized
-from ._sites import Site, check_reweighted, flat_leaves, reweighted
-from ._where import Where, pick
-from .adapt import find_sites
+from .._sites import (
+    ArraySite,
+    LinearSite,
+    LookupSite,
+    QuantizedArray,
+    Site,
+    Where,
+    check_reweighted,
+    dense_array,
+    encoded,
+    find_sites,
+    flat_leaves,
+    in_blocks,
+    is_quantized,
+    pick,
+    reweighted,
+)
 
 
 def _normal_float_levels() -> tuple[float, ...]:

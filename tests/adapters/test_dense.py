@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import lrjax
-from lrjax.adapters._dense import dense
+from lrjax._dense import dense
 from tests.helpers import assert_close
 
 

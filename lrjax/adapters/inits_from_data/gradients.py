@@ -9,16 +9,14 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..._arguments import check_key
+from ..._sites import Axes, Where, check_repeatable, summed
 from ...linalg import orthonormalize, working_dtype
 from ...lowrank import LowRank
-from .._arrays import Axes
-from .._where import Where
 from ..adapt import adapt
 from ..bind import bind
 from ..kinds import Factors, FullCopy
 from ..protocol import AdapterKind
 from ..tree import Adapters, map_adapters, partition
-from ._stream import check_repeatable, summed
 
 
 def gradient_statistics(

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..kinds.statistic import InputStatistic
+from ..._sites import InputStatistic
 
 
 def ranks_by_variance(

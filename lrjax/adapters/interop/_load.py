@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from .._arrays import Axes
-from ..adapt import find_sites
+from ..._sites import Axes, find_sites
 from ..kinds.biased import Biased
 from ..kinds.full import FullCopy
 from ..protocol import Adapter

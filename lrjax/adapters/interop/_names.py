@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from jaxtyping import Array
 
-from .._sites import Site
+from ..._sites import Site
 
 
 Rename = Callable[[str], str | Sequence[str]]

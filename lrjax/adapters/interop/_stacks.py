@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from ..._sites import find_sites
 from .._stacks import joined
-from ..adapt import find_sites, placed
+from ..adapt import placed
 from ..bind import fitting
 from ..kinds.biased import Biased
 from ..kinds.full import FullCopy

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ..._extras import load
-from .._quantized import Levels, QuantizedArray
+from ..._sites import Levels, QuantizedArray
 
 
 _ROTARY = ("adjacent", "halves")

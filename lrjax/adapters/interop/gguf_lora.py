@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..._extras import load
+from ..._sites import Axes, find_sites
 from ...lowrank import LowRank
-from .._arrays import Axes
-from ..adapt import find_sites
 from ..kinds.pair import Factors
 from ..tree import Adapters
 from ._factors import factors_by_module

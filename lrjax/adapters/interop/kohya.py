@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import PyTree
 
-from .._arrays import Axes
-from ..adapt import find_sites
+from ..._sites import Axes, find_sites
 from ..tree import Adapters
 from ._factors import factors_by_module
 from ._names import Rename, find_modules

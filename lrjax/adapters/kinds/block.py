@@ -7,9 +7,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
+from ..._dense import dense
 from ...linalg import times
 from ...lowrank import LowRank
-from .._dense import dense
 from .._ready import Beside, Structured
 from ..protocol import Adapter, AdapterKind, Ready, trained
 from ._settings import (

@@ -6,11 +6,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
+from ..._sites import InputStatistic, Site
 from ...linalg import nonzero, working_dtype
 from ...lowrank import LowRank, disjoint_svd_init, svd_init, weighted_svd_init
-from .._sites import Site
 from .starts import Start
-from .statistic import InputStatistic
 
 
 class GradientStart(Start):

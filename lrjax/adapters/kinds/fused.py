@@ -8,8 +8,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 
+from ..._sites import Site
 from .._ready import Beside
-from .._sites import Site
 from ..protocol import Adapter, AdapterKind, Ready
 
 

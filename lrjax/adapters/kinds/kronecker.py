@@ -8,8 +8,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
+from ..._dense import dense
 from ...lowrank import LowRank, is_low_rank
-from .._dense import dense
 from .._ready import Structured
 from ..protocol import Adapter, AdapterKind, trained
 from ._settings import (

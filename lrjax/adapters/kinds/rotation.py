@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
+from ..._sites import Site
 from ...linalg import identity_like, outer, times, truncated_svd, working_dtype
 from ...lowrank import LowRank
 from .._ready import Added, Whole
-from .._sites import Site
 from ..protocol import Adapter, AdapterKind, Ready, trained
 from ._settings import as_dtype, as_number, as_rate, checked_dropout
 from .core.adapter import Core

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
+from ..._sites import Site
 from ...linalg import working_dtype
 from ...lowrank import (
     LowRank,
@@ -17,7 +18,6 @@ from ...lowrank import (
     qr_init,
     svd_init,
 )
-from .._sites import Site
 from ._settings import check_fits, kaiming_uniform
 
 

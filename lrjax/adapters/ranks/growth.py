@@ -2,8 +2,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
+from ..._sites import flat_leaves
 from ...linalg import order_statistic
-from .._sites import flat_leaves
 from ..bind import adapted_sites, dense_change
 from ..kinds.gated import RESERVE
 from ..kinds.pair import Factors

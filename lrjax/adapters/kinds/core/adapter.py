@@ -7,11 +7,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
+from ...._sites import Held, Site
 from ....linalg import times
 from ....lowrank import LowRank
-from ..._pool import Held, PoolRows
+from ..._pool import PoolRows
 from ..._ready import Product
-from ..._sites import Site
 from ...protocol import Adapter, AdapterKind, trained
 from .._settings import as_dtype, as_rate, checked_dropout, checked_rank, over_rank
 

@@ -8,9 +8,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
+from ...._sites import Site
 from ....linalg import orthonormalize, truncated_svd
 from ....lowrank import LowRank
-from ..._sites import Site
 from ...tree import Adapters
 from .adapter import CoreKind
 

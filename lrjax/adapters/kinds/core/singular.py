@@ -7,10 +7,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import ArrayLike
 
+from ...._sites import Site
 from ....linalg import truncated_svd
 from ....lowrank import LowRank
 from ..._pool import VectorPool
-from ..._sites import Site
 from .._settings import check_fits, checked_rank, kaiming_uniform
 from .adapter import Combination, CoreKind, FromPool
 

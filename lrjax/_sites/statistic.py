@@ -2,7 +2,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ...linalg import eigh, nystrom, outer
+from ..linalg import eigh, nystrom, outer
 
 
 class InputStatistic(eqx.Module):

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .._matrices import MatrixLeaf, MatrixSpec, is_input_first, matrix_axes, matrix_shape
-from ._quantized import dense_array
-from ._sites import Site, check_weight
+from .quantized import dense_array
+from .sites import Site, check_weight
 
 
 Axes = Callable[[str, Any], MatrixSpec | None]

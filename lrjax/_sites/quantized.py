@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
-from ._dense import frozen_dense
+from .._dense import frozen_dense
 
 
 Levels = range | tuple[float, ...]

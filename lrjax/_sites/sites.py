@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._matrices import named_leaves
 from ..linalg import working_dtype
-from ._pool import Held
-from ._quantized import holds_quantized, is_quantized
+from .held import Held
+from .quantized import holds_quantized, is_quantized
 
 
 @dataclasses.dataclass(frozen=True)

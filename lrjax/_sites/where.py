@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .._matrices import is_head_or_embedding, is_input_first
-from ._sites import Site
+from .sites import Site
 
 
 Where = Callable[[str, Any], bool] | str | Sequence[str] | None

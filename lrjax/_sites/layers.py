@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from ._dense import dense, frozen_dense
-from ._quantized import dense_array
-from ._sites import Site, check_weight, register_layer
+from .._dense import dense, frozen_dense
+from .quantized import dense_array
+from .sites import Site, check_weight, register_layer
 
 
 def _replaced(layer: Any, weight: Array, bias: Array | None) -> Any:

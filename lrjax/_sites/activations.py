@@ -9,15 +9,13 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from ..._arguments import check_key
-from ...linalg import orthonormalize, working_dtype
-from .._where import Where
-from ..adapt import adapt
-from ..bind import bind
-from ..kinds.statistic import InputStatistic
-from ..protocol import Adapter, AdapterKind, Ready, trained
-from ..tree import Adapters, map_adapters, partition
-from ._stream import summed
+from .._arguments import check_key
+from ..linalg import orthonormalize, working_dtype
+from .find import check_used_once, find_sites, fold_in_path
+from .sites import Site, flat_leaves, layer_site
+from .statistic import InputStatistic
+from .stream import summed
+from .where import Where, pick
 
 
 def activation_statistics(
@@ -77,87 +75,89 @@ def activation_statistics(
     check_key("activation_statistics", key)
     if rank is not None and key is None:
         raise ValueError("activation_statistics with a rank draws a sketch: pass key=.")
-    taps = adapt(model, _Tapping(rank), where=where, key=jr.key(0) if key is None else key)
-    of = lambda batch: _sums(call, model, taps, batch)
+    sites = pick(find_sites(model), where)
+    check_used_once(model, sites)
+    probes = {}
+    for path, site in sites.items():
+        _check_layer(site)
+        if rank is not None and key is not None:
+            probes[path] = _probe(site, rank, fold_in_path(key, path))
+    of = lambda batch: _sums(call, model, tuple(sites), probes, batch)
     sums, _ = summed("activation_statistics", of, batches)
-    whole = eqx.combine(sums, partition(taps)[1])
-    found: Any = map_adapters(lambda _, tap: tap.sums, whole).layers
-    _check_seen({path: statistic.count for path, statistic in found.items()})
-    return found
+    _check_seen({path: statistic.count for path, statistic in sums.items()})
+    with_probe = lambda path, one: eqx.tree_at(
+        lambda one: one.probe, one, probes.get(path), is_leaf=lambda x: x is None
+    )
+    return {path: with_probe(path, one) for path, one in sums.items()}
+
+
+def _check_layer(site: Site) -> None:
+    if site.kind in ("array", "vector"):
+        raise ValueError(
+            f"{site.path or 'the root'} is an array that other code reads: what it is "
+            "multiplied with is not seen. Leave it out with where=."
+        )
+    site.check()
+
+
+def _probe(site: Site, rank: int, key: PRNGKeyArray) -> Array:
+    """The directions of a sketch, of their own for each matrix of a stack."""
+    n, dtype = site.shape[1], working_dtype(site.dtype)
+    return orthonormalize(jr.normal(key, (*site.stack, n, min(rank, n)), dtype))
 
 
 @eqx.filter_jit
-def _sums(call: Callable, model: PyTree, taps: Adapters, batch: Any) -> Adapters:
-    params, frozen = partition(taps)
+def _sums(
+    call: Callable, model: PyTree, paths: tuple[str, ...], probes: dict, batch: Any
+) -> dict[str, InputStatistic]:
+    """The sums over one batch, without probes."""
+    sites = find_sites(model)
+    zeros = {path: _zeros(sites[path], probes.get(path)) for path in paths}
 
-    def total(params: Adapters) -> Array:
-        outputs = call(bind(model, eqx.combine(params, frozen)), batch)
+    def total(zeros: dict[str, InputStatistic]) -> Array:
+        tapped = lambda path: Tapped(sites[path].layer, zeros[path], probes.get(path), path)
+        leaves, treedef = flat_leaves(model)
+        new = [tapped(path) if path in zeros else leaf for path, leaf in leaves]
+        outputs = call(treedef.unflatten(new), batch)
         floating = filter(eqx.is_inexact_array, jax.tree.leaves(outputs))
         return sum((jnp.sum(x.real) for x in floating), jnp.zeros(()))
 
-    return jax.grad(total)(params)
+    return jax.grad(total)(zeros)
 
 
-class _Tapping(AdapterKind):
-    """Zeros beside a weight, in which the sums are collected."""
-
-    rank: int | None = eqx.field(static=True)
-
-    def init(self, site, *, key, pool=None, data=None):
-        """The zeros, and the directions of a sketch."""
-        if site.kind in ("array", "vector"):
-            raise ValueError(
-                f"{site.path or 'the root'} is an array that other code reads: what it is "
-                "multiplied with is not seen. Leave it out with where=."
-            )
-        (m, n), dtype = site.shape, working_dtype(site.dtype)
-        probe, width = None, n
-        if self.rank is not None:
-            width = min(self.rank, n)
-            probe = orthonormalize(jr.normal(key, (n, width), dtype))
-        zeros = lambda *shape: jnp.zeros(shape, dtype)
-        sums = InputStatistic(zeros(n, width), zeros(n), zeros(), zeros(), probe)
-        return Tap(sums, m)
+def _zeros(site: Site, probe: Array | None) -> InputStatistic:
+    n, dtype = site.shape[1], working_dtype(site.dtype)
+    width = n if probe is None else probe.shape[-1]
+    zeros = lambda *shape: jnp.zeros((*site.stack, *shape), dtype)
+    return InputStatistic(zeros(n, width), zeros(n), zeros(), zeros())
 
 
-class Tap(Adapter):
-    """An adapter that changes nothing and whose gradient are sums over inputs."""
+class Tapped(eqx.Module):
+    """A layer that acts as before and notes its inputs, in the gradient of its sums."""
 
+    layer: Any
     sums: InputStatistic
-    rows: int = eqx.field(static=True)
+    probe: Array | None
+    path: str = eqx.field(static=True)
 
-    @property
-    def shape(self):
-        """That of the weight."""
-        *stack, n, _ = self.sums.image.shape
-        return (*stack, self.rows, n)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer gives."""
+        site = layer_site(self.path, self.layer)
+        if not site.acts:  # it may do anything with its weight
+            return self.layer(*args, **kwargs)
+        return site.plus_bias(self._noting(site.frozen(), *args, **kwargs), site.bias)
 
-    def trainable(self):
-        """The sums."""
-        spec = trained(self, lambda tap: tap.sums)
-        if self.sums.probe is None:
-            return spec
-        return eqx.tree_at(lambda tap: tap.sums.probe, spec, False)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in self.__dataclass_fields__:
+            raise AttributeError(name)
+        return getattr(self.layer, name)
 
-    def prepare(self, site, pool=None):
-        """Nothing to prepare."""
-        return Tapped(self.sums)
-
-
-class Tapped(Ready):
-    """``W' = W``, which notes its inputs."""
-
-    sums: InputStatistic
-
-    def weight(self, base):
-        """The weight as it is."""
-        return base
-
-    def output(self, site, x):
-        """That of the layer, tied to the sums."""
+    def _noting(self, site: Site, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
+        """The output without the bias, tied to the sums."""
+        del key
         n, _ = self.sums.image.shape
-        probe = self.sums.probe
-        probe = jnp.eye(n, dtype=self.sums.image.dtype) if probe is None else probe
+        dtype = self.sums.image.dtype
+        probe = jnp.eye(n, dtype=dtype) if self.probe is None else self.probe
         seen = lax.stop_gradient(site.down(probe, x))
         # Patches are copies of numbers of x: their squares are the patches of the squares.
         squares = x if site.kind == "lookup" else x**2
