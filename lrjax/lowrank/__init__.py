@@ -14,6 +14,11 @@ from .aligned_inits import (
     svd_init as svd_init,
     weighted_svd_init as weighted_svd_init,
 )
+from .allocation import (
+    energy_ranks as energy_ranks,
+    knapsack_ranks as knapsack_ranks,
+    parameter_count as parameter_count,
+)
 from .inits import (
     balanced_init as balanced_init,
     gaussian_init as gaussian_init,
