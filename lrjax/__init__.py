@@ -8,6 +8,7 @@ from . import (
     linalg as linalg,
     lowrank as lowrank,
     metrics as metrics,
+    nn as nn,
     recipes as recipes,
     recovery as recovery,
     subspaces as subspaces,
