@@ -82,9 +82,7 @@ GEOMETRIES = {
     "groups": dict(num_spatial_dims=2, kernel_size=(2, 3), groups=2, padding="SAME"),
     "depthwise": dict(num_spatial_dims=2, kernel_size=3, groups=4, stride=2),
     "lower": dict(num_spatial_dims=2, kernel_size=(2, 4), padding="SAME_LOWER", stride=2),
-    "circular": dict(
-        num_spatial_dims=1, kernel_size=3, padding=2, padding_mode="CIRCULAR"
-    ),
+    "circular": dict(num_spatial_dims=1, kernel_size=3, padding=2, padding_mode="CIRCULAR"),
     "3d": dict(num_spatial_dims=3, kernel_size=2, stride=(1, 2, 1), dilation=(1, 1, 2)),
 }
 
@@ -258,7 +256,7 @@ def test_a_key_may_be_given_as_to_the_layers_of_equinox(name, getkey):
 
 
 def test_sequences_and_transforms_for_factors_take_them(getkey):
-    """``eqx.nn.Sequential`` hands on keys; a Gram scaling sees the pair and nothing else."""
+    """``eqx.nn.Sequential`` hands on keys; a Gram scaling sees the pair, no bias."""
     k1, k2 = jr.split(getkey())
     model = eqx.nn.Sequential(
         [nn.LowRankLinear(6, 4, 2, key=k1), nn.LowRankLinear(4, 3, 2, key=k2)]

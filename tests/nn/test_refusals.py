@@ -38,9 +38,9 @@ def test_layers_refuse_what_they_cannot_be_made_of(getkey):
         nn.LowRankConv.from_node(node, like=conv)
     with pytest.raises(TypeError, match="like="):
         nn.LowRankConv.from_node(node, like=linear)
+    grouped = eqx.nn.Conv2d(4, 4, 3, groups=2, key=key)
+    kernel = lrjax.lowrank.higher_order_svd(grouped.weight, (2, 2, 3, 3))
     with pytest.raises(ValueError, match="no groups"):
-        grouped = eqx.nn.Conv2d(4, 4, 3, groups=2, key=key)
-        kernel = lrjax.lowrank.higher_order_svd(grouped.weight, (2, 2, 3, 3))
         nn.TuckerConv.from_node(kernel, like=grouped)
     with pytest.raises(ValueError, match="a rank between 1 and n for each axis"):
         nn.TuckerConv(2, 3, 4, 3, (5, 2), key=key)
