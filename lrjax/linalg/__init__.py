@@ -11,6 +11,7 @@ from ._numerics import (
     products_at as products_at,
     rounding as rounding,
     times as times,
+    unit_columns as unit_columns,
     working_dtype as working_dtype,
 )
 from .angles import principal_angles as principal_angles

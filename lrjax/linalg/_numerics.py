@@ -31,6 +31,13 @@ def nonzero(size: Float[Array, "*b"]) -> Float[Array, "*b"]:
     return jnp.where(size > 0, size, 1)
 
 
+def unit_columns(x: Float[Array, "*b n r"]) -> Float[Array, "*b n r"]:
+    """Columns of length one, of any scale before; zero columns stay. A constant."""
+    unit = x / nonzero(jnp.max(jnp.abs(x), axis=-2, keepdims=True))
+    sizes = jnp.sqrt(jnp.sum(unit**2, axis=-2, keepdims=True))
+    return lax.stop_gradient(unit / nonzero(sizes))
+
+
 def together(
     f: Callable[..., Array], *columns: Sequence[Float[Array, "..."]]
 ) -> list[Array]:

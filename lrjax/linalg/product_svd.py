@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._numerics import cross, nonzero, outer, times, together, working_dtype
+from ._numerics import cross, outer, times, together, unit_columns, working_dtype
 from .decompositions import svd
 from .gram import gram
 from .orthonormalize import cholesky_qr, cholesky_qr_of_both, orthonormalize
@@ -80,7 +80,8 @@ def product_svd(
 def _reduce(left: Array, right: Array, method) -> list[tuple[Array | None, Array]]:
     """``x = basis @ small`` of both factors; no basis where one is not tall."""
     tall = [x for x in (left, right) if x.shape[-1] < x.shape[-2]]
-    bases = _bases([_unit_columns(x) for x in tall], method)
+    # New directions may be far smaller than old ones: a common scale would lose them.
+    bases = _bases([unit_columns(x) for x in tall], method)
     small = list(map(cross, bases, tall))
     if method == "cholesky" and tall:
         # Its columns are shorter than one by about r rounding errors: the coefficients are
@@ -89,13 +90,6 @@ def _reduce(left: Array, right: Array, method) -> list[tuple[Array | None, Array
         small = together(corrected, small, list(map(gram, bases)))
     found = iter(zip(bases, small, strict=True))
     return [next(found) if x.shape[-1] < x.shape[-2] else (None, x) for x in (left, right)]
-
-
-def _unit_columns(x: Array) -> Array:
-    # New directions may be far smaller than old ones: a common scale would lose them.
-    unit = x / nonzero(jnp.max(jnp.abs(x), axis=-2, keepdims=True))
-    sizes = jnp.sqrt(jnp.sum(unit**2, axis=-2, keepdims=True))
-    return lax.stop_gradient(unit / nonzero(sizes))
 
 
 def _bases(xs: list[Array], method) -> list[Array]:

@@ -19,6 +19,12 @@ from .allocation import (
     knapsack_ranks as knapsack_ranks,
     parameter_count as parameter_count,
 )
+from .augmentation import (
+    augment as augment,
+    brand_update as brand_update,
+    lift as lift,
+    transport_core as transport_core,
+)
 from .inits import (
     balanced_init as balanced_init,
     gaussian_init as gaussian_init,
@@ -27,10 +33,15 @@ from .inits import (
     small_init as small_init,
 )
 from .nodes import LowRank as LowRank, SVDForm as SVDForm, is_low_rank as is_low_rank
-from .truncation import (
+from .tangent import (
     project_to_tangent as project_to_tangent,
     relative_step as relative_step,
     retraction as retraction,
+    transport as transport,
+)
+from .truncation import (
+    clamp_spectrum as clamp_spectrum,
+    tail_rank as tail_rank,
     truncate as truncate,
 )
 from .tucker import (

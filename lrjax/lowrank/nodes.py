@@ -207,14 +207,17 @@ class SVDForm(NoSilentArithmetic, eqx.Module):
 
     def masked_core(self) -> Float[Array, "*batch r r"]:
         """The core with the rows and columns that are not in use set to zero."""
+        return self.mask_columns(self.mask_columns(self.core).mT).mT
+
+    def mask_columns(self, x: Float[Array, "*batch k r"]) -> Float[Array, "*batch k r"]:
+        """The same columns, those that are not in use set to zero."""
         if self.active is None:
-            return self.core
+            return x
         active = self.active[..., None]
         column = lax.broadcasted_iota(
-            jnp.int32, (*active.shape[:-1], self.left.shape[-1]), active.ndim - 1
+            jnp.int32, (*active.shape[:-1], x.shape[-1]), active.ndim - 1
         )
-        used = column < active
-        return jnp.where(used[..., :, None] & used[..., None, :], self.core, 0)
+        return jnp.where((column < active)[..., None, :], x, 0)
 
     def materialize(self) -> Float[Array, "*batch m n"]:
         """The dense matrix."""

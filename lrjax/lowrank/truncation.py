@@ -1,51 +1,102 @@
-"""Back to a smaller rank, and the tangent space of the matrices of a rank."""
+"""Back to a smaller rank, chosen by a number or by the spectrum; spectra within bounds."""
 
-from collections.abc import Callable
+from typing import Literal, overload
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from ..linalg import (
     TruncatedSVD,
-    cross,
-    gram,
     identity_like,
-    inverse_grams,
     nonzero,
-    procrustes,
     product_svd,
+    svd,
     times,
+    working_dtype,
 )
-from .nodes import LowRank, Matrix, factors_of
+from .nodes import LowRank, Matrix, SVDForm, factors_of
 
 
-def truncate(x: Matrix, rank: int) -> LowRank:
+@overload
+def truncate(x: Matrix, rank: int) -> LowRank: ...
+@overload
+def truncate(
+    x: Matrix,
+    rank: int | None = None,
+    *,
+    tol: ArrayLike | None = None,
+    energy: ArrayLike | None = None,
+    budget: ArrayLike | None = None,
+) -> SVDForm: ...
+def truncate(x, rank=None, *, tol=None, energy=None, budget=None):
     """The best approximation of a factorized matrix of a smaller rank.
 
+    The rank is a number, or the smallest that a rule allows, at least one. With singular
+    values ``σ`` and their tails ``t_r = (Σ_{i>r} σ_i²)^½``:
+
+    - ``tol``: ``t_r ≤ tol · t_0``, a bound on the relative error;
+    - ``energy``: ``Σ_{i≤r} σ_i² ≥ energy · t_0²``;
+    - ``budget``: ``r (m + n) ≤ budget``, the numbers in two factors, where the largest is
+      taken.
+
+    A rule may be traced, and each matrix of a batch has its own rank: the result has a
+    static width, of which the columns beyond the rank are not in use.
+
     Args:
-        x: ``(*batch, m, n)`` of width at least ``rank``; or a dense matrix.
-        rank: the width of the result.
+        x: ``(*batch, m, n)``; or a dense matrix.
+        rank: the width of the result; with a rule the largest rank, by default the width
+            of ``x``.
+        tol: a number, or one for each matrix of the batch.
+        energy: likewise, at most one.
+        budget: likewise.
 
     Returns:
-        A balanced :class:`LowRank`: ``leftᵀleft = rightᵀright`` is diagonal.
+        With a rank alone a balanced :class:`LowRank`: ``leftᵀleft = rightᵀright`` is
+        diagonal. With a rule an :class:`SVDForm` with a diagonal core in falling order and
+        its rank.
 
     Raises:
-        ValueError: if ``rank`` is not between 1 and the width of ``x``.
+        ValueError: if ``rank`` is not between 1 and the width of ``x``; for no rule and no
+            rank, or two rules.
 
     Example:
         >>> import jax.numpy as jnp, lrjax
         >>> x = lrjax.LowRank(jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(2))
         >>> lrjax.truncate(x, 1).materialize().round(4).tolist()
         [[4.0, 0.0], [0.0, 0.0]]
+        >>> [int(lrjax.truncate(x, tol=tol).rank) for tol in (0.2, 0.3)]  # 1/√17 is 0.24
+        [2, 1]
 
     Reference:
         C. Eckart, G. Young, "The approximation of one matrix by another of lower rank"
         (1936), Psychometrika.
     """
-    x = factors_of("truncate", x)
-    if not 1 <= rank <= x.rank:
-        raise ValueError(f"rank must be between 1 and the width {x.rank}, got {rank}.")
+    rules = {"tol": tol, "energy": energy, "budget": budget}
+    given = [name for name, value in rules.items() if value is not None]
+    width = x.left.shape[-1] if isinstance(x, SVDForm) else factors_of("truncate", x).rank
+    if len(given) > 1 or (not given and rank is None):
+        raise ValueError(
+            "truncate needs a rank, or one of tol, energy and budget, got "
+            f"{' and '.join(given) or 'nothing'}."
+        )
+    rank = width if rank is None else rank
+    if not 1 <= rank <= width:
+        raise ValueError(f"rank must be between 1 and the width {width}, got {rank}.")
+    if not given:
+        return _balanced(factors_of("truncate", x), rank)
+    left, values, right = _triplets(x)
+    if budget is not None:
+        most = jnp.asarray(budget) // (x.shape[-2] + x.shape[-1])
+        active = jnp.clip(most.astype(jnp.int32), 1, rank)
+    else:
+        share = 1 - jnp.asarray(energy) if tol is None else jnp.square(tol)
+        active = jnp.minimum(tail_rank(values, share), rank)
+    left, values, right = left[..., :rank], values[..., :rank], right[..., :rank]
+    return diagonal_form(TruncatedSVD(left, values, right), active, x.dtype)
+
+
+def _balanced(x: LowRank, rank: int) -> LowRank:
     check_not_wider("truncate", x)
     left, values, right = product_svd(x.left, None, x.right, rank)
     root = jnp.sqrt(values)[..., None, :]
@@ -55,152 +106,114 @@ def truncate(x: Matrix, rank: int) -> LowRank:
     return LowRank((left * root).astype(x.dtype), (right * root).astype(x.dtype))
 
 
-def project_to_tangent(
-    x: LowRank, gradient: LowRank, damping: ArrayLike = 0.0, *, relative: bool = True
-) -> LowRank:
-    """The step of two factors that moves their product along the projected gradient.
+def _triplets(x: Matrix) -> TruncatedSVD:
+    """All singular triplets; of an SVDForm those of its core alone are computed."""
+    if isinstance(x, SVDForm):
+        core = x.masked_core().astype(working_dtype(x.dtype))
+        u, values, vt = svd(lax.stop_gradient(core))
+        turned = lambda side, turn: times(side.astype(turn.dtype), turn)
+        return TruncatedSVD(turned(x.left, u), values, turned(x.right, vt.mT))
+    x = factors_of("truncate", x)
+    check_not_wider("truncate", x)
+    return product_svd(x.left, None, x.right, x.rank, method="qr")
 
-    Given ``G_l = G right`` and ``G_r = Gᵀ left`` for a gradient G of the product, which is
-    never formed::
 
-        P_l = (I − ½ Π_l) G_l (rightᵀright)⁻¹        P_r = (I − ½ Π_r) G_r (leftᵀleft)⁻¹
-
-    with the projections ``Π_l`` and ``Π_r`` on the columns of the two factors. So
-    ``P_l rightᵀ + left P_rᵀ = Π_l G + G Π_r − Π_l G Π_r``, the projection of G onto the
-    tangent space of the matrices of this rank.
+def tail_rank(values: Float[Array, "*b k"], share: ArrayLike) -> Int[Array, "*b"]:
+    """The smallest rank whose tail has no more than a share of all squares, at least one.
 
     Args:
-        x: the factors, ``(*batch, m, n)``.
-        gradient: ``G_l`` and ``G_r``.
-        damping: added to the Gram matrices, see :func:`lrjax.linalg.inverse_gram`.
-        relative: if True, ``damping`` multiplies their mean diagonal; if False it is
-            absolute.
+        values: singular values in falling order.
+        share: of the sum of squares that may be left out; ``tol²``, or ``1 − energy``.
 
     Returns:
-        ``P_l`` and ``P_r``, in float32 or wider.
+        ``(*b,)`` int32.
 
     Example:
         >>> import jax.numpy as jnp, lrjax
-        >>> x = lrjax.LowRank(jnp.array([[3.0], [4.0]]), jnp.array([[2.0]]))
-        >>> gradient = lrjax.LowRank(jnp.array([[4.0], [8.0]]), jnp.array([[50.0]]))
-        >>> step = lrjax.lowrank.project_to_tangent(x, gradient)
-        >>> print(step.left.ravel().round(4), step.right.round(4))
-        [0.34 1.12] [[1.]]
-
-    Reference:
-        B. Vandereycken, "Low-rank matrix completion by Riemannian optimization" (2013),
-        arXiv 1209.3834.
+        >>> values = jnp.array([3.0, 2.0, 1.0, 0.0])
+        >>> [int(lrjax.lowrank.tail_rank(values, share)) for share in (0, 1 / 13, 0.5)]
+        [3, 2, 1]
     """
-    left, right = inverse_grams(x.left, x.right, damping=damping, relative=relative)
-    return LowRank(
-        _half_projected(gradient.left, x.left, left, right),
-        _half_projected(gradient.right, x.right, right, left),
-    )
+    squares = (values / nonzero(values[..., :1])) ** 2
+    tails = jnp.cumsum(squares[..., ::-1], axis=-1)[..., ::-1]
+    allowed = jnp.asarray(share, values.dtype) * tails[..., 0]
+    count = jnp.sum(tails > allowed[..., None], axis=-1, dtype=jnp.int32)
+    return jnp.maximum(count, 1)
 
 
-def _half_projected(gradient: Array, factor: Array, own: Array, other: Array) -> Array:
-    """``(I − ½ factor own factorᵀ) gradient other``."""
-    gradient, factor = gradient.astype(own.dtype), factor.astype(own.dtype)
-    inside = times(own, cross(factor, gradient))
-    return times(gradient - 0.5 * times(factor, inside), other)
+def diagonal_form(
+    triplets: TruncatedSVD, active: Int[Array, "*b"] | None, dtype
+) -> SVDForm:
+    """Singular triplets as a node; beyond the rank the core is zero."""
+    left, values, right = (a.astype(dtype) for a in triplets)
+    core = identity_like(values[..., :, None] * values[..., None, :])
+    x = SVDForm(left, core * values[..., None, :], right, active)
+    return SVDForm(left, x.masked_core(), right, active)
 
 
-def relative_step(
-    x: LowRank, step: LowRank, *, reduce: Callable[[Array], Array] | None = None
-) -> Float[Array, "*batch"]:
-    """How far a step of the factors moves their product, to first order, over its norm.
+def clamp_spectrum(
+    x: SVDForm, condition: ArrayLike, *, reference: Literal["mean", "rms"] = "mean"
+) -> SVDForm:
+    """Bring the singular values near each other: a condition number of at most ``τ``.
 
-    ``‖dL Rᵀ + L dRᵀ‖_F / ‖L Rᵀ‖_F`` from ``r × r`` Gram matrices. A zero matrix counts
-    as one of norm one.
+    With ``s`` the mean of the singular values, or the root of the mean of their squares::
+
+        σ ← clip(σ, 2 s / (τ + 1), 2 τ s / (τ + 1))
+
+    so that ``σ_1 / σ_r ≤ τ``; at ``τ = 1`` all are ``s``. The bases of the core's singular
+    vectors do not change: the node keeps its outer factors.
 
     Args:
-        x: the factors ``L`` and ``R``.
-        step: ``dL`` and ``dR``.
-        reduce: if the rows of ``left`` are spread over the devices of a ``shard_map``,
-            what sums over them: ``lambda x: jax.lax.psum(x, "rows")``.
+        x: ``(*batch, m, n)``; singular values of columns in use, those that are zero too.
+        condition: ``τ``, at least one; may be traced.
+        reference: what ``s`` is.
 
     Returns:
-        ``(*batch,)``.
-
-    Example:
-        >>> import jax.numpy as jnp, lrjax
-        >>> x = lrjax.LowRank(jnp.full((3, 1), 2.0), jnp.ones((2, 1)))
-        >>> step = lrjax.LowRank(jnp.ones((3, 1)), jnp.zeros((2, 1)))
-        >>> print(lrjax.lowrank.relative_step(x, step))
-        0.5
-    """
-    over_rows = (lambda product: product) if reduce is None else reduce
-    gram_left, gram_right = over_rows(gram(x.left)), gram(x.right)
-    inner = lambda a, b: jnp.sum(a * b, axis=(-2, -1))
-    square = inner(over_rows(gram(step.left)), gram_right)
-    square += inner(gram_left, gram(step.right))
-    # The two halves of a step may undo part of each other.
-    square += 2 * inner(over_rows(cross(x.left, step.left)), cross(step.right, x.right))
-    size = inner(gram_left, gram_right)
-    return jnp.sqrt(jnp.maximum(square, 0) / nonzero(size))
-
-
-def retraction(x: LowRank, step: LowRank) -> LowRank:
-    """Move a product along its tangent, and back to the nearest matrix of its rank.
-
-    ``SVD_r(X + A rightᵀ + left Bᵀ)`` for the step ``(A, B)`` of the factors of ``X = left
-    @ right.T`` of width ``r``: the metric-projection retraction. The new factors are
-    balanced, and of all balanced ones those nearest to the old.
-    ``O((m + n) r²)`` and an SVD of a ``2r × 2r`` matrix.
-
-    Args:
-        x: the factors, ``(*batch, m, n)``.
-        step: ``A`` and ``B``.
-
-    Returns:
-        The new factors, in float32 or wider.
+        An :class:`SVDForm` with the same outer factors.
 
     Raises:
-        ValueError: for factors that are wider than the matrix.
+        ValueError: for a number below one, or an unknown reference.
 
     Example:
         >>> import jax.numpy as jnp, lrjax
-        >>> x = lrjax.LowRank(jnp.array([[2.0], [0.0]]), jnp.array([[2.0], [0.0]]))
-        >>> step = lrjax.LowRank(jnp.array([[1.0], [0.0]]), jnp.array([[1.0], [0.0]]))
-        >>> print(lrjax.lowrank.retraction(x, step).materialize().round(4) + 0.0)
-        [[8. 0.]
-         [0. 0.]]
+        >>> eye = jnp.eye(3)
+        >>> x = lrjax.SVDForm(eye, jnp.diag(jnp.array([5.0, 3.0, 1.0])), eye)
+        >>> print(jnp.diag(lrjax.lowrank.clamp_spectrum(x, 2.0).core).round(4))
+        [4. 3. 2.]
 
     Reference:
-        P.-A. Absil, I. V. Oseledets, "Low-rank retractions: a survey and new results"
-        (2015), Computational Optimization and Applications. Special case: 4 + 2 + 2
-        above, where the factors by themselves give 9.
+        D. Savostianova, E. Zangrando, G. Ceruti, F. Tudisco, "Robust low-rank training via
+        approximate orthonormal constraints" (2023), arXiv 2306.01485, for the mean.
     """
-    check_not_wider("retraction", x)
-    return _nearest_factors(_first_order_svd(x, step), x)
+    if isinstance(condition, int | float) and condition < 1:
+        raise ValueError(f"condition must be at least one, got {condition}.")
+    if reference not in ("mean", "rms"):
+        raise ValueError(f"reference must be 'mean' or 'rms', got {reference!r}.")
+    core = lax.stop_gradient(x.masked_core().astype(working_dtype(x.dtype)))
+    identity = identity_like(core)
+    unused = identity - x.mask_columns(identity)
+    size = jnp.sum(jnp.abs(core), axis=(-2, -1), keepdims=True)
+    # Larger than all others, and so in no common space with a zero that is in use.
+    u, values, vt = svd(core + unused * (1 + 2 * size))
+    each = lambda number: jnp.broadcast_to(number, values.shape[:-1])[..., None]
+    count = each(x.rank)
+    place = lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+    used = jnp.where(place >= values.shape[-1] - count, values, 0)
+    power = 1 if reference == "mean" else 2
+    mean = jnp.sum(used**power, axis=-1, keepdims=True) / count.astype(values.dtype)
+    condition = each(jnp.asarray(condition, values.dtype))
+    low = 2 * mean ** (1 / power) / (condition + 1)
+    values = jnp.clip(values, low, condition * low)
+    core = times(u * values[..., None, :], vt).astype(x.dtype)
+    clamped = SVDForm(x.left, core, x.right, x.active)
+    return SVDForm(x.left, clamped.masked_core(), x.right, x.active)
 
 
-def _first_order_svd(x: LowRank, step: LowRank) -> TruncatedSVD:
-    shape = (*x.shape[:-2], x.rank, x.rank)
-    none = jnp.zeros(shape, jnp.result_type(x.dtype, step.dtype))
-    identity = identity_like(none)
-    beside = lambda a, b: lax.concatenate([a, b], a.ndim - 1)
-    core = lax.concatenate(
-        [beside(identity, identity), beside(identity, none)], identity.ndim - 2
-    )
-    left = beside(x.left, step.left.astype(x.dtype))
-    return product_svd(left, core, beside(x.right, step.right.astype(x.dtype)), x.rank)
-
-
-def _nearest_factors(new: TruncatedSVD, old: LowRank) -> LowRank:
-    """Balanced factors of an SVD, turned within their freedom towards old ones."""
-    root = jnp.sqrt(new.values)[..., None, :]
-    left, right = new.left * root, new.right * root
-    overlap = cross(left, old.left.astype(left.dtype))
-    overlap = overlap + cross(right, old.right.astype(right.dtype))
-    turn = procrustes(overlap)
-    return LowRank(times(left, turn), times(right, turn))
-
-
-def check_not_wider(what: str, x: LowRank) -> None:
+def check_not_wider(what: str, x: LowRank | SVDForm) -> None:
     """Refuse factors that are wider than the matrix."""
-    if x.rank > min(x.shape[-2:]):
+    width = x.left.shape[-1]
+    if width > min(x.shape[-2:]):
         raise ValueError(
             f"{what} needs factors no wider than the matrix: shape {x.shape}, width "
-            f"{x.rank}."
+            f"{width}."
         )
