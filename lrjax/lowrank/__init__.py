@@ -25,6 +25,7 @@ from .augmentation import (
     lift as lift,
     transport_core as transport_core,
 )
+from .edits import edit_weight as edit_weight
 from .inits import (
     balanced_init as balanced_init,
     gaussian_init as gaussian_init,

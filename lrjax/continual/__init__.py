@@ -1,0 +1,3 @@
+"""Learning on without what was learned before being lost."""
+
+from .recursive_least_squares import RecursiveLeastSquares as RecursiveLeastSquares
