@@ -23,6 +23,7 @@ ARGUMENTS = {
             "subspaces.Residual",  # of what a lift adds
             "subspaces.SignResidual",
             "flows.end_to_end_velocity",  # a weight matrix
+            "lowrank.edit_weight",
             "nn.LowRankLinear.from_node",  # the weight of a layer
             "nn.LowRankConv.from_node",
             "nn.LowRankEmbedding.from_node",
