@@ -68,6 +68,7 @@ from .recipes import (
     opsa as opsa,
     power_sgd as power_sgd,
     prec_gd as prec_gd,
+    proximal_gradient as proximal_gradient,
     psgd as psgd,
     psgd_kron as psgd_kron,
     q_galore as q_galore,
@@ -80,6 +81,7 @@ from .recipes import (
     subspace_adam as subspace_adam,
     subtrack as subtrack,
     sumo as sumo,
+    trp as trp,
 )
 from .recovery import (
     Problem as Problem,
@@ -98,10 +100,12 @@ from .subspaces import (
     MatrixSpec as MatrixSpec,
     accumulate_gradients as accumulate_gradients,
     project_updates as project_updates,
+    random_subspace as random_subspace,
 )
 from .sweep import sweep as sweep
 from .transforms import (
     Pair as Pair,
+    add_frobenius_decay as add_frobenius_decay,
     add_nuclear_norm as add_nuclear_norm,
     amplify_slow as amplify_slow,
     compress_momentum as compress_momentum,
@@ -137,6 +141,7 @@ from .transforms import (
     scale_by_target_level as scale_by_target_level,
     scale_factors as scale_factors,
     shrink as shrink,
+    shrink_singular_values as shrink_singular_values,
     stack_leaves as stack_leaves,
     state_specs as state_specs,
     step_by_layer as step_by_layer,

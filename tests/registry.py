@@ -187,6 +187,18 @@ TRANSFORMS: dict[str, Entry] = {
     "add_nuclear_norm": Entry(
         lrjax.add_nuclear_norm, {"weight": 0.1}, {"weight": 0.3}, gauge="orthogonal"
     ),
+    "add_nuclear_norm(dense)": Entry(
+        lrjax.add_nuclear_norm,
+        {"weight": 0.1, "energy": 0.9, "where": lambda path, shape: len(shape) >= 2},
+        {"weight": 0.3, "energy": 1.0},
+        params="dense",
+    ),
+    "add_frobenius_decay": Entry(
+        lrjax.add_frobenius_decay,
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.3},
+        gauge="orthogonal",
+    ),
     "scale_factors": Entry(
         lrjax.scale_factors,
         {"left": 16.0, "right": 1.0},
@@ -203,6 +215,12 @@ TRANSFORMS: dict[str, Entry] = {
         couples=True,
     ),
     "shrink": Entry(lrjax.shrink, {"threshold": 0.1}, {"threshold": 0.3}, params="dense"),
+    "shrink_singular_values": Entry(
+        lrjax.shrink_singular_values,
+        {"threshold": 0.1, "where": lambda path, shape: len(shape) >= 2},
+        {"threshold": 0.3},
+        params="dense",
+    ),
     "scale_by_tangent": Entry(
         lrjax.scale_by_tangent, {"damping": 0.0}, {"damping": 0.3}, gauge="any"
     ),
@@ -612,6 +630,15 @@ RECIPES |= {
     "power_sgd": _in_subspace(
         lrjax.power_sgd, of=("compress_momentum",), drop_in={"learning_rate": 1e-4}
     ),
+    "proximal_gradient": Entry(
+        lrjax.proximal_gradient,
+        {"learning_rate": 0.5, "nuclear_weight": 0.01, "where": _every_matrix},
+        {"learning_rate": 0.1, "nuclear_weight": 0.1},
+        "stack",
+        descends=True,
+        composed_of=("shrink_singular_values",),
+        drop_in={"learning_rate": 1e-3, "nuclear_weight": 0.0},
+    ),
     "psgd": Entry(
         lrjax.psgd,
         {"learning_rate": 0.03, "rank": 2, "rate": 0.1},
@@ -665,6 +692,22 @@ RECIPES |= {
         of=_looped("Geodesic", "Periodic", "RotateVariance", "ScaledResidual"),
         refresh_every=2,
     ),
+    "trp": Entry(
+        lrjax.trp,
+        {
+            "learning_rate": 0.1,
+            "energy": 0.99,
+            "period": 2,
+            "nuclear_weight": 3e-4,
+            "where": _every_matrix,
+        },
+        {"learning_rate": 0.02, "energy": 0.9, "nuclear_weight": 0.1},
+        "stack",
+        descends=True,
+        static=("where",),
+        composed_of=("add_nuclear_norm", "every"),
+        drop_in={"learning_rate": 1e-3, "where": None},
+    ),
     "sumo": _in_subspace(
         lrjax.sumo,
         0.3,
@@ -692,9 +735,11 @@ NOT_TRANSFORMS = {
     "rounding",
     "limit_growth",
     "matrix_shape",
+    "on_matrices",
     "on_mesh",
     "pairs_by_name",
     "quantize",
+    "random_subspace",
     "register_moments",
     "state_specs",
     "step_by_layer",

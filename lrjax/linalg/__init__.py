@@ -20,7 +20,11 @@ from .decompositions import (
     singular_values as singular_values,
     svd as svd,
 )
-from .fastfood import fastfood as fastfood, walsh_hadamard as walsh_hadamard
+from .fastfood import (
+    Fastfood as Fastfood,
+    fastfood as fastfood,
+    walsh_hadamard as walsh_hadamard,
+)
 from .gram import (
     cholesky as cholesky,
     gram as gram,
@@ -36,6 +40,11 @@ from .pivoted_columns import pivoted_columns as pivoted_columns
 from .polar import check_polar_method as check_polar_method, polar as polar
 from .procrustes import procrustes as procrustes
 from .product_svd import product_svd as product_svd
+from .singular_value_maps import (
+    energy_mask as energy_mask,
+    map_singular_values as map_singular_values,
+    penalized_rank as penalized_rank,
+)
 from .sqrtm import inverse_sqrtm as inverse_sqrtm, sqrtm as sqrtm
 from .subspace_iteration import subspace_iteration as subspace_iteration
 from .thresholds import (

@@ -1,11 +1,12 @@
 """Random projections of any size without a matrix, by Hadamard transforms."""
 
-import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._arguments import check_key
 from ._numerics import working_dtype
@@ -58,6 +59,46 @@ def _hadamard(bits: int, dtype) -> Array:
     return (1 - 2 * (shared % 2)).astype(dtype)
 
 
+class Fastfood(NamedTuple):
+    """The random numbers of a :func:`fastfood` map, drawn once and kept.
+
+    Attributes:
+        signs: B, ``(n,)``.
+        order: Π, ``(n,)``.
+        scales: G, ``(n,)``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lrjax
+        >>> key, x = jax.random.key(0), jnp.array([3.0, 4.0])
+        >>> drawn = lrjax.linalg.Fastfood.draw(5000, key=key)
+        >>> print(jnp.abs(drawn(x, 5000) - lrjax.linalg.fastfood(x, 5000, key=key)).max())
+        0.0
+    """
+
+    signs: Float[Array, " n"]
+    order: Int[Array, " n"]
+    scales: Float[Array, " n"]
+
+    @classmethod
+    def draw(cls, size: int, *, key: PRNGKeyArray, dtype: DTypeLike = float) -> "Fastfood":
+        """The numbers of a map from and into at most ``size`` dimensions."""
+        n = 1 << (size - 1).bit_length()
+        k_sign, k_order, k_scale = jr.split(key, 3)
+        signs, scales = jr.rademacher(k_sign, (n,), dtype), jr.normal(k_scale, (n,), dtype)
+        return cls(signs, jr.permutation(k_order, n), scales)
+
+    def __call__(self, x: Float[Array, "*b d"], size: int) -> Float[Array, "*b size"]:
+        """``P x``, in the dtype of the numbers."""
+        signs, order, scales = self
+        lead = (None,) * (x.ndim - 1)
+        widths = [(0, 0)] * (x.ndim - 1) + [(0, len(signs) - x.shape[-1])]
+        y = walsh_hadamard(jnp.pad(x.astype(signs.dtype), widths) * signs[lead])
+        # The gradient puts back what is taken: no place is taken twice.
+        y = y.at[..., order].get(unique_indices=True, mode="promise_in_bounds")
+        y = walsh_hadamard(y * scales[lead])
+        return y[..., :size] / jnp.sqrt(size * jnp.sum(scales**2))
+
+
 def fastfood(
     x: Float[Array, "*b d"], size: int, *, key: PRNGKeyArray
 ) -> Float[Array, "*b size"]:
@@ -68,7 +109,8 @@ def fastfood(
     The columns of P have norms near one and are nearly orthogonal. O(n log n) time and no
     memory: all of it comes from the key, the same for every ``x``.
 
-    With ``θ = θ_0 + P z`` a model of ``size`` numbers is trained in ``d`` of them.
+    With ``θ = θ_0 + P z`` a model of ``size`` numbers is trained in ``d`` of them:
+    :func:`lrjax.random_subspace`.
 
     Args:
         x: ``(*b, d)``.
@@ -97,15 +139,5 @@ def fastfood(
     check_key("fastfood", key)
     if size < 1:
         raise ValueError(f"fastfood needs a size of at least 1, got {size}.")
-    d = x.shape[-1]
-    dtype = working_dtype(x.dtype)
-    n = 1 << math.ceil(math.log2(max(size, d)))
-    k_sign, k_order, k_scale = jr.split(key, 3)
-    signs = jr.rademacher(k_sign, (n,), dtype)
-    order = jr.permutation(k_order, n)
-    scales = jr.normal(k_scale, (n,), dtype)
-    widths = [(0, 0)] * (x.ndim - 1) + [(0, n - d)]
-    y = jnp.pad(x.astype(dtype), widths) * signs[(None,) * (x.ndim - 1)]
-    y = walsh_hadamard(y)[..., order] * scales[(None,) * (x.ndim - 1)]
-    y = walsh_hadamard(y)[..., :size] / jnp.sqrt(size * jnp.sum(scales**2))
-    return y.astype(x.dtype)
+    drawn = Fastfood.draw(max(size, x.shape[-1]), key=key, dtype=working_dtype(x.dtype))
+    return drawn(x, size).astype(x.dtype)

@@ -24,6 +24,7 @@ from .online_subspace_descent import online_subspace_descent as online_subspace_
 from .opsa import opsa as opsa
 from .power_sgd import power_sgd as power_sgd
 from .prec_gd import prec_gd as prec_gd
+from .proximal_gradient import proximal_gradient as proximal_gradient
 from .psgd import psgd as psgd
 from .psgd_kron import psgd_kron as psgd_kron
 from .q_galore import q_galore as q_galore
@@ -36,3 +37,4 @@ from .subgm import subgm as subgm
 from .subspace_adam import subspace_adam as subspace_adam
 from .subtrack import subtrack as subtrack
 from .sumo import sumo as sumo
+from .trp import trp as trp

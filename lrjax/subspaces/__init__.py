@@ -71,6 +71,10 @@ from .project_updates import (
     ProjectUpdatesState as ProjectUpdatesState,
     project_updates as project_updates,
 )
+from .random_subspace import (
+    RandomSubspace as RandomSubspace,
+    random_subspace as random_subspace,
+)
 from .schedules import (
     Adaptive as Adaptive,
     AdaptiveState as AdaptiveState,

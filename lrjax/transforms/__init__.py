@@ -4,6 +4,7 @@ from .factors import (
     RebalanceState as RebalanceState,
     ScaleByGramState as ScaleByGramState,
     ScaleByTargetLevelState as ScaleByTargetLevelState,
+    add_frobenius_decay as add_frobenius_decay,
     add_nuclear_norm as add_nuclear_norm,
     keep_orthonormal as keep_orthonormal,
     landing_field as landing_field,
@@ -57,6 +58,7 @@ from .rank_adaptive import (
     freeze_factors as freeze_factors,
     prune_entries as prune_entries,
     shrink as shrink,
+    shrink_singular_values as shrink_singular_values,
 )
 from .wrappers import (
     EveryState as EveryState,
@@ -65,6 +67,7 @@ from .wrappers import (
     StepByLayer as StepByLayer,
     StepByLayerState as StepByLayerState,
     every as every,
+    on_matrices as on_matrices,
     on_mesh as on_mesh,
     on_pairs as on_pairs,
     pairs_by_name as pairs_by_name,

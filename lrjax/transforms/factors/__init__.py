@@ -1,5 +1,6 @@
 """Transforms that map over LowRank nodes and need both factors."""
 
+from .add_frobenius_decay import add_frobenius_decay as add_frobenius_decay
 from .add_nuclear_norm import add_nuclear_norm as add_nuclear_norm
 from .keep_orthonormal import keep_orthonormal as keep_orthonormal
 from .landing_field import landing_field as landing_field

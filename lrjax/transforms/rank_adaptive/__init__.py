@@ -10,3 +10,4 @@ from .prune_entries import (
 )
 from .sensitivity import Sensitivity as Sensitivity, cubic_schedule as cubic_schedule
 from .shrink import shrink as shrink
+from .shrink_singular_values import shrink_singular_values as shrink_singular_values

@@ -1,6 +1,7 @@
 """What is put around a whole transform: when it runs, how its state is held and placed."""
 
 from .every import EveryState as EveryState, every as every
+from .on_matrices import on_matrices as on_matrices
 from .on_mesh import on_mesh as on_mesh
 from .on_pairs import Pair as Pair, on_pairs as on_pairs, pairs_by_name as pairs_by_name
 from .quantize_state import (

@@ -1,0 +1,130 @@
+"""Parameters out of a few numbers, beside the projection as a matrix."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import lrjax
+from tests.helpers import assert_close, random_low_rank, relative_error
+
+
+KINDS = ("fastfood", "dense", "sparse")
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def params_of(key, dtype=jnp.float32):
+    return {
+        "w": jr.normal(key, (30, 20), dtype),
+        "pair": random_low_rank(key, 12, 9, 3, dtype=dtype),
+        "b": jnp.ones(37, dtype),
+        "steps": jnp.array(3),
+        "none": None,
+    }
+
+
+def flat(tree):
+    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+    return jnp.concatenate([x.ravel() for x in leaves])
+
+
+@jax.jit
+def columns(subspace):
+    """P, column by column."""
+    start = flat(subspace.start)
+    return jax.vmap(lambda x: flat(subspace(x)) - start, out_axes=1)(jnp.eye(subspace.dim))
+
+
+@kinds
+def test_columns_have_norm_one_over_the_whole_model(getkey, x64, kind):
+    params = params_of(getkey(), jnp.float64)
+    p = np.asarray(columns(lrjax.random_subspace(params, 40, kind=kind, key=getkey())))
+    size = len(p)
+    assert size == 30 * 20 + 12 * 3 + 9 * 3 + 37
+    norms = np.linalg.norm(p, axis=0)
+    if kind == "fastfood":
+        assert abs(norms - 1).max() < 5 / size**0.5
+    else:
+        assert abs(norms - 1).max() < 1e-12
+    # Columns are nearly orthogonal, and every leaf has its share of each.
+    overlaps = p.T @ p - np.diag(norms**2)
+    assert abs(overlaps).max() < 7 / size**0.5
+    share = np.linalg.norm(p[:600]) ** 2 / np.linalg.norm(p) ** 2
+    assert abs(share - 600 / size) < 0.1
+    if kind == "sparse":
+        assert (np.count_nonzero(p, axis=0) == np.ceil(size**0.5)).all()
+
+
+@kinds
+def test_it_is_linear_and_its_gradient_is_the_transpose(getkey, x64, kind):
+    params = params_of(getkey(), jnp.float64)
+    subspace = lrjax.random_subspace(params, 7, kind=kind, key=getkey())
+    p = columns(subspace)
+    x = jr.normal(getkey(), (7,), jnp.float64)
+    new, back = jax.vjp(lambda x: flat(subspace(x)), x)
+    assert_close(new, flat(params) + p @ x, condition=10)
+    y = jr.normal(getkey(), new.shape, jnp.float64)
+    assert_close(back(y)[0], p.T @ y, condition=10)
+    assert_close(flat(subspace(jnp.zeros(7))), flat(params))
+    # Fewer dimensions are the first columns: one program for all of them.
+    cut = jax.vmap(lambda d: flat(subspace(jnp.where(jnp.arange(7) < d, x, 0))))
+    want = [flat(params) + p[:, :d] @ x[:d] for d in (1, 4)]
+    assert_close(cut(jnp.array([1, 4])), jnp.stack(want), condition=10)
+
+
+@kinds
+def test_seeds_are_a_batch(getkey, kind):
+    params, x = params_of(getkey()), jr.normal(getkey(), (3, 5))
+    keys = jr.split(getkey(), 3)
+    made = lambda key: lrjax.random_subspace(params, 5, kind=kind, key=key).projection
+
+    def moved(key, x):
+        return flat(lrjax.random_subspace(params, 5, kind=kind, key=key)(x))
+
+    together = jax.jit(jax.vmap(moved))(keys, x)
+    want = jnp.stack([moved(key, x) for key, x in zip(keys, x, strict=True)])
+    assert_close(together, want, condition=10)
+    assert all(jnp.any(a[0] != a[1]) for a in jax.tree.leaves(jax.vmap(made)(keys)))
+
+
+@kinds
+def test_a_model_stays_a_model(getkey, kind):
+    model = eqx.nn.MLP(3, 2, 8, 1, dtype=jnp.bfloat16, key=getkey())
+    subspace = lrjax.random_subspace(model, 4, kind=kind, key=getkey())
+    new = eqx.filter_jit(lambda s, x: s(x))(subspace, 10 * jnp.ones(4))
+    assert jax.tree.structure(new) == jax.tree.structure(model)
+    assert new.layers[0].weight.dtype == jnp.bfloat16
+    assert bool(jnp.any(new.layers[0].weight != model.layers[0].weight))
+    assert bool(jnp.all(jnp.isfinite(new(jnp.ones(3, jnp.bfloat16)))))
+
+
+def test_all_dimensions_reach_what_a_model_reaches(getkey, x64):
+    """With dim = D any parameters are in the subspace: least squares has no rest."""
+    params = {"w": jnp.zeros((4, 4), jnp.float64)}
+    p = columns(lrjax.random_subspace(params, 16, kind="dense", key=getkey()))
+    target = jr.normal(getkey(), (16,), jnp.float64)
+    x = np.linalg.lstsq(np.asarray(p), np.asarray(target), rcond=None)[0]
+    assert relative_error(p @ x, target) < 1e-9
+
+
+def test_numbers_of_another_shape_are_refused():
+    subspace = lrjax.random_subspace({"w": jnp.ones(9)}, 2, key=jr.key(0))
+    with pytest.raises(ValueError, match=r"takes 2 numbers, got shape \(3,\)"):
+        subspace(jnp.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("params", "dim", "kind", "says"),
+    [
+        ({"w": jnp.ones(3)}, 4, "dense", "between 1 and the 3 parameters, got 4"),
+        ({"w": jnp.ones(3)}, 0, "sparse", "between 1 and the 3 parameters, got 0"),
+        ({"w": jnp.ones(3)}, 2, "hash", r"one of \['dense', 'sparse', 'fastfood'\]"),
+        ({"w": jnp.ones(3, int)}, 1, "dense", "no floating-point array"),
+    ],
+)
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_refusals(params, dim, kind, says):
+    with pytest.raises(ValueError, match=says):
+        lrjax.random_subspace(params, dim, kind=kind, key=jr.key(0))
