@@ -13,8 +13,8 @@ Where = Callable[[str, Any], bool] | str | Sequence[str] | None
 _ROUTER = re.compile(r"(.*_)?router(_.*)?")
 
 
-def _by_default(sites: dict[str, Site]) -> dict[str, Site]:
-    """Linear layers but heads, embeddings and routers; without layers, such kernels."""
+def _by_default(sites: dict[str, Site], kinds: Sequence[str]) -> dict[str, Site]:
+    """Such layers but heads, embeddings and routers; without layers, kernels."""
     layers = any(site.kind not in ("array", "vector") for site in sites.values())
 
     def wanted(path: str, site: Site) -> bool:
@@ -22,7 +22,7 @@ def _by_default(sites: dict[str, Site]) -> dict[str, Site]:
         if is_head_or_embedding(path) or any(map(_ROUTER.fullmatch, parts)):
             return False
         if layers:
-            return site.kind == "linear" and _is_floating(site)
+            return site.kind in kinds and _is_floating(site)
         return site.kind == "array" and is_input_first(path)
 
     return {path: site for path, site in sites.items() if wanted(path, site)}
@@ -58,19 +58,26 @@ def _by_names(sites: dict[str, Site], names: Sequence[str]) -> dict[str, Site]:
     return {path: site for path, site in sites.items() if path in found}
 
 
-def pick(sites: dict[str, Site], where: Where) -> dict[str, Site]:
+def pick(
+    sites: dict[str, Site], where: Where, kinds: Sequence[str] = ("linear",)
+) -> dict[str, Site]:
     """The sites that are meant.
+
+    Args:
+        sites: all of them.
+        where: which; None stands for all of some kinds but heads, embeddings and routers.
+        kinds: those kinds.
 
     Raises:
         ValueError: if there are none, or a name is that of none.
     """
     if not sites:
         raise ValueError(
-            "adapt found nothing to adapt: the tree holds no eqx.nn.Linear, Conv or "
-            "Embedding and no floating-point array with two axes."
+            "there is nothing to adapt or to factorize: the tree holds no eqx.nn.Linear, "
+            "Conv or Embedding and no floating-point array with two axes."
         )
     if where is None:
-        picked = _by_default(sites)
+        picked = _by_default(sites, kinds)
     elif isinstance(where, str):
         full = re.compile(where).fullmatch
         picked = {p: s for p, s in sites.items() if any(map(full, _names(p)))}
@@ -80,10 +87,11 @@ def pick(sites: dict[str, Site], where: Where) -> dict[str, Site]:
         picked = _by_names(sites, where)
     if not picked:
         raise ValueError(
-            "where= picked nothing. By default every eqx.nn.Linear (in trees of parameters "
-            "every array named 'kernel') is taken but heads, embeddings and routers. There "
-            f"are:\n  {describe(sites)}\nPass where= as a function of (path, layer), a "
-            "regular expression for whole paths, or a list of names."
+            f"where= picked nothing. By default every layer of the kinds {list(kinds)} (in "
+            "trees of parameters every array named 'kernel') is taken but heads, "
+            f"embeddings and routers. There are:\n  {describe(sites)}\nPass where= as a "
+            "function of (path, layer), a regular expression for whole paths, or a list of "
+            "names."
         )
     return picked
 

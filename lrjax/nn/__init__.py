@@ -1,7 +1,10 @@
 """Layers that hold their weight in factors, to put in the place of those of Equinox."""
 
+from .compact import compact as compact, densify as densify
 from .conv import LowRankConv as LowRankConv
 from .embedding import LowRankEmbedding as LowRankEmbedding
+from .factorize import factorize as factorize
 from .folding import fold_kernel as fold_kernel, unfold_matrix as unfold_matrix
 from .linear import LowRankLinear as LowRankLinear
+from .report import FactorReport as FactorReport, LayerFactors as LayerFactors
 from .tucker_conv import TuckerConv as TuckerConv

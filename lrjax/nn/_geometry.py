@@ -16,8 +16,9 @@ _PAD_MODES = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The static fields of an ``eqx.nn.Conv``, under the same names."""
+    """The class and the static fields of an ``eqx.nn.Conv``, under the same names."""
 
+    layer: type[eqx.nn.Conv]  # Conv2d, say
     num_spatial_dims: int
     in_channels: int
     out_channels: int
@@ -84,16 +85,16 @@ class Geometry:
             )
 
     def to_conv(self, kernel: Array, bias: Array | None) -> eqx.nn.Conv:
-        """The convolution of Equinox with a kernel and a bias."""
-        fields = dataclasses.asdict(self) | {"use_bias": bias is not None}
-        return made_of(eqx.nn.Conv, weight=kernel, bias=bias, **fields)
+        """The layer of Equinox with a kernel and a bias."""
+        fields = dict(vars(self), use_bias=bias is not None)
+        return made_of(fields.pop("layer"), weight=kernel, bias=bias, **fields)
 
 
 def geometry_of(conv: Any) -> Geometry:
     """The geometry of a convolution of Equinox, or of one of this room."""
     if isinstance(conv, eqx.nn.Conv):
-        names = (field.name for field in dataclasses.fields(Geometry))
-        return Geometry(**{name: getattr(conv, name) for name in names})
+        _, *fields = dataclasses.fields(Geometry)
+        return Geometry(type(conv), *(getattr(conv, field.name) for field in fields))
     if isinstance(geometry := getattr(conv, "geometry", None), Geometry):
         return geometry
     raise TypeError(
