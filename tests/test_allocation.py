@@ -11,9 +11,14 @@ from lrjax.lowrank import (
     LowRank,
     SVDForm,
     TuckerForm,
+    core_shape,
     energy_ranks,
+    higher_order_svd,
     knapsack_ranks,
+    minimax_ranks,
     parameter_count,
+    penalized_ranks,
+    unfolded_svd,
 )
 
 
@@ -105,21 +110,78 @@ def test_knapsack_keeps_the_budget_and_is_within_a_step_of_the_best(rng):
     assert ranks == {}  # there is room for all
 
 
-def test_where_a_price_would_stop_knapsack_stops_too(rng):
-    """What is best at a price for each parameter is best at its cost: the dual problem."""
-    shapes = {"a": (30, 40), "b": (40, 25), "c": (2, 16, 16), "d": (8, 90), "e": (1, 7)}
-    spectra = random_layers(rng, shapes)
+LARGE = {"a": (30, 40), "b": (40, 25), "c": (2, 16, 16), "d": (8, 90), "e": (1, 7)}
+
+
+def test_a_penalty_chooses_by_trying_all_and_the_knapsack_of_its_cost_the_same(rng):
+    """What is best at a price of each parameter is best at its cost: the dual problem."""
+    spectra = random_layers(rng, LARGE)
     for price in np.geomspace(1e-7, 1e-2, 12):
         ranks = {}
-        for path, shape in shapes.items():
+        for path, shape in LARGE.items():
             options: dict[int | None, float] = {None: price * math.prod(shape)}
             for r in range(1, min(shape[-2:])):
                 cost, error = cost_and_error(spectra, {path: shape}, {path: r})
                 options[r] = price * cost + error
             ranks[path] = min(options, key=options.__getitem__)
         ranks = {path: r for path, r in ranks.items() if r is not None}
-        budget, _ = cost_and_error(spectra, shapes, ranks)
-        assert knapsack_ranks(spectra, shapes, budget) == ranks
+        assert penalized_ranks(spectra, LARGE, price) == ranks
+        budget, _ = cost_and_error(spectra, LARGE, ranks)
+        assert knapsack_ranks(spectra, LARGE, budget) == ranks
+
+
+def largest_error(spectra, ranks):
+    """Of all layers, relative to their norms."""
+    cut = lambda s, r: np.max(s[..., r] / s[..., 0]) if r < s.shape[-1] else 0.0
+    return max((cut(spectra[path], r) for path, r in ranks.items()), default=0.0)
+
+
+def test_the_largest_relative_error_is_the_least_of_the_budget(rng):
+    spectra = random_layers(rng, SMALL)
+    before = math.inf
+    for budget in (52, 60, 75, 90, 110):
+        ranks = minimax_ranks(spectra, SMALL, budget)
+        assert cost_and_error(spectra, SMALL, ranks)[0] <= budget
+        error = largest_error(spectra, ranks)
+        assert error <= before
+        before = error
+        for choice in itertools.product(
+            *([None, *range(1, min(s[-2:]))] for s in SMALL.values())
+        ):
+            other = {p: r for p, r in zip(SMALL, choice, strict=True) if r is not None}
+            if cost_and_error(spectra, SMALL, other)[0] <= budget:
+                assert error <= largest_error(spectra, other)
+
+
+def test_core_shape_keeps_most_energy_of_all_shapes(rng):
+    sizes = (4, 3, 5)
+    spectra = [np.sort(rng.uniform(size=n) ** 3)[::-1] for n in sizes]
+    kept = lambda ranks: sum(
+        np.sum(s[:r] ** 2) for s, r in zip(spectra, ranks, strict=True)
+    )
+    for budget in (13, 20, 31, 45, 200):
+        best = max(
+            kept(ranks)
+            for ranks in itertools.product(*(range(1, n + 1) for n in sizes))
+            if math.prod(ranks) + np.dot(sizes, ranks) <= budget
+            and all(r * r <= math.prod(ranks) for r in ranks)
+        )
+        ranks = core_shape(spectra, budget)
+        assert parameter_count(sizes, ranks) <= budget
+        assert all(r * r <= math.prod(ranks) for r in ranks)
+        np.testing.assert_allclose(kept(ranks), best, rtol=1e-9)
+
+
+def test_core_shape_finds_the_ranks_of_a_tensor_and_bounds_its_error(getkey):
+    core = jax.random.normal(getkey(), (2, 3, 2))
+    factors = [jax.random.normal(getkey(), (n, r)) for n, r in ((6, 2), (5, 3), (7, 2))]
+    x = TuckerForm(core, factors).materialize()
+    values, _ = unfolded_svd(x)
+    assert core_shape(values, parameter_count((6, 5, 7), (2, 3, 2))) == (2, 3, 2)
+    ranks = core_shape(values, 30)
+    error = float(jnp.sum((higher_order_svd(x, ranks).materialize() - x) ** 2))
+    tails = [squares_left(v, r) for v, r in zip(values, ranks, strict=True)]
+    assert max(tails) * (1 - 1e-4) <= error <= sum(tails) * (1 + 1e-4)
 
 
 def test_equal_shapes_without_room_for_a_dense_one_sort_all_values(rng):
@@ -176,5 +238,9 @@ def test_refuses():
         energy_ranks({"a": [np.nan, 1.0]}, 0.5)
     with pytest.raises(ValueError, match=r"energy must be in \(0, 1\], got 1.5"):
         energy_ranks(spectra, 1.5)
+    with pytest.raises(ValueError, match=r"minimax_ranks got .* every layer takes 11"):
+        minimax_ranks(spectra, shapes, 10)
+    with pytest.raises(ValueError, match=r"core_shape got .* every axis takes 8"):
+        core_shape([[1.0, 0.5], [1.0] * 5], 7)
     with pytest.raises(ValueError, match="needs 3 axes"):
         parameter_count((4, 4), (1, 1, 1))

@@ -17,7 +17,9 @@ from .aligned_inits import (
 from .allocation import (
     energy_ranks as energy_ranks,
     knapsack_ranks as knapsack_ranks,
+    minimax_ranks as minimax_ranks,
     parameter_count as parameter_count,
+    penalized_ranks as penalized_ranks,
 )
 from .augmentation import (
     augment as augment,
@@ -25,6 +27,7 @@ from .augmentation import (
     lift as lift,
     transport_core as transport_core,
 )
+from .core_shape import core_shape as core_shape
 from .edits import edit_weight as edit_weight
 from .inits import (
     balanced_init as balanced_init,

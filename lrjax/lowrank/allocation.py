@@ -1,5 +1,6 @@
 """From the singular values of many layers to their ranks: on the host, as numbers."""
 
+import bisect
 import heapq
 import math
 from collections.abc import Mapping
@@ -67,7 +68,7 @@ def energy_ranks(spectra: Mapping[str, ArrayLike], energy: float) -> dict[str, i
         raise ValueError(f"energy must be in (0, 1], got {energy}.")
     ranks = {}
     for path, spectrum in spectra.items():
-        tails = _tails(path, spectrum)
+        tails = energies_left(path, spectrum)
         # A rest below the rounding of the whole is none, even where all of it is asked for.
         allowed = max(1 - energy, np.finfo(float).eps) * tails[0]
         ranks[path] = max(int(np.sum(tails > allowed)), 1)
@@ -120,12 +121,7 @@ def knapsack_ranks(
         approximation of weight residuals" (2023), arXiv 2305.18425. Special case: with
         equal shapes and no room for a dense form it sorts all singular values.
     """
-    if spectra.keys() != shapes.keys():
-        raise ValueError(
-            "knapsack_ranks needs a shape for each spectrum: "
-            f"{sorted(spectra.keys() ^ shapes.keys())} are in one of the two alone."
-        )
-    layers = {path: _Layer(path, spectra[path], shapes[path], least) for path in spectra}
+    layers = _layers("knapsack_ranks", spectra, shapes, least)
     left = budget - sum(layer.cost(layer.rank) for layer in layers.values())
     if left < 0:
         raise ValueError(
@@ -147,6 +143,113 @@ def knapsack_ranks(
     return {path: layer.rank for path, layer in layers.items() if not layer.is_dense()}
 
 
+def penalized_ranks(
+    spectra: Mapping[str, ArrayLike],
+    shapes: Mapping[str, tuple[int, ...]],
+    penalty: float,
+    *,
+    least: int = 1,
+) -> dict[str, int]:
+    """Ranks of the least error plus a price of every parameter, layer by layer.
+
+    Of every layer ``argmin_r Σ_{i>r} σ_i² + penalty · r (m + n)``, or the dense form where
+    ``penalty · mn`` is less. It is what :func:`knapsack_ranks` chooses where the budget is
+    what these ranks cost. The compression step of learning-compression, ``argmin_r α r(m +
+    n) + μ/2 Σ_{i>r} σ_i²``, has ``penalty = 2α/μ``.
+
+    Args:
+        spectra: ``{path: singular values (*batch, min(m, n))}``; matrices of a stack share
+            a rank.
+        shapes: ``{path: (*batch, m, n)}``.
+        penalty: the error that one parameter has to take away, not negative.
+        least: the smallest rank of a layer.
+
+    Returns:
+        ``{path: rank}`` of the layers in factors. Those left out stay dense.
+
+    Raises:
+        ValueError: for spectra that do not belong to the shapes.
+
+    Example:
+        >>> from lrjax.lowrank import penalized_ranks
+        >>> spectra, shapes = {"steep": [8.0] + [0.1] * 7}, {"steep": (8, 8)}
+        >>> [penalized_ranks(spectra, shapes, p) for p in (0.01, 0.0)]
+        [{'steep': 1}, {}]
+
+    Reference:
+        Y. Idelbayev, M. Á. Carreira-Perpiñán, "Low-rank compression of neural nets:
+        learning the rank of each layer" (2020), CVPR.
+    """
+    layers = _layers("penalized_ranks", spectra, shapes, least)
+    for layer in layers.values():
+        choices = {*range(layer.rank, layer.most + 1), layer.full}
+        paid = lambda r, layer=layer: layer.tails[r] + penalty * layer.cost(r)
+        layer.rank = min(sorted(choices, reverse=True), key=paid)
+    return {path: layer.rank for path, layer in layers.items() if not layer.is_dense()}
+
+
+def minimax_ranks(
+    spectra: Mapping[str, ArrayLike],
+    shapes: Mapping[str, tuple[int, ...]],
+    budget: int,
+) -> dict[str, int]:
+    """Ranks that make the largest relative error of a layer, ``σ_{r+1}/σ_1``, least.
+
+    The error is that of the operator norm, which bounds what any input of a layer loses.
+    All layers are cut at one level ``ε``, the least that the budget allows; a layer whose
+    factors would not save anything stays dense.
+
+    Args:
+        spectra: ``{path: singular values (*batch, min(m, n))}``; of a stack the largest
+            error counts.
+        shapes: ``{path: (*batch, m, n)}``.
+        budget: how many parameters all of these layers may have.
+
+    Returns:
+        ``{path: rank}`` of the layers in factors. Those left out stay dense.
+
+    Raises:
+        ValueError: for a budget in which not every layer has rank 1, or spectra that do
+            not belong to the shapes.
+
+    Example:
+        >>> from lrjax.lowrank import minimax_ranks
+        >>> spectra = {"flat": [2.0] * 8, "steep": [0.5**k for k in range(8)]}
+        >>> minimax_ranks(spectra, {"flat": (8, 8), "steep": (8, 8)}, 110)
+        {'steep': 2}
+
+    Reference:
+        L. Liebenwein, A. Maalouf, O. Gal, D. Feldman, D. Rus, "Compressing neural networks:
+        towards determining the optimal layer-wise decomposition" (2021), arXiv 2107.11442.
+    """
+    layers = _layers("minimax_ranks", spectra, shapes, 1)
+    levels = sorted({x for layer in layers.values() for x in layer.errors}, reverse=True)
+    cost = lambda level: sum(layer.cost(layer.above(level)) for layer in layers.values())
+    first = bisect.bisect_right(levels, budget, key=cost) - 1
+    if first < 0:
+        raise ValueError(
+            f"minimax_ranks got a budget of {budget} parameters; rank 1 in every layer "
+            f"takes {cost(levels[0])}."
+        )
+    for layer in layers.values():
+        layer.rank = layer.above(levels[first])
+    return {path: layer.rank for path, layer in layers.items() if not layer.is_dense()}
+
+
+def _layers(
+    function: str,
+    spectra: Mapping[str, ArrayLike],
+    shapes: Mapping[str, tuple[int, ...]],
+    least: int,
+) -> dict[str, "_Layer"]:
+    if spectra.keys() != shapes.keys():
+        raise ValueError(
+            f"{function} needs a shape for each spectrum: "
+            f"{sorted(spectra.keys() ^ shapes.keys())} are in one of the two alone."
+        )
+    return {path: _Layer(path, spectra[path], shapes[path], least) for path in spectra}
+
+
 class _Layer:
     """The choices of one layer: a rank below the break-even, or the dense form."""
 
@@ -157,7 +260,14 @@ class _Layer:
                 f"The spectrum at {path!r} has shape {np.shape(spectrum)}; a matrix of "
                 f"shape {shape} has {(*shape[:-2], self.full)} singular values."
             )
-        self.tails: list[float] = _tails(path, spectrum).tolist()
+        self.tails: list[float] = energies_left(path, spectrum).tolist()
+        values = np.sort(np.asarray(spectrum, np.float64), axis=-1)[..., ::-1]
+        relative = values / np.maximum(values[..., :1], np.finfo(float).tiny)
+        # By rank 1, 2, …: the largest error of a stack.
+        self.errors: list[float] = [
+            *relative.reshape(-1, self.full).max(0)[1:].tolist(),
+            0.0,
+        ]
         self.each, self.dense = parameter_count(shape, 1), math.prod(shape)
         self.most = (self.dense - 1) // self.each  # the largest rank that saves anything
         self.rank = least if least <= self.most else self.full
@@ -167,6 +277,11 @@ class _Layer:
 
     def cost(self, rank: int) -> int:
         return rank * self.each if rank <= self.most else self.dense
+
+    def above(self, level: float) -> int:
+        """The smallest rank whose error is no larger, or that of the dense form."""
+        rank = 1 + sum(error > level for error in self.errors)
+        return rank if rank <= self.most else self.full
 
     def best_step(self, left: int) -> tuple[float, int]:
         """What the best step that fits takes away for each parameter, and its rank."""
@@ -179,7 +294,7 @@ class _Layer:
         return best
 
 
-def _tails(path: str, spectrum: ArrayLike) -> np.ndarray:
+def energies_left(path: str, spectrum: ArrayLike) -> np.ndarray:
     """What ranks 0, 1, … leave of the energy of a stack, summed from the small end."""
     values = np.asarray(spectrum, np.float64)
     if values.ndim < 1 or not np.all(np.isfinite(values)):
