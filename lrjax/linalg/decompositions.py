@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._sharding import gathered
-from ._numerics import cross, nonzero, times
+from ._numerics import cross, nonzero, times, working_dtype
 from .newton_schulz import NEWTON_SCHULZ, Polynomials, iterate_polynomials
 
 
@@ -24,14 +24,19 @@ def eigh(x: Float[Array, "*b n n"]) -> tuple[Float[Array, "*b n"], Float[Array, 
         x: symmetric matrices ``(*b, n, n)``.
 
     Returns:
-        Values ``(*b, n)`` and orthonormal columns ``(*b, n, n)``.
+        Values ``(*b, n)`` and orthonormal columns ``(*b, n, n)``, in float32 or wider.
 
     Example:
         >>> import jax.numpy as jnp, lrjax
         >>> lrjax.linalg.eigh(jnp.diag(jnp.array([3.0, 1.0])))[0].tolist()
         [1.0, 3.0]
     """
-    return lax.platform_dependent(gathered(x), tpu=_jacobi, default=_library_eigh)
+    return lax.platform_dependent(_whole(x), tpu=_jacobi, default=_library_eigh)
+
+
+def _whole(x: Array) -> Array:
+    """On one device, and in a dtype that has decompositions."""
+    return gathered(x.astype(working_dtype(x.dtype)))
 
 
 def _library_eigh(x: Array) -> tuple[Array, Array]:
@@ -56,7 +61,7 @@ def svd(
 
     Returns:
         ``U (*b, m, k)`` and ``Vᵀ (*b, k, n)`` with orthonormal columns and rows, and the
-        singular values ``(*b, k)`` in falling order.
+        singular values ``(*b, k)`` in falling order; in float32 or wider.
 
     Example:
         >>> import jax.numpy as jnp, lrjax
@@ -69,7 +74,7 @@ def svd(
         algorithms for the symmetric eigenvalue decomposition and the SVD" (2013), SIAM
         Journal on Scientific Computing, for the SVD by a polar factor.
     """
-    return lax.platform_dependent(gathered(x), tpu=svd_by_polar, default=_library_svd)
+    return lax.platform_dependent(_whole(x), tpu=svd_by_polar, default=_library_svd)
 
 
 def _library_svd(x: Array) -> tuple[Array, Array, Array]:
@@ -84,7 +89,7 @@ def singular_values(x: Float[Array, "*b m n"]) -> Float[Array, "*b k"]:
         x: matrices ``(*b, m, n)``.
 
     Returns:
-        ``(*b, k)``.
+        ``(*b, k)``, in float32 or wider.
 
     Example:
         >>> import jax.numpy as jnp, lrjax
@@ -93,7 +98,7 @@ def singular_values(x: Float[Array, "*b m n"]) -> Float[Array, "*b k"]:
     """
     alone = lambda x: jnp.linalg.svd(x, compute_uv=False)
     by_polar = lambda x: svd_by_polar(x)[1]
-    return lax.platform_dependent(gathered(x), tpu=by_polar, default=alone)
+    return lax.platform_dependent(_whole(x), tpu=by_polar, default=alone)
 
 
 def svd_by_polar(x: Array) -> tuple[Array, Array, Array]:

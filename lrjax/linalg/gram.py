@@ -8,11 +8,13 @@ from ._numerics import cross, identity_like, together, working_dtype
 def cholesky(g: Float[Array, "*b r r"]) -> Float[Array, "*b r r"]:
     """The Cholesky factor in the lower triangle; what is above it is undefined.
 
+    In float32 or wider.
+
     ``lax.linalg.cholesky`` also clears the upper triangle, which triangular solves never
     read: that costs a third of the time to compile, and fails on stacks that an
     Explicit mesh shards by layer.
     """
-    return lax.linalg.cholesky_p.bind(g)
+    return lax.linalg.cholesky_p.bind(g.astype(working_dtype(g.dtype)))
 
 
 def gram(x: Float[Array, "*b n r"]) -> Float[Array, "*b r r"]:

@@ -1,0 +1,406 @@
+"""What every function of ``lrjax.linalg`` has to stand: dtypes, batches, degenerate input.
+
+A row of the table is a call and what is true of its result. All rows are run in the same
+way, so that a function enters the contract with one line.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from lrjax import linalg
+
+
+M, N, R = 7, 5, 3
+WIDER, SAME = "float32 or wider", "the dtype of the input"
+
+
+class Row(NamedTuple):
+    """One call.
+
+    Attributes:
+        call: of the arrays.
+        takes: their kinds, names of ``KINDS``.
+        error: of the arrays and the result: what should vanish, a relative error.
+        half: what the result is in for bfloat16: ``WIDER`` or ``SAME``.
+        singular: whether zero and rank-deficient input have finite results.
+        exact: whether ``error`` is of rounding size, or 0.1 at most.
+    """
+
+    call: Callable[..., Any]
+    takes: tuple[str, ...]
+    error: Callable[..., Any]
+    half: str = WIDER
+    singular: bool = True
+    exact: bool = True
+
+
+def spectral(key, m, n):
+    """Singular values of 1, 0.8, …: vectors are then determined to rounding."""
+    a, b = jr.split(key)
+    k = min(m, n)
+    orth = lambda key, size: jnp.linalg.qr(jr.normal(key, (size, k)))[0]
+    return (orth(a, m) * jnp.linspace(1.0, 0.2, k)[None]) @ orth(b, n).T
+
+
+# A generic one of each kind, and what makes it of rank one.
+KINDS = {
+    "matrix": (lambda key: spectral(key, M, N), lambda x: x[:, :1] @ x[:1]),
+    "wide": (lambda key: spectral(key, N, M), lambda x: x[:, :1] @ x[:1]),
+    "square": (lambda key: spectral(key, N, N), lambda x: x[:, :1] @ x[:1]),
+    "thin": (lambda key: spectral(key, M, R), lambda x: x[:, :1] @ x[:1]),
+    "columns": (lambda key: spectral(key, N, R), lambda x: x[:, :1] @ x[:1]),
+    "core": (lambda key: spectral(key, R, R), lambda x: x[:, :1] @ x[:1]),
+    "psd": (
+        lambda key: (lambda x: x.T @ x)(spectral(key, N, N)),
+        lambda x: x[:, :1] @ x[:1] / x[0, 0],
+    ),
+    "left_psd": (
+        lambda key: (lambda x: x.T @ x)(spectral(key, M, M)),
+        lambda x: x[:, :1] @ x[:1] / x[0, 0],
+    ),
+    "mild_psd": (
+        lambda key: (lambda x: x.T @ x + jnp.eye(N))(spectral(key, N, N)),
+        lambda x: x[:, :1] @ x[:1] / x[0, 0],
+    ),
+    "values": (
+        lambda key: jnp.sort(jr.uniform(key, (N,)))[::-1],
+        lambda x: x.at[1:].set(0),
+    ),
+    "vector": (lambda key: jr.normal(key, (8,)), lambda x: x.at[1:].set(0)),
+}
+
+
+def norm(x):
+    return jnp.sqrt(
+        jnp.sum(jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32))) ** 2)
+    )
+
+
+def off(found, wanted):
+    """The relative difference."""
+    return norm(found - wanted) / norm(wanted)
+
+
+def orthonormal(q):
+    return norm(q.T @ q - jnp.eye(q.shape[-1], dtype=q.dtype))
+
+
+def svd_error(x, u, values, v):
+    rank = values.shape[-1]
+    exact = jnp.linalg.svd(x, compute_uv=False)[:rank]
+    return jnp.maximum(off((u.T @ x @ v), jnp.diag(exact)), off(values, exact))
+
+
+def inverse_error(x, inverse):
+    return norm(x.T @ x @ inverse - jnp.eye(x.shape[-1], dtype=x.dtype))
+
+
+def whitened_error(x, root):
+    return orthonormal(x @ root)
+
+
+def angle_error(x, y, angles):
+    q = [jnp.linalg.qr(a)[0] for a in (x, y)]
+    return off(jnp.cos(angles), jnp.linalg.svd(q[0].T @ q[1], compute_uv=False))
+
+
+def span_error(x, basis):
+    """Leading right singular vectors, near which a few steps come."""
+    v = jnp.linalg.svd(x)[2][: basis.shape[-1]].T
+    return off(basis @ (basis.T @ v), v)
+
+
+def weighted_error(d, c_left, c_right, found):
+    """The residual weighed is that of the best approximation of the weighed matrix."""
+    root = lambda c: (lambda s, q: (q * jnp.sqrt(s)[None]) @ q.T)(*jnp.linalg.eigh(c))
+    left, right = root(c_left), root(c_right)
+    x = (found.left * found.values[None]) @ found.right.T
+    tail = jnp.linalg.svd(left @ d @ right, compute_uv=False)[found.values.shape[-1] :]
+    return jnp.abs(
+        off(left @ x @ right, left @ d @ right) - norm(tail) / norm(left @ d @ right)
+    )
+
+
+def nystrom_error(c, found):
+    """Of the guess below C that agrees with it on the first columns."""
+    values, vectors = found
+    want = c[:, :R] @ jnp.linalg.inv(c[:R, :R]) @ c[:R]
+    return off((vectors * values[None]) @ vectors.T, want)
+
+
+KEY = jr.key(0)
+svd_row = lambda call, **kw: Row(
+    call, ("matrix",), lambda x, out: svd_error(x, out.left, out.values, out.right), **kw
+)
+polar_error = lambda x, q: off(
+    q, (lambda u, s, v: u @ v)(*jnp.linalg.svd(x, full_matrices=False))
+)
+
+TABLE = {
+    "times": Row(linalg.times, ("matrix", "square"), lambda x, y, z: off(z, x @ y), SAME),
+    "cross": Row(linalg.cross, ("matrix", "thin"), lambda x, y, z: off(z, x.T @ y), SAME),
+    "outer": Row(linalg.outer, ("matrix", "square"), lambda x, y, z: off(z, x @ y.T), SAME),
+    "gram": Row(linalg.gram, ("matrix",), lambda x, g: off(g, x.T @ x)),
+    "identity_like": Row(
+        linalg.identity_like, ("square",), lambda x, i: off(x @ i, x), SAME
+    ),
+    "nonzero": Row(linalg.nonzero, ("values",), lambda x, y: off(y, x), SAME),
+    "unit_columns": Row(
+        linalg.unit_columns,
+        ("matrix",),
+        lambda x, u: off(u * jnp.sqrt(jnp.sum(x**2, 0, keepdims=True)), x),
+        SAME,
+    ),
+    "svd": Row(
+        linalg.svd,
+        ("matrix",),
+        lambda x, out: svd_error(x, out[0], out[1], out[2].T),
+    ),
+    "singular_values": Row(
+        linalg.singular_values,
+        ("matrix",),
+        lambda x, s: off(s, jnp.linalg.svd(x, compute_uv=False)),
+    ),
+    "eigh": Row(
+        linalg.eigh,
+        ("psd",),
+        lambda x, out: off((out[1] * out[0][None]) @ out[1].T, x) + orthonormal(out[1]),
+    ),
+    "cholesky": Row(
+        linalg.cholesky,
+        ("psd",),
+        lambda x, c: off(jnp.tril(c) @ jnp.tril(c).T, x),
+        singular=False,
+    ),
+    "inverse_gram": Row(linalg.inverse_gram, ("thin",), inverse_error),
+    "inverse_grams": Row(
+        linalg.inverse_grams,
+        ("thin", "columns"),
+        lambda x, y, out: inverse_error(x, out[0]) + inverse_error(y, out[1]),
+    ),
+    "inverse_root_gram": Row(linalg.inverse_root_gram, ("thin",), whitened_error),
+    "inverse_root_grams": Row(
+        linalg.inverse_root_grams,
+        ("thin", "columns"),
+        lambda x, y, out: whitened_error(x, out[0]) + whitened_error(y, out[1]),
+    ),
+    "orthonormalize": Row(
+        linalg.orthonormalize,
+        ("thin",),
+        lambda x, q: orthonormal(q) + off(q @ (q.T @ x), x),
+        SAME,
+    ),
+    "orthonormalize(cholesky)": Row(
+        functools.partial(linalg.orthonormalize, method="cholesky"),
+        ("thin",),
+        lambda x, q: orthonormal(q) + off(q @ (q.T @ x), x),
+        SAME,
+    ),
+    "polar": Row(linalg.polar, ("matrix",), polar_error, SAME),
+    **{
+        f"polar({method})": Row(
+            functools.partial(linalg.polar, method=method),
+            ("matrix",),
+            polar_error,
+            SAME,
+            exact=method == "gram",
+        )
+        for method in ("gram", "cubic", "polar_express")
+    },
+    "procrustes": Row(linalg.procrustes, ("square",), polar_error),
+    "principal_angles": Row(linalg.principal_angles, ("thin", "thin"), angle_error),
+    "truncated_svd": svd_row(lambda x: linalg.truncated_svd(x, R)),
+    "truncated_svd(randomized)": svd_row(
+        lambda x: linalg.truncated_svd(x, R, method="randomized", key=KEY)
+    ),
+    "truncated_svd(power)": svd_row(
+        lambda x: linalg.truncated_svd(x, R, method="power", key=KEY), exact=False
+    ),
+    "product_svd": Row(
+        lambda left, core, right: linalg.product_svd(left, core, right, R),
+        ("thin", "core", "columns"),
+        lambda left, core, right, out: svd_error(
+            left @ core @ right.T, out.left, out.values, out.right
+        ),
+    ),
+    "weighted_svd": Row(
+        lambda d, c_left, c_right: linalg.weighted_svd(d, c_left, c_right, R),
+        ("matrix", "left_psd", "psd"),
+        weighted_error,
+    ),
+    "subspace_iteration": Row(
+        lambda x, start: linalg.subspace_iteration(
+            lambda v: linalg.times(x, v), lambda u: linalg.cross(x, u), start
+        ),
+        ("matrix", "columns"),
+        lambda x, start, basis: span_error(x, basis) + orthonormal(basis),
+        SAME,
+        exact=False,
+    ),
+    "nystrom": Row(
+        lambda c: linalg.nystrom(c[:, :R], jnp.eye(N, R, dtype=c.dtype)),
+        ("psd",),
+        nystrom_error,
+    ),
+    "pivoted_columns": Row(
+        lambda x: linalg.pivoted_columns(x, R),
+        ("matrix",),
+        lambda x, index: jnp.abs(index[0] - jnp.argmax(jnp.sum(x**2, 0))).astype(x.dtype),
+    ),
+    "sqrtm": Row(linalg.sqrtm, ("mild_psd",), lambda a, s: off(s @ s, a), SAME),
+    "inverse_sqrtm": Row(
+        linalg.inverse_sqrtm,
+        ("mild_psd",),
+        lambda a, k: norm(k @ a @ k - jnp.eye(N, dtype=a.dtype)),
+        SAME,
+    ),
+    "optimal_shrinkage": Row(
+        lambda s: linalg.optimal_shrinkage(s, (N, M), noise=0.05),
+        ("values",),
+        lambda s, out: jnp.sum((out < 0) | (out > s)).astype(s.dtype),
+        SAME,
+    ),
+    "hard_threshold": Row(
+        lambda x: linalg.hard_threshold(x, 0.25),
+        ("matrix",),
+        lambda x, y: off(y, jnp.where(jnp.abs(x) > 0.25, x, 0)),
+        SAME,
+    ),
+    "soft_threshold": Row(
+        lambda x: linalg.soft_threshold(x, 0.2),
+        ("matrix",),
+        lambda x, y: off(x - y, jnp.clip(x, -0.2, 0.2)),
+        SAME,
+    ),
+    "keep_largest": Row(
+        lambda x: linalg.keep_largest(x, 0.5),
+        ("matrix",),
+        lambda x, y: jnp.where(
+            jnp.sum(y != 0, 1).max() <= N // 2, off(jnp.where(y != 0, x, 0), y), 1
+        ),
+        SAME,
+    ),
+    "order_statistic": Row(
+        lambda s: linalg.order_statistic(s, jnp.asarray(2), axis=0),
+        ("values",),
+        lambda s, x: off(x.ravel(), s[1:2]),
+        SAME,
+    ),
+    "walsh_hadamard": Row(
+        linalg.walsh_hadamard,
+        ("vector",),
+        lambda x, y: off(linalg.walsh_hadamard(y), 8 * x),
+        SAME,
+    ),
+    "fastfood": Row(
+        lambda x: linalg.fastfood(x, 64, key=KEY),
+        ("vector",),
+        lambda x, y: jnp.abs(norm(y) / norm(x) - 1) / 10,
+        SAME,
+        exact=False,
+    ),
+}
+# Of host numbers, dtypes and contexts, and the type of a result.
+NO_ROW = {
+    "TruncatedSVD",
+    "check_polar_method",
+    "check_rank",
+    "increment",
+    "product_rounding",
+    "products_at",
+    "rounding",
+    "working_dtype",
+}
+
+
+def inputs(row, key, dtype=jnp.float32):
+    keys = jr.split(key, len(row.takes))
+    return [
+        KINDS[kind][0](k).astype(dtype) for kind, k in zip(row.takes, keys, strict=True)
+    ]
+
+
+def tolerance(row, dtype):
+    # Condition 25 at most, of squares; a few dozen operations on top of it.
+    return 2000 * float(jnp.finfo(dtype).eps) if row.exact else 0.1
+
+
+def leaves(out):
+    return [np.asarray(x, np.float64) for x in jax.tree.leaves(out)]
+
+
+rows = pytest.mark.parametrize("name", TABLE)
+
+
+def test_every_public_function_has_a_row():
+    public = {
+        name
+        for name, value in vars(linalg).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert {name.split("(")[0] for name in TABLE} | NO_ROW == public
+
+
+@rows
+def test_a_batch_is_a_loop_and_degenerate_members_are_finite(name, getkey):
+    """A batch of a generic member, zero and one of rank one, in one program."""
+    row = TABLE[name]
+    generic = inputs(row, getkey())
+    lesser = [KINDS[kind][1](x) for kind, x in zip(row.takes, generic, strict=True)]
+    members = [generic, list(map(jnp.zeros_like, generic)), lesser]
+    out = jax.jit(jax.vmap(row.call))(*(jnp.stack(x) for x in zip(*members, strict=True)))
+    alone = jax.jit(row.call)(*generic)
+    for batch, one in zip(leaves(out), leaves(alone), strict=True):
+        scale = max(1.0, np.abs(one).max())
+        np.testing.assert_allclose(batch[0], one, atol=tolerance(row, jnp.float32) * scale)
+        assert np.all(np.isfinite(batch[0]))
+        if row.singular:
+            assert np.all(np.isfinite(batch))
+
+
+@rows
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_result_is_right_to_rounding(name, dtype, getkey, x64):
+    row = TABLE[name]
+    given = inputs(row, getkey(), dtype)
+
+    @jax.jit
+    def run(*given):
+        out = row.call(*given)
+        wide = lambda x: (
+            x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        )
+        return out, row.error(*map(wide, given), jax.tree.map(wide, out))
+
+    out, error = run(*given)
+    for leaf in jax.tree.leaves(out):
+        assert leaf.dtype == dtype or jnp.issubdtype(leaf.dtype, jnp.integer)
+    assert error < tolerance(row, dtype)
+
+
+@rows
+def test_half_precision_is_computed_in_single(name, getkey):
+    row = TABLE[name]
+    given = inputs(row, getkey(), jnp.bfloat16)
+    both = lambda *given: (
+        row.call(*given),
+        row.call(*(x.astype(jnp.float32) for x in given)),
+    )
+    out, single = jax.jit(both)(*given)
+    for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(single), strict=True):
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            assert np.all(x == y)
+            continue
+        assert x.dtype == (jnp.bfloat16 if row.half == SAME else jnp.float32)
+        scale = max(1.0, float(norm(y)))
+        np.testing.assert_allclose(
+            np.asarray(x, np.float32), y, atol=float(jnp.finfo(x.dtype).eps) * 8 * scale
+        )
