@@ -146,22 +146,23 @@ def knapsack_ranks(
 def penalized_ranks(
     spectra: Mapping[str, ArrayLike],
     shapes: Mapping[str, tuple[int, ...]],
-    penalty: float,
+    rank_weight: float,
     *,
     least: int = 1,
 ) -> dict[str, int]:
     """Ranks of the least error plus a price of every parameter, layer by layer.
 
-    Of every layer ``argmin_r Σ_{i>r} σ_i² + penalty · r (m + n)``, or the dense form where
-    ``penalty · mn`` is less. It is what :func:`knapsack_ranks` chooses where the budget is
-    what these ranks cost. The compression step of learning-compression, ``argmin_r α r(m +
-    n) + μ/2 Σ_{i>r} σ_i²``, has ``penalty = 2α/μ``.
+    Of every layer ``argmin_r rank_weight · r (m + n) + ½ Σ_{i>r} σ_i²``, or the dense form
+    where ``rank_weight · mn`` is less: :func:`lrjax.linalg.penalized_rank` on the host, and
+    with that choice. :func:`knapsack_ranks` chooses the same where the budget is what these
+    ranks cost. The compression step of learning-compression, ``argmin_r α r(m + n) + μ/2
+    Σ_{i>r} σ_i²``, has ``rank_weight = α/μ``.
 
     Args:
         spectra: ``{path: singular values (*batch, min(m, n))}``; matrices of a stack share
             a rank.
         shapes: ``{path: (*batch, m, n)}``.
-        penalty: the error that one parameter has to take away, not negative.
+        rank_weight: what a parameter costs, not negative.
         least: the smallest rank of a layer.
 
     Returns:
@@ -183,7 +184,7 @@ def penalized_ranks(
     layers = _layers("penalized_ranks", spectra, shapes, least)
     for layer in layers.values():
         choices = {*range(layer.rank, layer.most + 1), layer.full}
-        paid = lambda r, layer=layer: layer.tails[r] + penalty * layer.cost(r)
+        paid = lambda r, layer=layer: layer.tails[r] / 2 + rank_weight * layer.cost(r)
         layer.rank = min(sorted(choices, reverse=True), key=paid)
     return {path: layer.rank for path, layer in layers.items() if not layer.is_dense()}
 
