@@ -20,11 +20,13 @@ from .decompositions import (
     singular_values as singular_values,
     svd as svd,
 )
+from .extend_basis import extend_basis as extend_basis
 from .fastfood import (
     Fastfood as Fastfood,
     fastfood as fastfood,
     walsh_hadamard as walsh_hadamard,
 )
+from .geodesic import geodesic as geodesic
 from .gram import (
     cholesky as cholesky,
     gram as gram,

@@ -56,3 +56,7 @@ from .tucker import (
     unfold as unfold,
     unfolded_svd as unfolded_svd,
 )
+from .tucker_ranks import (
+    tucker_augment as tucker_augment,
+    tucker_truncate as tucker_truncate,
+)

@@ -3,18 +3,9 @@
 from typing import Literal
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from ..linalg import (
-    cross,
-    nonzero,
-    orthonormalize,
-    outer,
-    times,
-    unit_columns,
-    working_dtype,
-)
+from ..linalg import cross, extend_basis, nonzero, outer, times
 from .nodes import SVDForm
 
 
@@ -86,42 +77,16 @@ def augment(
     batch = x.left.shape[:-2]
     active = jnp.broadcast_to(jnp.asarray(x.rank, jnp.int32), batch)
     used = jnp.broadcast_to(jnp.asarray(k if used is None else used, jnp.int32), batch)
-    pack = _packing(active, used, r, k, width) if masked else None
-    bases = [
-        _wider(columns, directions, pack, width, method)
-        for columns, directions in (
-            (x.left, left_directions),
-            (x.right, right_directions),
-        )
-    ]
-    return lift(x, *bases, rank=jnp.minimum(active + used, width) if masked else None)
-
-
-def _packing(active: Array, used: Array, r: int, k: int, width: int) -> Array:
-    """Zeros and ones ``(*batch, r + k, width)`` that bring the columns in use to the front.
-
-    A product keeps the rows of a sharded factor where they are.
-    """
-    active, used = active[..., None, None], used[..., None, None]
-    shape = (*active.shape[:-2], r + k, width)
-    old, place = (lax.broadcasted_iota(jnp.int32, shape, active.ndim - k) for k in (2, 1))
-    own = (old == place) & (place < active)
-    new = (old == place - active + r) & (place >= active) & (place < active + used)
-    return own | new
-
-
-def _wider(
-    columns: Array, directions: Array, pack: Array | None, width: int, method
-) -> Array:
-    dtype = working_dtype(columns.dtype)
-    both = lax.concatenate(
-        [columns.astype(dtype), unit_columns(directions.astype(dtype))], columns.ndim - 1
+    counts = {"active": active, "used": used} if masked else {}
+    pad = lambda basis: jnp.pad(
+        basis, [(0, 0)] * (basis.ndim - 1) + [(0, width - basis.shape[-1])]
     )
-    both = both[..., :width] if pack is None else times(both, pack.astype(dtype))
-    fits = min(width, both.shape[-2])
-    basis = orthonormalize(both[..., :fits], method=method)
-    padding = jnp.zeros((*basis.shape[:-1], width - fits), dtype)
-    return lax.concatenate([basis, padding], basis.ndim - 1).astype(columns.dtype)
+    left, right = (
+        pad(extend_basis(columns, directions, width=width, method=method, **counts))
+        for columns, directions in ((x.left, left_directions), (x.right, right_directions))
+    )
+    rank = jnp.minimum(active + used, width) if masked else None
+    return lift(x, left, right, rank=rank)
 
 
 def lift(

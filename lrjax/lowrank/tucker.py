@@ -1,9 +1,10 @@
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from ..linalg import cross, eigh, gram, times, working_dtype
 
@@ -14,9 +15,13 @@ class TuckerForm(eqx.Module):
     ``x[i, j, …] = Σ core[a, b, …] factors[0][i, a] factors[1][j, b] …``. With two axes it
     is a matrix ``factors[0] @ core @ factors[1].T``.
 
+    The number of columns in use of each factor may be an array, ``ranks``: those from
+    there on are masked out of the value, as in a :class:`lrjax.SVDForm`.
+
     Attributes:
         core: ``(*batch, r_1, …, r_d)``.
         factors: d matrices ``(*batch, n_k, r_k)``.
+        active: ``(*batch, d)`` integers, the columns in use, or ``None`` for all of them.
 
     Example:
         >>> import jax.numpy as jnp
@@ -33,8 +38,11 @@ class TuckerForm(eqx.Module):
 
     core: Float[Array, "*batch_and_ranks"]
     factors: tuple[Float[Array, "*batch _n _r"], ...]
+    active: Int[Array, "*batch d"] | None
 
-    def __init__(self, core: Any, factors: Any):
+    def __init__(
+        self, core: Any, factors: Any, ranks: ArrayLike | Sequence[ArrayLike] | None = None
+    ):
         self.core, self.factors = core, tuple(factors)
         batch = core.shape[: core.ndim - len(self.factors)]
         wanted = tuple(f.shape[-1] for f in self.factors)
@@ -45,6 +53,13 @@ class TuckerForm(eqx.Module):
                 f"r_k); got a core {core.shape} and factors "
                 f"{[f.shape for f in self.factors]}."
             )
+        self.active = None
+        if ranks is not None:
+            ranks = jnp.asarray(ranks)
+            if not jnp.issubdtype(ranks.dtype, jnp.integer):
+                raise TypeError(f"TuckerForm's ranks must be integers, got {ranks.dtype}.")
+            ranks = ranks.astype(jnp.int32)
+            self.active = jnp.broadcast_to(ranks, (*batch, len(wanted)))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,13 +73,30 @@ class TuckerForm(eqx.Module):
         return self.core.dtype
 
     @property
-    def ranks(self) -> tuple[int, ...]:
-        """The widths of the factors: the rank of each unfolding is at most its own."""
+    def widths(self) -> tuple[int, ...]:
+        """The columns of the factors: the rank of each unfolding is at most its own."""
         return tuple(f.shape[-1] for f in self.factors)
+
+    @property
+    def ranks(self) -> tuple[int, ...] | Int[Array, "*batch d"]:
+        """The columns in use: an array if the ranks were given, else the widths."""
+        return self.widths if self.active is None else self.active
+
+    def masked_core(self) -> Float[Array, "*batch_and_ranks"]:
+        """The core with zeros wherever a column is not in use."""
+        core = self.core
+        if self.active is None:
+            return core
+        for axis in range(len(self.factors)):
+            place = core.ndim - len(self.factors) + axis
+            index = lax.broadcasted_iota(jnp.int32, core.shape, place)
+            rank = self.active[(..., axis, *[None] * len(self.factors))]
+            core = jnp.where(index < rank, core, 0)
+        return core
 
     def materialize(self) -> Float[Array, "*shape"]:
         """The dense tensor."""
-        return multiply_axes(self.core, self.factors)
+        return multiply_axes(self.masked_core(), self.factors)
 
 
 def multiply_axes(
@@ -209,6 +241,6 @@ def tucker_inner(x: TuckerForm, y: TuckerForm) -> Float[Array, "*batch"]:
             f"tucker_inner needs two tensors of one shape, got {x.shape} and {y.shape}."
         )
     between = tuple(cross(a, b) for a, b in zip(x.factors, y.factors, strict=True))
-    moved = multiply_axes(y.core, between)
+    moved = multiply_axes(y.masked_core(), between)
     axes = tuple(range(-len(x.factors), 0))
-    return jnp.sum(x.core * moved, axis=axes)
+    return jnp.sum(x.masked_core() * moved, axis=axes)
