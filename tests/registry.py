@@ -302,6 +302,11 @@ TRANSFORMS: dict[str, Entry] = {
         params="stack",
         static=("inner", "refresh_every", "max_side", "where"),
     ),
+    "follow_geodesics": Entry(
+        lrjax.follow_geodesics,
+        {"where": lambda path, shape: len(shape) >= 2},
+        params="dense",
+    ),
     "accumulate_gradients": Entry(
         lrjax.accumulate_gradients,
         {
@@ -613,6 +618,16 @@ RECIPES |= {
         of=_looped("SelectedRows", "Periodic", "SeededReset", "Project"),
         refresh_every=2,
         scale=1.0,
+    ),
+    "grassmann_sgd": Entry(
+        lrjax.grassmann_sgd,
+        {"learning_rate": 0.1, "momentum": 0.9, "where": _every_matrix},
+        {"learning_rate": 0.02, "momentum": 0.5},
+        "stack",
+        descends=True,
+        static=("where",),
+        composed_of=("follow_geodesics",),
+        drop_in={"learning_rate": 1e-3},
     ),
     "kl_shampoo": _of_matrices(
         lrjax.kl_shampoo, of=("scale_by_kl_shampoo",), refresh_every=2

@@ -5,6 +5,7 @@ from .conv import LowRankConv as LowRankConv
 from .embedding import LowRankEmbedding as LowRankEmbedding
 from .factorize import factorize as factorize
 from .folding import fold_kernel as fold_kernel, unfold_matrix as unfold_matrix
+from .grassmann_head import GrassmannHead as GrassmannHead
 from .linear import LowRankLinear as LowRankLinear
 from .report import FactorReport as FactorReport, LayerFactors as LayerFactors
 from .tucker_conv import TuckerConv as TuckerConv

@@ -13,6 +13,7 @@ from .galore import galore as galore
 from .galore_plus import galore_plus as galore_plus
 from .golore import golore as golore
 from .grass import grass as grass
+from .grassmann_sgd import grassmann_sgd as grassmann_sgd
 from .kl_shampoo import kl_shampoo as kl_shampoo
 from .ldadam import ldadam as ldadam
 from .levenberg_marquardt import levenberg_marquardt as levenberg_marquardt

@@ -37,6 +37,7 @@ from .matrices import (
     compress_momentum as compress_momentum,
     data_parallel_specs as data_parallel_specs,
     factored_momentum as factored_momentum,
+    follow_geodesics as follow_geodesics,
     limit_norm_growth as limit_norm_growth,
     normalize_rows as normalize_rows,
     orthogonalize_updates as orthogonalize_updates,

@@ -14,6 +14,7 @@ from .factored_momentum import (
     FactoredMomentumState as FactoredMomentumState,
     factored_momentum as factored_momentum,
 )
+from .follow_geodesics import follow_geodesics as follow_geodesics
 from .limit_norm_growth import (
     LimitNormGrowthState as LimitNormGrowthState,
     limit_norm_growth as limit_norm_growth,
