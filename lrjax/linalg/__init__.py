@@ -38,6 +38,7 @@ from .gram import (
 from .nystrom import nystrom as nystrom
 from .optimal_shrinkage import optimal_shrinkage as optimal_shrinkage
 from .orthonormalize import orthonormalize as orthonormalize
+from .pca_split_rotation import pca_split_rotation as pca_split_rotation
 from .pivoted_columns import pivoted_columns as pivoted_columns
 from .polar import check_polar_method as check_polar_method, polar as polar
 from .procrustes import procrustes as procrustes

@@ -20,6 +20,10 @@ def weighted_svd(
     squared error of its outputs; then ``X`` is also D behind the leading principal
     components of the outputs, the eigenvectors of ``D C_r Dᵀ``.
 
+    With ``D = I``, ``C_r`` of activations x and ``C_l`` of the gradients g at them, ``y =
+    Σ^½ rightᵀ x`` is the basis in which both have the second moment Σ, as ``x ≈ left Σ^½
+    y``: directions in order of how much they vary and matter.
+
     From ``C_l^½ D C_r^½ = P Σ Rᵀ``: ``left = C_l^(−½) P``, ``right = C_r^(−½) R``, the
     values those of Σ, and the error the root of the sum of squares of those left out.
     Where C has no weight the result is zero.
@@ -49,7 +53,9 @@ def weighted_svd(
         S.-Y. Liu et al., "EoRA: fine-tuning-free compensation for compressed LLM with
         eigenspace low-rank approximation" (2024), arXiv 2410.21271; A. Kaushal,
         T. Vaidhya, I. Rish, "LORD: low rank decomposition of monolingual code LLMs for
-        one-shot compression" (2023), arXiv 2309.14021.
+        one-shot compression" (2023), arXiv 2309.14021; of activations: L. Bushnaq et al.,
+        "The local interaction basis: identifying computationally-relevant and sparsely
+        interacting features in neural networks" (2024), arXiv 2405.10928.
     """
     check_rank(rank, d.shape)
     d = lax.stop_gradient(d).astype(working_dtype(d.dtype))

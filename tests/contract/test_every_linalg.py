@@ -268,6 +268,11 @@ TABLE = {
         ("psd",),
         nystrom_error,
     ),
+    "pca_split_rotation": Row(
+        lambda c: linalg.pca_split_rotation(c, R, key=KEY),
+        ("psd",),
+        lambda c, q: orthonormal(q) + norm((q.T @ c @ q)[:R, R:]),
+    ),
     "pivoted_columns": Row(
         lambda x: linalg.pivoted_columns(x, R),
         ("matrix",),

@@ -73,6 +73,18 @@ def test_directions_without_weight_are_left_out(getkey, x64):
     assert relative_error(product(fit), d @ onto) < 1e-8
 
 
+def test_of_the_identity_it_is_the_basis_in_which_both_moments_are_equal(getkey, x64):
+    """Activations in it, and gradients in it, have the values as their second moment."""
+    activations, gradients = spd(getkey(), 5, 20), spd(getkey(), 5, 20)
+    fit = weighted_svd(jnp.eye(5), gradients, activations, 5)
+    root = jnp.sqrt(fit.values)[:, None]
+    into, back = root * fit.right.T, fit.left * root.T
+    want = jnp.diag(fit.values)
+    np.testing.assert_allclose(into @ activations @ into.T, want, atol=1e-11)
+    np.testing.assert_allclose(back.T @ gradients @ back, want, atol=1e-11)
+    np.testing.assert_allclose(back @ into, np.eye(5), atol=1e-11)
+
+
 def test_refusals(shapes_unchecked):
     with pytest.raises(ValueError, match=r"rank must be between 1 and"):
         weighted_svd(jnp.eye(3), None, None, 4)

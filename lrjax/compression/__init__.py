@@ -1,0 +1,8 @@
+"""A trained model in fewer numbers: weights in factors that fit what they are used for."""
+
+from .shared_layers import (
+    block_influence as block_influence,
+    replacement_errors as replacement_errors,
+    residual_low_rank as residual_low_rank,
+    share_layers as share_layers,
+)
