@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._numerics import cross, outer, times
+from ._numerics import cross, outer, times, working_dtype
 from .decompositions import eigh
 
 
@@ -25,7 +25,7 @@ def geodesic(
         direction: ``D``.
 
     Returns:
-        Orthonormal columns ``S'``.
+        Orthonormal columns ``S'``, in float32 or wider.
 
     Example:
         >>> import jax.numpy as jnp, lrjax
@@ -37,6 +37,8 @@ def geodesic(
         A. Edelman, T. A. Arias, S. T. Smith, "The geometry of algorithms with
         orthogonality constraints" (1998), arXiv physics/9806030.
     """
+    dtype = working_dtype(jnp.result_type(basis, direction))
+    basis, direction = basis.astype(dtype), direction.astype(dtype)
     delta = direction - times(basis, cross(basis, direction))
     # Once more: what is left of a long direction is orthogonal to rounding errors of its
     # own length.

@@ -112,6 +112,11 @@ def angle_error(x, y, angles):
     return off(jnp.cos(angles), jnp.linalg.svd(q[0].T @ q[1], compute_uv=False))
 
 
+def turned_cosines(direction):
+    """Of the angles by which the first columns turn along a direction."""
+    return jnp.cos(jnp.linalg.svd(direction[R:], compute_uv=False))
+
+
 def span_error(x, basis):
     """Leading right singular vectors, near which a few steps come."""
     v = jnp.linalg.svd(x)[2][: basis.shape[-1]].T
@@ -221,6 +226,20 @@ TABLE = {
         ("thin",),
         lambda x, q: orthonormal(q) + off(q @ (q.T @ x), x),
         SAME,
+    ),
+    "extend_basis": Row(
+        lambda d: linalg.extend_basis(jnp.eye(M, 2, dtype=d.dtype), d),
+        ("thin",),
+        lambda d, q: orthonormal(q) + off(q @ (q.T @ d), d) + norm(q[2:, :2]),
+        SAME,
+    ),
+    "geodesic": Row(
+        lambda d: linalg.geodesic(jnp.eye(M, R, dtype=d.dtype), d),
+        ("thin",),
+        lambda d, q: (
+            orthonormal(q)
+            + off(jnp.linalg.svd(q[:R], compute_uv=False)[::-1], turned_cosines(d))
+        ),
     ),
     "polar": Row(linalg.polar, ("matrix",), polar_error, SAME),
     **{
