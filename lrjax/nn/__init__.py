@@ -7,5 +7,7 @@ from .factorize import factorize as factorize
 from .folding import fold_kernel as fold_kernel, unfold_matrix as unfold_matrix
 from .grassmann_head import GrassmannHead as GrassmannHead
 from .linear import LowRankLinear as LowRankLinear
+from .recursive import RecursiveBlocks as RecursiveBlocks, share_blocks as share_blocks
 from .report import FactorReport as FactorReport, LayerFactors as LayerFactors
+from .sparse_plus_low_rank import SparsePlusLowRankLinear as SparsePlusLowRankLinear
 from .tucker_conv import TuckerConv as TuckerConv

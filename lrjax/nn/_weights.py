@@ -49,9 +49,11 @@ def check_node(owner: str, weight: Any) -> None:
         )
 
 
-def spectral(matrix: Float[Array, "*b m n"], rank: int, form: Form) -> Node:
-    """The best approximation of this rank, as a node of the dtype of the matrix."""
-    return node_of(truncated_svd(matrix, rank), rank, form, matrix.dtype)
+def spectral(
+    matrix: Float[Array, "*b m n"], rank: int, form: Form, dtype: Any = None
+) -> Node:
+    """The best approximation of this rank, as a node; by default of the dtype it has."""
+    return node_of(truncated_svd(matrix, rank), rank, form, dtype or matrix.dtype)
 
 
 def node_of(svd: TruncatedSVD, rank: int, form: Form, dtype: Any) -> Node:

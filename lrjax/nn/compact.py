@@ -9,11 +9,18 @@ from ..lowrank import LowRank, SVDForm, TuckerForm
 from .conv import LowRankConv
 from .embedding import LowRankEmbedding
 from .linear import LowRankLinear
+from .sparse_plus_low_rank import SparsePlusLowRankLinear
 from .tucker_conv import TuckerConv
 
 
 _NODES = (LowRank, SVDForm, TuckerForm)
-_LAYERS = (LowRankLinear, LowRankConv, LowRankEmbedding, TuckerConv)
+_LAYERS = (
+    LowRankLinear,
+    LowRankConv,
+    LowRankEmbedding,
+    SparsePlusLowRankLinear,
+    TuckerConv,
+)
 
 
 def compact(model: PyTree, *, multiple: int = 8) -> PyTree:
