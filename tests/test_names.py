@@ -27,6 +27,7 @@ ARGUMENTS = {
             "nn.LowRankLinear.from_node",  # the weight of a layer
             "nn.LowRankConv.from_node",
             "nn.LowRankEmbedding.from_node",
+            "nn.SparsePlusLowRankLinear.from_node",
             "nn.TuckerConv.from_node",
         ),
     ),
