@@ -64,6 +64,7 @@ from .recipes import (
     levenberg_marquardt as levenberg_marquardt,
     lora_muon as lora_muon,
     loro as loro,
+    maestro as maestro,
     mofasgd as mofasgd,
     normuon as normuon,
     online_subspace_descent as online_subspace_descent,
@@ -108,6 +109,7 @@ from .sweep import sweep as sweep
 from .transforms import (
     Pair as Pair,
     add_frobenius_decay as add_frobenius_decay,
+    add_hierarchical_lasso as add_hierarchical_lasso,
     add_nuclear_norm as add_nuclear_norm,
     amplify_slow as amplify_slow,
     compress_momentum as compress_momentum,
@@ -125,6 +127,7 @@ from .transforms import (
     orthogonalize_updates as orthogonalize_updates,
     pairs_by_name as pairs_by_name,
     project_out as project_out,
+    prune_columns as prune_columns,
     prune_entries as prune_entries,
     quantize_state as quantize_state,
     rebalance as rebalance,

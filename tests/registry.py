@@ -206,6 +206,14 @@ TRANSFORMS: dict[str, Entry] = {
         gauge="orthogonal",
         transposes=False,
     ),
+    "add_hierarchical_lasso": Entry(
+        lrjax.add_hierarchical_lasso,
+        {"strength": 0.1, "eps": 1e-8},
+        {"strength": 0.3, "eps": 0.1},
+    ),
+    "prune_columns": Entry(
+        lrjax.prune_columns, {"threshold": 3.0, "period": 2}, {"threshold": 9.0}
+    ),
     "prune_entries": Entry(_prune_entries, {"fraction": 0.5}, {"fraction": 0.2}),
     "freeze_factors": Entry(
         _freeze_factors,
@@ -480,6 +488,14 @@ RECIPES: dict[str, Entry] = {
         static=("exact_every", "inner"),
         composed_of=("every", "retract", "scale_by_tangent"),
         drop_in={"learning_rate": 1e-2},
+    ),
+    "maestro": Entry(
+        lrjax.maestro,
+        {"learning_rate": 0.2, "strength": 1e-4, "threshold": 1e-5, "period": 2},
+        {"learning_rate": 0.02, "strength": 1e-2, "threshold": 1e-2},
+        descends=True,
+        composed_of=("add_hierarchical_lasso", "prune_columns"),
+        drop_in={"learning_rate": 1e-3},
     ),
     "opsa": Entry(
         lrjax.opsa,
@@ -756,6 +772,7 @@ NOT_TRANSFORMS = {
     "quantize",
     "random_subspace",
     "register_moments",
+    "sample_prefix",
     "state_specs",
     "step_by_layer",
     "unit_norm",

@@ -37,6 +37,11 @@ from .inits import (
     small_init as small_init,
 )
 from .nodes import LowRank as LowRank, SVDForm as SVDForm, is_low_rank as is_low_rank
+from .prefix import (
+    columns_in_use as columns_in_use,
+    first_columns as first_columns,
+    tail_squares as tail_squares,
+)
 from .tangent import (
     project_to_tangent as project_to_tangent,
     relative_step as relative_step,

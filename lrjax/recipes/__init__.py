@@ -19,6 +19,7 @@ from .ldadam import ldadam as ldadam
 from .levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
 from .lora_muon import lora_muon as lora_muon
 from .loro import loro as loro
+from .maestro import maestro as maestro
 from .mofasgd import mofasgd as mofasgd
 from .normuon import normuon as normuon
 from .online_subspace_descent import online_subspace_descent as online_subspace_descent

@@ -53,11 +53,15 @@ from .matrices import (
 )
 from .rank_adaptive import (
     FreezeFactorsState as FreezeFactorsState,
+    PruneColumnsState as PruneColumnsState,
     PruneEntriesState as PruneEntriesState,
     Sensitivity as Sensitivity,
+    add_hierarchical_lasso as add_hierarchical_lasso,
     cubic_schedule as cubic_schedule,
     freeze_factors as freeze_factors,
+    prune_columns as prune_columns,
     prune_entries as prune_entries,
+    sample_prefix as sample_prefix,
     shrink as shrink,
     shrink_singular_values as shrink_singular_values,
 )

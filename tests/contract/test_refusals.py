@@ -72,6 +72,9 @@ WITH_KEY = {
     "lowrank.lora_init": lambda key: lowrank.lora_init((4, 3), 1, key=key),
     "lowrank.orthogonal_init": lambda key: lowrank.orthogonal_init((4, 3), 2, key=key),
     "lowrank.small_init": lambda key: lowrank.small_init((4, 3), 1, 1.0, key=key),
+    "transforms.sample_prefix": lambda key: lrjax.transforms.sample_prefix(
+        lrjax.LowRank(jnp.ones((2, 1)), jnp.ones((2, 1))), key=key
+    ),
     "subspaces.random_subspace": lambda key: lrjax.random_subspace(MODEL, 2, key=key),
     "adapters.adapt": lambda key: lrjax.adapt(MODEL, lrjax.LoRA(1), key=key),
     "adapters.bind": lambda key: lrjax.bind(

@@ -35,3 +35,39 @@ def trp(w, grad, *, rate, energy, period, nuclear_weight, steps):
         if t % period == 0:
             w = keep_energy(w, energy)
         yield w
+
+
+def prefix_slope(u, v, target, width):
+    """The gradient of ``‖U_b V_bᵀ − T‖²`` with the first b columns, in all columns."""
+    rest = u[:, :width] @ v[:, :width].T - target
+    du, dv = np.zeros_like(u), np.zeros_like(v)
+    du[:, :width], dv[:, :width] = 2 * rest @ v[:, :width], 2 * rest.T @ u[:, :width]
+    return du, dv
+
+
+def lasso_slope(u, strength):
+    """Of ``strength Σ_b ‖U[:, b:]‖``, group by group; groups of zeros give none."""
+    slope = np.zeros_like(u)
+    for b in range(u.shape[1]):
+        length = np.linalg.norm(u[:, b:])
+        if length > 0:
+            slope[:, b:] += strength * u[:, b:] / length
+    return slope
+
+
+def maestro(u, v, target, widths, *, rate, strength, threshold, period):
+    """Horváth et al. (2023) on one layer: columns are cut off, and arrays shrink."""
+    mu, mv = np.zeros_like(u), np.zeros_like(v)
+    for t, width in enumerate(widths, start=1):
+        du, dv = prefix_slope(u, v, target, width)
+        mu = 0.9 * mu + du + lasso_slope(u, strength)
+        mv = 0.9 * mv + dv + lasso_slope(v, strength)
+        u, v = u - rate * mu, v - rate * mv
+        if t % period == 0:
+            tails = [
+                np.linalg.norm(u[:, b:]) * np.linalg.norm(v[:, b:])
+                for b in range(u.shape[1])
+            ]
+            rank = max(sum(tail >= threshold for tail in tails), 1)
+            u, v, mu, mv = (x[:, :rank] for x in (u, v, mu, mv))
+        yield u, v

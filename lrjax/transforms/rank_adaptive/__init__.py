@@ -1,13 +1,19 @@
 """Transforms that choose which numbers are in use: shrink, prune and freeze."""
 
+from .add_hierarchical_lasso import add_hierarchical_lasso as add_hierarchical_lasso
 from .freeze_factors import (
     FreezeFactorsState as FreezeFactorsState,
     freeze_factors as freeze_factors,
+)
+from .prune_columns import (
+    PruneColumnsState as PruneColumnsState,
+    prune_columns as prune_columns,
 )
 from .prune_entries import (
     PruneEntriesState as PruneEntriesState,
     prune_entries as prune_entries,
 )
+from .sample_prefix import sample_prefix as sample_prefix
 from .sensitivity import Sensitivity as Sensitivity, cubic_schedule as cubic_schedule
 from .shrink import shrink as shrink
 from .shrink_singular_values import shrink_singular_values as shrink_singular_values
