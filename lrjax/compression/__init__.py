@@ -1,5 +1,10 @@
 """A trained model in fewer numbers: weights in factors that fit what they are used for."""
 
+from .foldings import (
+    Folding as Folding,
+    folded_factors as folded_factors,
+    minimax_foldings as minimax_foldings,
+)
 from .shared_layers import (
     block_influence as block_influence,
     replacement_errors as replacement_errors,
