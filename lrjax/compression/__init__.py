@@ -11,3 +11,8 @@ from .shared_layers import (
     residual_low_rank as residual_low_rank,
     share_layers as share_layers,
 )
+from .stored_changes import (
+    StoredChange as StoredChange,
+    restore_change as restore_change,
+    store_change as store_change,
+)
