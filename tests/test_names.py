@@ -24,6 +24,7 @@ ARGUMENTS = {
             "subspaces.SignResidual",
             "flows.end_to_end_velocity",  # a weight matrix
             "lowrank.edit_weight",
+            "compression.folded_factors",
             "nn.LowRankLinear.from_node",  # the weight of a layer
             "nn.LowRankConv.from_node",
             "nn.LowRankEmbedding.from_node",

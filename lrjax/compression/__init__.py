@@ -5,11 +5,10 @@ from .foldings import (
     folded_factors as folded_factors,
     minimax_foldings as minimax_foldings,
 )
-from .shared_layers import (
+from .replaced_blocks import (
     block_influence as block_influence,
     replacement_errors as replacement_errors,
     residual_low_rank as residual_low_rank,
-    share_layers as share_layers,
 )
 from .stored_changes import (
     StoredChange as StoredChange,

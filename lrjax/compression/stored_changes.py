@@ -109,13 +109,9 @@ def store_change(
     }
     spectra = {path: np.asarray(one.values) for path, one in found.items()}
     shapes = {path: weights[path].shape for path in found}
-    if energy is not None:
-        ranks = energy_ranks(spectra, energy)
-    else:
-        total = sum(map(math.prod, shapes.values()))
-        budget = int(budget * total) if isinstance(budget, float) else budget
-        ranks = knapsack_ranks(spectra, shapes, budget, least=0)
-    stored, rows = {}, []
+    ranks = _ranks(spectra, shapes, budget, energy)
+    stored: dict[str, StoredChange] = {}
+    rows = []
     for path, w in weights.items():
         stored[path] = _stored(w, found.get(path), ranks.get(path), codec)
         if w.ndim > 1:
@@ -180,7 +176,7 @@ def _weight(site: Site) -> Array:
     return weight.astype(working_dtype(weight.dtype))
 
 
-def _bias_change(new: Array, old: Array) -> Array:
+def _bias_change(new: Any, old: Any) -> Array:
     dtype = working_dtype(old.dtype)
     return new.astype(dtype) - old.astype(dtype)
 
@@ -195,6 +191,14 @@ def _stored(
     root = jnp.sqrt(found.values[..., :rank])[..., None, :]
     factors = [(x[..., :rank] * root).mT for x in (found.left, found.right)]
     return StoredChange(*(factors if codec is None else map(codec, factors)))
+
+
+def _ranks(spectra: Any, shapes: Any, budget: Any, energy: Any) -> dict[str, int]:
+    if energy is not None:
+        return energy_ranks(spectra, energy)
+    if isinstance(budget, float):
+        budget = int(budget * sum(map(math.prod, shapes.values())))
+    return knapsack_ranks(spectra, shapes, budget, least=0)
 
 
 def _saves_nothing(shape: tuple[int, ...], rank: int) -> bool:
@@ -219,6 +223,7 @@ def _with(site: Site, own: StoredChange) -> Any:
     weight = weight if change is None else weight + change
     if site.kind in ("array", "vector"):
         return weight.astype(site.layer.dtype)
-    if own.bias is None:
-        return site.put(weight, site.bias)
-    return site.put(weight, (site.bias + own.bias).astype(site.bias.dtype))
+    bias = site.bias
+    if bias is not None and own.bias is not None:
+        bias = (bias + own.bias).astype(bias.dtype)
+    return site.put(weight, bias)

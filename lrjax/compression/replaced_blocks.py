@@ -1,6 +1,4 @@
-"""Layers that stand in for others, with a low-rank rest of their own."""
-
-from typing import Literal, get_args
+"""Blocks that stand in for others, with a low-rank rest of their own."""
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +9,14 @@ from ..linalg import nonzero, singular_values, truncated_svd, working_dtype
 from ..lowrank import LowRank
 
 
-Shared = Literal["average", "stepwise", "lower"]
-
-
 def residual_low_rank(
     target: Float[Array, "*b m n"], base: Float[Array, "*b m n"], rank: int
 ) -> LowRank:
     """What a weight is beside another one, in factors: ``SVD_r(target − base) = (U Σ) Vᵀ``.
 
     Added to the base it is the start of an adapter that makes one layer stand in for
-    another; of a fine-tuned weight and the one before it is what was learned.
+    another; of a fine-tuned weight and the one before it is what was learned. For a whole
+    stack of blocks that share their weights: :func:`lrjax.nn.share_blocks`.
 
     Args:
         target: the weight to be imitated; stacks allowed.
@@ -48,68 +44,6 @@ def residual_low_rank(
     dtype = working_dtype(target.dtype)
     found = truncated_svd(target.astype(dtype) - base.astype(dtype), rank)
     return LowRank(found.left * found.values[..., None, :], found.right)
-
-
-def share_layers(
-    weights: Float[Array, "layers *b m n"],
-    shared: int,
-    rank: int,
-    *,
-    start: Shared = "average",
-) -> tuple[Float[Array, "shared *b m n"], LowRank]:
-    """Fewer weights, passed through again and again, and a low-rank rest of every pass.
-
-    Layer ``l`` of L is ``W'_k + B_l A_lᵀ`` with ``k = l mod K`` and the best ``B_l A_lᵀ``
-    of the rank. Scan over the passes with the rests as what differs, and train both on.
-    The shared weights are
-
-    - ``"average"``: the mean of those they stand for, of all the nearest to them;
-    - ``"stepwise"``: K of the layers at equal steps, the first and the last among them;
-    - ``"lower"``: the first K layers.
-
-    Args:
-        weights: of the layers, stacked.
-        shared: K, a divisor of L.
-        rank: of the rests.
-        start: what the shared weights are.
-
-    Returns:
-        ``W' (K, *b, m, n)``, and the rests ``(L, *b, m, n)`` in the order of the layers, in
-        float32 or wider.
-
-    Raises:
-        ValueError: for a K that does not divide L, an unknown ``start``, or a rank out of
-            range.
-
-    Example:
-        >>> import jax, lrjax
-        >>> weights = jax.random.normal(jax.random.key(0), (6, 8, 8))
-        >>> shared, rests = lrjax.compression.share_layers(weights, 2, rank=3)
-        >>> shared.shape, rests.shape, rests.rank
-        ((2, 8, 8), (6, 8, 8), 3)
-
-    Reference:
-        S. Bae, A. Fisch, H. Harutyunyan, Z. Ji, S. Kim, T. Schuster, "Relaxed recursive
-        transformers: effective parameter sharing with layer-wise LoRA" (2024), arXiv
-        2410.20672.
-    """
-    layers = len(weights)
-    if shared < 1 or layers % shared:
-        raise ValueError(
-            f"share_layers shares {layers} layers between a divisor of them, got {shared}."
-        )
-    if start not in get_args(Shared):
-        raise ValueError(f"start must be one of {get_args(Shared)}, got {start!r}.")
-    if start == "average":
-        base = jnp.mean(weights.reshape(-1, shared, *weights.shape[1:]), axis=0)
-    elif start == "lower":
-        base = weights[:shared]
-    else:
-        step = (layers - 1) / max(shared - 1, 1)
-        base = weights[jnp.array([round(k * step) for k in range(shared)])]
-    base = base.astype(weights.dtype)
-    passes = jnp.concatenate([base] * (layers // shared))
-    return base, residual_low_rank(weights, passes, rank)
 
 
 def block_influence(

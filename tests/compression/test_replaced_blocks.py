@@ -4,12 +4,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from lrjax.compression import (
-    block_influence,
-    replacement_errors,
-    residual_low_rank,
-    share_layers,
-)
+from lrjax.compression import block_influence, replacement_errors, residual_low_rank
 
 
 def tail(x, rank):
@@ -29,37 +24,6 @@ def test_the_rest_is_the_best_of_its_rank_and_exact_at_full_width(getkey):
     )
     whole = residual_low_rank(target, base, 5).materialize()
     np.testing.assert_allclose(base + whole, target, atol=1e-4)
-
-
-@pytest.mark.parametrize("start", ["average", "stepwise", "lower"])
-def test_passes_and_rests_make_up_every_layer(getkey, start):
-    weights = jr.normal(getkey(), (6, 5, 4))
-    shared, rests = jax.jit(share_layers, static_argnums=(1, 2), static_argnames="start")(
-        weights, 3, 4, start=start
-    )
-    for k in range(6):
-        found = shared[k % 3] + rests.left[k] @ rests.right[k].T
-        np.testing.assert_allclose(found, weights[k], atol=1e-4)
-
-
-def test_what_is_shared(getkey):
-    weights = jr.normal(getkey(), (6, 5, 4))
-    start = lambda start: share_layers(weights, 3, 1, start=start)[0]
-    np.testing.assert_array_equal(start("lower"), weights[:3])
-    np.testing.assert_array_equal(start("stepwise"), weights[jnp.array([0, 2, 5])])
-    np.testing.assert_allclose(start("average"), (weights[:3] + weights[3:]) / 2, rtol=1e-5)
-    assert share_layers(weights.astype(jnp.bfloat16), 3, 1)[0].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(
-        share_layers(weights, 1, 1, start="stepwise")[0], weights[:1]
-    )
-
-
-def test_no_other_shared_weight_is_nearer_than_the_average(getkey):
-    weights = jr.normal(getkey(), (6, 5, 4))
-    error = lambda shared: np.sum((weights - np.concatenate([shared, shared])) ** 2)
-    average = error(share_layers(weights, 3, 1)[0])
-    for start in ("stepwise", "lower"):
-        assert average < error(share_layers(weights, 3, 1, start=start)[0])
 
 
 def test_influence_is_one_minus_the_cosine(getkey):
@@ -89,10 +53,5 @@ def test_a_block_is_replaced_by_the_one_whose_rest_is_least(getkey):
 
 
 def test_refuses():
-    weights = jnp.ones((6, 3, 3))
-    with pytest.raises(
-        ValueError, match="shares 6 layers between a divisor of them, got 4"
-    ):
-        share_layers(weights, 4, 1)
     with pytest.raises(ValueError, match=r"rank must be between 1 and .* = 3"):
-        share_layers(weights, 3, 4)
+        residual_low_rank(jnp.ones((3, 3)), jnp.ones((3, 3)), 4)
