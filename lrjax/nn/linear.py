@@ -25,7 +25,8 @@ class LowRankLinear(eqx.Module):
 
     The start is that of ``eqx.nn.Linear(in_features, out_features, key=key)``, truncated:
     its leading singular vectors, each factor with the roots of the values (spectral
-    initialization). At full rank it is that layer.
+    initialization). At full rank it is that layer. It takes one decomposition of a dense
+    matrix; :meth:`from_node` takes any other start.
 
     Args:
         in_features: the size of the input.

@@ -213,6 +213,7 @@ def padded(key, form, width=16, used=5):
     if form == "svd":
         core = np.zeros((width, width))
         core[:used, :used] = random.normal(size=(used, used))
+        core[1], core[:, 2] = 0, 0  # a column of one side alone is in use
         parts = np.linalg.qr(left)[0], core, np.linalg.qr(right)[0]
         return lrjax.SVDForm(*(jnp.asarray(x, jnp.float32) for x in parts))
     left[:, 2 : 2 + width - used] = 0  # in the middle, of one factor alone
