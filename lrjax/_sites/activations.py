@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._arguments import check_key
-from ..linalg import orthonormalize, working_dtype
+from ..linalg import orthonormalize, outer, working_dtype
 from .find import check_used_once, find_sites, fold_in_path
 from .sites import Site, flat_leaves, layer_site
 from .statistic import InputStatistic
@@ -25,6 +26,7 @@ def activation_statistics(
     *,
     where: Where = None,
     rank: int | None = None,
+    sensitivity: bool = False,
     key: PRNGKeyArray | None = None,
 ) -> dict[str, InputStatistic]:
     """First and second moments of the inputs of layers, over a stream of batches.
@@ -34,6 +36,10 @@ def activation_statistics(
     width. Both are sums over all inputs: those of other batches are added with ``+``, in
     one pass over a stream of which nothing is kept. Of batches that a mesh shards they are
     global; where ``shard_map`` hands out parts, ``psum`` adds them up.
+
+    The sensitivity is ``Σ g gᵀ (out, out)`` with the gradients g of ``Σ ± outputs`` of
+    ``call``, the signs drawn anew in each batch. In the mean over signs that is ``Σ Jᵀ J``
+    with the Jacobian J of all outputs: how far a change of what the layer gives moves them.
 
     The layers are found where they are called, in scans, under ``vmap`` and in attention:
     the sums are the gradient with respect to zeros beside the weights, whose cotangents
@@ -47,7 +53,8 @@ def activation_statistics(
         where: which layers, as in :func:`lrjax.adapt`; arrays that are no layers have no
             inputs.
         rank: the width of Ω; a few times the rank that is asked for later.
-        key: for Ω.
+        sensitivity: whether to sum it.
+        key: for Ω and the signs.
 
     Returns:
         ``{path: statistic}``, for ``lrjax.adapt(…, data=…)``.
@@ -55,7 +62,7 @@ def activation_statistics(
     Raises:
         ValueError: if there are no batches, if a picked site is no layer that acts as a
             product or its output does not reach that of ``call``, if there is a rank
-            and no key.
+            or a sensitivity and no key.
 
     Example:
         >>> import equinox as eqx, jax, lrjax
@@ -73,8 +80,9 @@ def activation_statistics(
         variance adaptation" (2024), arXiv:2410.07170, for what they are good for.
     """
     check_key("activation_statistics", key)
-    if rank is not None and key is None:
-        raise ValueError("activation_statistics with a rank draws a sketch: pass key=.")
+    if key is None and (rank is not None or sensitivity):
+        drawn = "draws a sketch" if rank is not None else "and a sensitivity draws signs"
+        raise ValueError(f"activation_statistics with a rank {drawn}: pass key=.")
     sites = pick(find_sites(model), where)
     check_used_once(model, sites)
     probes = {}
@@ -82,7 +90,12 @@ def activation_statistics(
         _check_layer(site)
         if rank is not None and key is not None:
             probes[path] = _probe(site, rank, fold_in_path(key, path))
-    of = lambda batch: _sums(call, model, tuple(sites), probes, batch)
+    number = itertools.count()
+
+    def of(batch: Any) -> dict[str, InputStatistic]:
+        own = jr.fold_in(key, next(number)) if key is not None and sensitivity else None
+        return _sums(call, model, tuple(sites), probes, batch, own)
+
     sums, _ = summed("activation_statistics", of, batches)
     _check_seen({path: statistic.count for path, statistic in sums.items()})
     with_probe = lambda path, one: eqx.tree_at(
@@ -108,11 +121,18 @@ def _probe(site: Site, rank: int, key: PRNGKeyArray) -> Array:
 
 @eqx.filter_jit
 def _sums(
-    call: Callable, model: PyTree, paths: tuple[str, ...], probes: dict, batch: Any
+    call: Callable,
+    model: PyTree,
+    paths: tuple[str, ...],
+    probes: dict[str, Array],
+    batch: Any,
+    signs: PRNGKeyArray | None,
 ) -> dict[str, InputStatistic]:
     """The sums over one batch, without probes."""
     sites = find_sites(model)
-    zeros = {path: _zeros(sites[path], probes.get(path)) for path in paths}
+    zeros = {
+        path: _zeros(sites[path], probes.get(path), signs is not None) for path in paths
+    }
 
     def total(zeros: dict[str, InputStatistic]) -> Array:
         tapped = lambda path: Tapped(sites[path].layer, zeros[path], probes.get(path), path)
@@ -120,16 +140,28 @@ def _sums(
         new = [tapped(path) if path in zeros else leaf for path, leaf in leaves]
         outputs = call(treedef.unflatten(new), batch)
         floating = filter(eqx.is_inexact_array, jax.tree.leaves(outputs))
-        return sum((jnp.sum(x.real) for x in floating), jnp.zeros(()))
+        signed = enumerate(x.real for x in floating)
+        return sum((_signed_sum(x, signs, i) for i, x in signed), jnp.zeros(()))
 
     return jax.grad(total)(zeros)
 
 
-def _zeros(site: Site, probe: Array | None) -> InputStatistic:
-    n, dtype = site.shape[1], working_dtype(site.dtype)
-    width = n if probe is None else probe.shape[-1]
+def _signed_sum(x: Array, signs: PRNGKeyArray | None, index: int) -> Array:
+    if signs is None:
+        return jnp.sum(x)
+    return jnp.sum(x * jr.rademacher(jr.fold_in(signs, index), x.shape, x.dtype))
+
+
+def _zeros(site: Site, probe: Array | None, sensitivity: bool) -> InputStatistic:
+    (m, n), dtype = site.shape, working_dtype(site.dtype)
     zeros = lambda *shape: jnp.zeros((*site.stack, *shape), dtype)
-    return InputStatistic(zeros(n, width), zeros(n), zeros(), zeros())
+    image = None
+    if probe is not None:
+        image = zeros(n, probe.shape[-1])
+    elif site.kind != "lookup":
+        image = zeros(n, n)
+    of_outputs = zeros(m, m) if sensitivity else None
+    return InputStatistic(image, zeros(n), zeros(), zeros(), None, of_outputs)
 
 
 class Tapped(eqx.Module):
@@ -155,36 +187,45 @@ class Tapped(eqx.Module):
     def _noting(self, site: Site, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """The output without the bias, tied to the sums."""
         del key
-        n, _ = self.sums.image.shape
-        dtype = self.sums.image.dtype
-        probe = jnp.eye(n, dtype=dtype) if self.probe is None else self.probe
-        seen = lax.stop_gradient(site.down(probe, x))
+        sums, dtype = self.sums, self.sums.total.dtype
+        ones = jnp.ones((len(sums.total), 1), dtype)
         # Patches are copies of numbers of x: their squares are the patches of the squares.
         squares = x if site.kind == "lookup" else x**2
-        lengths = site.down(jnp.ones_like(probe[:, :1]), squares)[..., 0]
-        moments = jnp.concatenate([self.sums.image, self.sums.total[:, None]], axis=1)
-        sums = site.down(moments, x)
-        # Of all inputs, so that under vmap there is one for each.
-        nothing = lax.stop_gradient(sums[..., 0])
-        scalars = self.sums.energy + nothing, self.sums.count + nothing
+        lengths = site.down(ones, squares)[..., 0]
         one = jnp.ones_like(lengths)
-        values = jnp.concatenate([seen, one[..., None]], axis=-1)
-        return _noted(site.base(x), (sums, *scalars), (values, lengths, one))
+        moments, seen = sums.total[:, None], one[..., None]
+        if sums.image is not None:
+            probe = jnp.eye(len(ones), dtype=dtype) if self.probe is None else self.probe
+            moments = jnp.concatenate([sums.image, moments], axis=1)
+            seen = jnp.concatenate([site.down(probe, x), seen], axis=-1)
+        tied = site.down(moments, x)
+        # Of all inputs, so that under vmap there is one for each.
+        nothing = lax.stop_gradient(tied[..., 0])
+        linear = (tied, sums.energy + nothing, sums.count + nothing)
+        values = lax.stop_gradient((seen, lengths, one))
+        return _noted(site.base(x), linear, sums.sensitivity, values)
 
 
 @jax.custom_vjp
-def _noted(y: Array, sums: PyTree, values: PyTree) -> Array:
-    """``y``, and in the backward pass ``values`` as the cotangents of ``sums``."""
-    del sums, values
+def _noted(y: Array, linear: PyTree, squared: Array | None, values: PyTree) -> Array:
+    """``y``; in the backward pass ``values`` are the cotangents of ``linear``.
+
+    That of ``squared`` is ``g gᵀ`` for the cotangent g of ``y``.
+    """
+    del linear, squared, values
     return y
 
 
-def _noted_forward(y, sums, values):
-    return y, values
+def _noted_forward(y, linear, squared, values):
+    return y, (squared, values)
 
 
-def _noted_backward(values, cotangent):
-    return cotangent, values, jax.tree.map(jnp.zeros_like, values)
+def _noted_backward(kept, cotangent):
+    squared, values = kept
+    if squared is not None:
+        g = cotangent.reshape(len(squared), -1).astype(squared.dtype)
+        squared = outer(g, g)
+    return cotangent, values, squared, jax.tree.map(jnp.zeros_like, values)
 
 
 _noted.defvjp(_noted_forward, _noted_backward)

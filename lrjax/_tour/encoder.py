@@ -134,7 +134,7 @@ class Encoder(eqx.Module):
         self, ids: Int[Array, "batch seq"], mask: Int[Array, "batch seq"]
     ) -> Float[Array, "batch width"]:
         positions = self.positions.weight[: ids.shape[1]] + self.segment[None]
-        x = self.tokens.weight[ids] + positions[None]
+        x = jax.vmap(jax.vmap(self.tokens))(ids) + positions[None]
         # All tokens in one axis, so that each layer is one product, of the same array.
         x = normalized(self.embedding_norm, x.reshape(-1, x.shape[-1]))
         arrays, static = eqx.partition(self.blocks, eqx.is_array)

@@ -72,7 +72,8 @@ def ranks_by_variance(
     most = round(rank * max_factor)
     found, ranks = [], {}
     for path, statistic in statistics.items():
-        *stack, n, width = statistic.image.shape
+        *stack, n = statistic.total.shape
+        width = n if statistic.image is None else statistic.image.shape[-1]
         if width < min(most, n):
             raise ValueError(
                 f"A layer may get rank {min(most, n)}, and the sketch at {path!r} has a "
