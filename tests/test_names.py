@@ -30,6 +30,8 @@ ARGUMENTS = {
             "nn.LowRankEmbedding.from_node",
             "nn.SparsePlusLowRankLinear.from_node",
             "nn.TuckerConv.from_node",
+            "nn.replace_weight",
+            "compression.weighted_factors",
         ),
     ),
     "others": ("fallback", ()),

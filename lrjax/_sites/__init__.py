@@ -1,6 +1,9 @@
 """The weights of a model as matrices: where they are, and what their layers do."""
 
-from .activations import activation_statistics as activation_statistics
+from .activations import (
+    activation_statistics as activation_statistics,
+    sums_of_inputs as sums_of_inputs,
+)
 from .arrays import ArraySite as ArraySite, Axes as Axes, array_site as array_site
 from .find import (
     check_used_once as check_used_once,
@@ -19,6 +22,7 @@ from .quantized import (
     is_quantized as is_quantized,
     register_quantized as register_quantized,
 )
+from .refusals import refusals as refusals
 from .sites import (
     Site as Site,
     check_reweighted as check_reweighted,

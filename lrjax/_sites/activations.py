@@ -1,5 +1,5 @@
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -90,14 +90,35 @@ def activation_statistics(
         _check_layer(site)
         if rank is not None and key is not None:
             probes[path] = _probe(site, rank, fold_in_path(key, path))
-    number = itertools.count()
+    signs = key if sensitivity else None
+    sums = sums_of_inputs(
+        "activation_statistics", call, model, batches, sites, probes=probes, signs=signs
+    )
+    _check_seen({path: statistic.count for path, statistic in sums.items()})
+    return sums
+
+
+def sums_of_inputs(
+    name: str,
+    call: Callable[[PyTree, Any], PyTree],
+    model: PyTree,
+    batches: Iterable[Any],
+    paths: Iterable[str],
+    *,
+    probes: Mapping[str, Array] | None = None,
+    signs: PRNGKeyArray | None = None,
+) -> dict[str, InputStatistic]:
+    """The statistics of some layers; with signs their sensitivity too.
+
+    Of a layer that no batch reached all sums are zero.
+    """
+    probes, number = dict(probes or {}), itertools.count()
 
     def of(batch: Any) -> dict[str, InputStatistic]:
-        own = jr.fold_in(key, next(number)) if key is not None and sensitivity else None
-        return _sums(call, model, tuple(sites), probes, batch, own)
+        own = None if signs is None else jr.fold_in(signs, next(number))
+        return _sums(call, model, tuple(paths), probes, batch, own)
 
-    sums, _ = summed("activation_statistics", of, batches)
-    _check_seen({path: statistic.count for path, statistic in sums.items()})
+    sums, _ = summed(name, of, batches)
     with_probe = lambda path, one: eqx.tree_at(
         lambda one: one.probe, one, probes.get(path), is_leaf=lambda x: x is None
     )

@@ -8,6 +8,7 @@ from .folding import fold_kernel as fold_kernel, unfold_matrix as unfold_matrix
 from .grassmann_head import GrassmannHead as GrassmannHead
 from .linear import LowRankLinear as LowRankLinear
 from .recursive import RecursiveBlocks as RecursiveBlocks, share_blocks as share_blocks
+from .replace_weight import replace_weight as replace_weight
 from .report import FactorReport as FactorReport, LayerFactors as LayerFactors
 from .sparse_plus_low_rank import SparsePlusLowRankLinear as SparsePlusLowRankLinear
 from .tucker_conv import TuckerConv as TuckerConv

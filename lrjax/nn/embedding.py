@@ -38,6 +38,8 @@ class LowRankEmbedding(eqx.Module):
 
     Attributes:
         weight: the node, ``(vocabulary, size)``.
+        bias: ``(size,)``, added to every row, or ``None``: what rows of a mean of their own
+            have in common needs no column of the factors then.
 
     Raises:
         TypeError: for a rank that is no integer.
@@ -55,6 +57,7 @@ class LowRankEmbedding(eqx.Module):
     """
 
     weight: Node
+    bias: Float[Array, "*b size"] | None
 
     def __init__(
         self,
@@ -70,23 +73,31 @@ class LowRankEmbedding(eqx.Module):
         check_form(form)
         check_layer_rank("LowRankEmbedding", rank, (num_embeddings, embedding_size))
         start = eqx.nn.Embedding(num_embeddings, embedding_size, dtype=dtype, key=key)
-        self.weight = spectral(start.weight, rank, form)
+        self.weight, self.bias = spectral(start.weight, rank, form), None
 
     @classmethod
-    def from_node(cls, weight: Node) -> "LowRankEmbedding":
+    def from_node(cls, weight: Node, bias: Array | None = None) -> "LowRankEmbedding":
         """The layer of a table that is in factors already.
 
         Args:
             weight: ``(*b, vocabulary, size)``.
+            bias: ``(*b, size)``, or ``None`` for none.
 
         Returns:
             The layer.
 
         Raises:
             TypeError: for a weight that is no node.
+            ValueError: for a bias of another size.
         """
         check_node(cls.__name__, weight)
-        return made_of(cls, weight=weight)
+        size = (*weight.shape[:-2], weight.shape[-1])
+        if bias is not None and bias.shape != size:
+            raise ValueError(
+                f"{cls.__name__} needs a bias of shape {size} beside a table of shape "
+                f"{weight.shape}, got {bias.shape}."
+            )
+        return made_of(cls, weight=weight, bias=bias)
 
     @property
     def num_embeddings(self) -> int:
@@ -121,11 +132,13 @@ class LowRankEmbedding(eqx.Module):
         h = self.weight.left[x]
         if isinstance(self.weight, SVDForm):
             h = dense(h, self.weight.masked_core().mT)
-        return dense(h, self.weight.right)
+        y = dense(h, self.weight.right)
+        return y if self.bias is None else y + self.bias
 
     def to_dense(self) -> eqx.nn.Embedding:
         """The same layer with its table multiplied out."""
         table = self.weight.materialize()
+        table = table if self.bias is None else table + self.bias[..., None, :]
         return made_of(
             eqx.nn.Embedding,
             num_embeddings=self.num_embeddings,

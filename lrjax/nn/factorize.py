@@ -15,15 +15,13 @@ from .._sites import (
     find_sites,
     flat_leaves,
     pick,
-    reweighted,
+    refusals,
 )
 from ..linalg import TruncatedSVD, truncated_svd
 from ..lowrank import energy_ranks, knapsack_ranks, parameter_count
-from ._weights import Form, Node, check_form, node_of
-from .conv import LowRankConv
-from .embedding import LowRankEmbedding
+from ._weights import Form, check_form, node_of
 from .folding import Scheme, fold_kernel, taps_of_outputs
-from .linear import LowRankLinear
+from .replace_weight import replace_weight
 from .report import FactorReport, LayerFactors
 
 
@@ -100,7 +98,7 @@ def factorize(
     if where is None and isinstance(rank, Mapping):
         where = list(rank)
     sites = pick(find_sites(model), where, kinds=("linear", "conv"))
-    reasons = _refusals(model, sites, named=where is not None)
+    reasons = refusals(model, sites, named=where is not None)
     taken = {path: site for path, site in sites.items() if path not in reasons}
     check_used_once(model, taken)
     parts = {path: _decomposed(site, scheme) for path, site in taken.items()}
@@ -112,7 +110,7 @@ def factorize(
         rows.append(row)
         if part is not None and row.rank is not None:
             node = node_of(part.svd, row.rank, form, site.layer.weight.dtype)
-            new[path] = _layer(site, node, scheme)
+            new[path] = replace_weight(site.layer, node, scheme=scheme)
     leaves, treedef = flat_leaves(model)
     small = treedef.unflatten([new.get(path, leaf) for path, leaf in leaves])
     return small, FactorReport(tuple(rows), _size(model), _size(small))
@@ -133,15 +131,6 @@ def _decomposed(site: Site, scheme: Scheme) -> _Decomposed:
             fold = jax.vmap(fold)
         matrix = fold(matrix)
     return _Decomposed(matrix, truncated_svd(matrix, min(matrix.shape[-2:])))
-
-
-def _layer(site: Site, node: Node, scheme: Scheme) -> Any:
-    """The layer of a node, in the place of the one of the site."""
-    if site.kind == "conv":
-        return LowRankConv.from_node(node, site.layer.bias, like=site.layer, scheme=scheme)
-    if site.kind == "lookup":
-        return LowRankEmbedding.from_node(node)
-    return LowRankLinear.from_node(node, site.layer.bias)
 
 
 def _ranks(
@@ -192,56 +181,6 @@ def _row(
     error = math.sqrt(squares[..., rank:].sum() / max(squares.sum(), np.finfo(float).tiny))
     after = parameter_count(shape, rank if form == "pair" else (rank, rank))
     return LayerFactors(path, shape, rank, before, after, error, None)
-
-
-def _refusals(model: PyTree, sites: dict[str, Site], *, named: bool) -> dict[str, str]:
-    """Why some of the sites cannot be factorized; an error for those that are named."""
-    tied, inside = _tied(model), tuple(f"{p}." if p else "" for p in reweighted(model))
-    reasons = {}
-    for path, site in sites.items():
-        reason = _refusal(site, tied, path.startswith(inside) if inside else False)
-        if reason is not None:
-            reasons[path] = reason
-    if named and reasons:
-        path, reason = next(iter(reasons.items()))
-        raise ValueError(
-            f"{path or 'the root'} cannot be factorized: {reason}. Leave it out with "
-            "where=."
-        )
-    return reasons
-
-
-def _refusal(site: Site, tied: set[int], inside: bool) -> str | None:
-    name = type(site.layer).__name__
-    if site.kind not in ("linear", "conv", "lookup"):
-        return "it is an array, and how it is used is not known"
-    if inside:
-        return "it is inside of a layer that computes another weight out of its own"
-    if site.is_quantized:
-        return "its weight is quantized"
-    if type(site.layer) not in _STOCK:
-        return f"{name} may do more than multiply by its weight"
-    if not eqx.is_array(site.layer.weight) or id(site.layer.weight) in tied:
-        return "its weight is tied to another layer"
-    try:
-        site.check()
-    except ValueError as error:
-        return str(error).rstrip(".")
-    if "scalar" in (getattr(site.layer, n, 0) for n in ("in_features", "out_features")):
-        return "it has one input or one output"
-    return None
-
-
-_CONVS = (eqx.nn.Conv, eqx.nn.Conv1d, eqx.nn.Conv2d, eqx.nn.Conv3d)
-_STOCK = (eqx.nn.Linear, eqx.nn.Embedding, *_CONVS)
-
-
-def _tied(model: PyTree) -> set[int]:
-    """The arrays that ``eqx.nn.Shared`` hands to a second place."""
-    is_shared = lambda x: isinstance(x, eqx.nn.Shared)
-    shared = filter(is_shared, jax.tree.leaves(model, is_leaf=is_shared))
-    handed = [node.get(node.pytree) for node in shared]
-    return {id(x) for x in jax.tree.leaves(handed)}
 
 
 def _size(tree: PyTree) -> int:

@@ -12,6 +12,8 @@ class LayerFactors(NamedTuple):
         after: how many it has.
         error: ``‖W − W'‖ / ‖W‖``, over a stack as a whole.
         kept_dense: why it stayed dense, or ``None``.
+        output_error: the same of what the layer gives, over the inputs that were seen, or
+            ``None`` where there were none.
     """
 
     path: str
@@ -21,6 +23,7 @@ class LayerFactors(NamedTuple):
     after: int
     error: float
     kept_dense: str | None
+    output_error: float | None = None
 
 
 class FactorReport(NamedTuple):
@@ -43,14 +46,17 @@ class FactorReport(NamedTuple):
 
     def __str__(self) -> str:
         width = max([5, *(len(row.path) for row in self.layers)])
+        of_outputs = any(row.output_error is not None for row in self.layers)
         head = f"{'layer':<{width}}  {'shape':>18}  {'rank':>5}  {'before':>12}"
-        lines = [f"{head}  {'after':>12}  {'error':>8}"]
-        lines += [
-            f"{row.path:<{width}}  {row.shape!s:>18}  {row.rank or 'dense':>5}  "
-            f"{row.before:>12,}  {row.after:>12,}  {row.error:>8.2e}"
-            + ("" if row.kept_dense is None else f"  {row.kept_dense}")
-            for row in self.layers
-        ]
+        last = f"  {'of outputs':>10}" if of_outputs else ""
+        lines = [f"{head}  {'after':>12}  {'error':>8}{last}"]
+        for row in self.layers:
+            line = f"{row.path:<{width}}  {row.shape!s:>18}  {row.rank or 'dense':>5}  "
+            line += f"{row.before:>12,}  {row.after:>12,}  {row.error:>8.2e}"
+            if of_outputs:
+                error = "" if row.output_error is None else f"{row.output_error:.2e}"
+                line += f"  {error:>10}"
+            lines.append(line if row.kept_dense is None else f"{line}  {row.kept_dense}")
         total = f"{'model':<{width}}  {'':>18}  {'':>5}  {self.before:>12,}"
         lines.append(f"{total}  {self.after:>12,}  ({self.ratio:.3f} of its numbers)")
         return "\n".join(lines)

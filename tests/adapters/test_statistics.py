@@ -147,6 +147,29 @@ def test_patches_of_a_convolution(getkey):
     assert_close(got.energy, jnp.asarray(np.sum(rows**2)), condition=10)
 
 
+def test_the_sensitivity_is_that_of_the_output(getkey):
+    """Of one output for each input the signs cancel: Σ g gᵀ of its own gradients."""
+    first = eqx.nn.Conv1d(2, 3, 2, key=getkey())
+    model = {"conv": first, "head": eqx.nn.Linear(12, 1, key=getkey())}
+    rest = lambda head, y: head(jnp.tanh(y).reshape(-1))
+    run = lambda model, x: rest(model["head"], model["conv"](x))
+    batches = jr.normal(getkey(), (2, 7, 2, 5))
+    found = room.activation_statistics(
+        lambda model, x: jax.vmap(lambda x: run(model, x))(x),
+        model,
+        batches,
+        where=["conv", "head"],
+        sensitivity=True,
+        key=getkey(),
+    )
+    x = batches.reshape(14, 2, 5)
+    slope = jax.grad(lambda y: rest(model["head"], y)[0])
+    g = jax.vmap(slope)(jax.vmap(first)(x))
+    want = jnp.einsum("bmp,bnp->mn", g, g)
+    assert_close(found["conv"].sensitivity, want, condition=100)
+    assert_close(found["head"].sensitivity, jnp.full((1, 1), 14.0), condition=10)
+
+
 def test_batches_that_a_mesh_shards(getkey):
     """Explicit meshes give the sum over all; in ``shard_map`` that is left to ``psum``."""
     layer, x = eqx.nn.Linear(6, 3, key=getkey()), jr.normal(getkey(), (16, 6))

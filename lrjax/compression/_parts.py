@@ -1,0 +1,135 @@
+"""The matrices of a layer, what is known of their inputs, and what factors make of them."""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .._sites import InputStatistic, Site
+from ..linalg import nonzero, times
+from ..lowrank import LowRank, parameter_count
+from ..nn import LayerFactors, replace_weight
+from .weighted_factors import WeightedFactors, weighted_factors
+
+
+Method = Literal["svd", "inputs", "covariance", "projections", "sensitivity"]
+
+
+class Cut(NamedTuple):
+    """How many terms a layer keeps, and on how many directions of its inputs."""
+
+    rank: int
+    inputs: int | None = None
+
+
+class Part(NamedTuple):
+    """The matrices of a layer ``(*b, m, n)``, and what is known of its inputs."""
+
+    matrix: Array
+    inputs: Array  # the second moment, or its diagonal
+    mean: Array | None  # of the inputs, where the bias takes the error that they share
+    factors: WeightedFactors
+    importance: Array  # (*b,), of squared errors of these matrices beside those of others
+    has_bias: bool
+
+
+def averages(statistic: InputStatistic) -> tuple[Array, Array | None]:
+    """The second moment of the inputs, or its diagonal; and that of the gradients."""
+    over = lambda total: total / statistic.count[..., None, None]
+    inputs = statistic.mean() if statistic.image is None else over(statistic.image)
+    outputs = statistic.sensitivity
+    return inputs, None if outputs is None else over(outputs)
+
+
+def part_of(site: Site, statistic: InputStatistic, method: Method, damping: Any) -> Part:
+    """The factors of a layer at full width."""
+    matrix, count, mean = site.read(), statistic.count, statistic.mean()
+    inputs, outputs = averages(statistic)
+    if (groups := getattr(site.layer, "groups", 1)) > 1:
+        matrix = matrix.reshape(*site.stack, groups, -1, matrix.shape[-1])
+        inputs, mean, count = inputs[..., None, :, :], mean[..., None, :], count[..., None]
+        outputs = None if outputs is None else _diagonal_blocks(outputs, groups)
+    weight, weighing, lookup = matrix, inputs, statistic.image is None
+    if method == "covariance" and lookup:
+        # The covariance of one-hot inputs is no diagonal: the entries are centred instead.
+        weight = matrix - times(matrix, mean[..., None])
+    elif method == "covariance":
+        weighing = inputs - mean[..., :, None] * mean[..., None, :]
+    factors = weighted_factors(
+        weight,
+        None if method == "svd" else weighing,
+        outputs if method == "sensitivity" else None,
+        project_inputs=method == "projections" and not lookup,
+        damping=damping,
+    )
+    energy = jnp.sum(factors.values**2, axis=-1)
+    importance = count if method == "sensitivity" else 1 / nonzero(energy)
+    importance = jnp.broadcast_to(importance, energy.shape)
+    mean = mean if method == "covariance" else None
+    return Part(matrix, inputs, mean, factors, importance, site.bias is not None)
+
+
+def _diagonal_blocks(x: Array, groups: int) -> Array:
+    """``(*b, m, m)`` to ``(*b, groups, m / groups, m / groups)``."""
+    size = x.shape[-1] // groups
+    blocks = x.reshape(*x.shape[:-2], groups, size, groups, size)
+    return jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
+
+
+def row_of(
+    site: Site, part: Part | None, cut: Cut | None, reason: str | None
+) -> tuple[LayerFactors, LowRank | None]:
+    """The line of a layer in the report, and its factors if they are worth it."""
+    if part is None:
+        size, shape = site.layer.weight.size, site.struct.shape
+        return LayerFactors(site.path, shape, None, size, size, 0.0, reason), None
+    shape, before = part.matrix.shape, math.prod(part.matrix.shape)
+    dense = LayerFactors(site.path, shape, None, before, before, 0.0, None, 0.0)
+    if cut is None:
+        return dense._replace(kept_dense="the budget has room for it as it is"), None
+    pair = part.factors.cut(cut.rank, cut.inputs)
+    after = parameter_count(shape, pair.rank)
+    if after >= before:
+        reason = f"factors of rank {pair.rank} would have no fewer numbers"
+        return dense._replace(kept_dense=reason), None
+    errors = {"error": _error(part, pair), "output_error": _output_error(part, pair)}
+    return dense._replace(rank=pair.rank, after=after, **errors), pair
+
+
+def _error(part: Part, pair: LowRank) -> float:
+    """``‖W − X‖ / ‖W‖``."""
+    size = lambda x: float(jnp.sum(x**2))
+    whole = size(part.matrix)
+    return math.sqrt(size(part.matrix - pair.materialize()) / whole) if whole else 0.0
+
+
+def _output_error(part: Part, pair: LowRank) -> float:
+    """The root of the mean square of ``(W − X) x − shift`` over that of ``W x``."""
+    error = part.matrix - pair.materialize()
+    left = _mean_square(error, part.inputs)
+    if part.mean is not None:
+        left = left - jnp.sum(times(error, part.mean[..., None]) ** 2, axis=(-2, -1))
+    whole = float(jnp.sum(_mean_square(part.matrix, part.inputs)))
+    return math.sqrt(max(float(jnp.sum(left)), 0.0) / whole) if whole else 0.0
+
+
+def _mean_square(x: Array, inputs: Array) -> Array:
+    """``tr(X C Xᵀ)``."""
+    weighed = x * inputs[..., None, :] if inputs.ndim < x.ndim else times(x, inputs)
+    return jnp.sum(weighed * x, axis=(-2, -1))
+
+
+def replaced(site: Site, part: Part, pair: LowRank) -> Any:
+    """The layer of these factors, in the place of the one of the site."""
+    bias = site.bias
+    if part.mean is not None:
+        error = part.matrix - pair.materialize()
+        shift = times(error, part.mean[..., None]).reshape(*site.stack, site.shape[0])
+        dtype = site.dtype if bias is None else bias.dtype
+        trailing = (1,) * getattr(site.layer, "num_spatial_dims", 0)
+        shift = shift.reshape(*shift.shape, *trailing).astype(dtype)
+        bias = shift if bias is None else bias + shift
+    pair = jax.tree.map(lambda x: x.astype(site.dtype), pair)
+    return replace_weight(site.layer, pair.T if site.kind == "lookup" else pair, bias)
