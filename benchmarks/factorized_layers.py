@@ -116,7 +116,7 @@ def main():
             at_least=1,
         ),
     ]
-    write_results("factorised_layers", rows, bounds)
+    write_results("factorized_layers", rows, bounds)
 
 
 if __name__ == "__main__":
