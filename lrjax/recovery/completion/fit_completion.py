@@ -48,17 +48,20 @@ def fit_completion(
 
     Rows and columns have effects of their own, and the rest is of low rank:
 
-        x_ij = center + b_i + c_j + u_iᵀ v_j + noise of variance σ².
+        x_ij = center + b_i + c_j + u_iᵀ v_j + noise of variance σ_j².
 
     Everything is estimated that one usually has to tune. ``(u_i, b_i)`` are drawn from a
     Gaussian with mean μ and covariance S, ``(v_j, c_j)`` from another one. Given the
     columns, the posterior of a row is a ridge regression on ``w_j = (v_j, 1)``,
 
-        (u_i, b_i) = (Σ_j (w_j w_jᵀ + C) + σ² S⁻¹)⁻¹ (Σ_j (x_ij − c_j) w_j + σ² S⁻¹ μ),
+        (u_i, b_i) = (Σ_j λ_j (w_j w_jᵀ + C_j) + S⁻¹)⁻¹ (Σ_j λ_j (x_ij − c_j) w_j + S⁻¹ μ),
 
-    summed over the observed columns j of row i; C is the average posterior covariance
-    of the ``w_j`` (that with c_j goes into the sum, too). Then μ, S, σ² are estimated from
-    it, and rows and columns change places (mean-field variational Bayes). The ridge
+    ``λ_j = 1/σ_j²``, over the observed columns j of row i; C_j is the covariance of w_j
+    (that with c_j goes into the sum, too), of which ``λ_j C_j`` is averaged. Then μ, S are
+    estimated from it, and rows and columns change places (mean-field variational Bayes),
+    where the covariance of the rows is averaged over those that column j was observed in
+    if the table is small. Each column has noise of its own, drawn to that of the others; if
+    gross errors are reckoned with, all have the same. The ridge
     follows the noise: exactly low-rank data are fitted to rounding error, noisy ones are
     shrunk as they should, and so are effects that there are not. Directions that the
     data do not support fade out: so the rank is found. A fit of ``a X + c`` is ``a`` times

@@ -71,12 +71,14 @@ class Slab(NamedTuple):
             nothing is observed.
         values: ``(rows, width)``, zero where nothing is observed.
         seen: ``(rows, width)``, which entries there are.
+        cols: ``(rows, width)``, their columns.
         index: the number of the slab.
     """
 
     vectors: Float[Array, "rows width r"]
     values: Float[Array, "rows width"]
     seen: Bool[Array, "rows width"]
+    cols: Int[Array, "rows width"]
     index: Int[Array, ""]
 
 
@@ -126,13 +128,15 @@ def scan_rows(
     vectors: Float[Array, "n r"],
     *,
     width: int | None = None,
+    scale: Float[Array, " n"] | None = None,
 ) -> tuple[T, Array]:
     """Call ``work(carry, block) -> (carry, (rows, k))`` on every block of rows.
 
     Needs the memory of one block: ``rows × slab × r`` numbers, whatever the number of
     entries, and whatever ``work`` makes of them.
 
-    ``width`` is the number of entries of each row in a slab.
+    ``width`` is the number of entries of each row in a slab; the values of each column are
+    multiplied by its ``scale``.
 
     Returns:
         The last carry, and what was made of each row, in the order of the matrix.
@@ -154,12 +158,16 @@ def scan_rows(
                 place = jnp.where(there, place, 0)
                 cols = entries.cols[place]
                 lot = lots(rows[:, None], cols)
+                values = entries.values[place]
+                if scale is not None:
+                    values *= scale[cols]
                 low, high = entries.window
                 seen = there & (lot >= low) & (lot < high)
                 slab = Slab(
                     jnp.where(seen[..., None], vectors[cols], 0),
-                    jnp.where(seen, entries.values[place], 0),
+                    jnp.where(seen, values, 0),
                     seen,
+                    cols,
                     index,
                 )
                 return body(carry, slab)

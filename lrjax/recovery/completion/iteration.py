@@ -21,13 +21,16 @@ from .normal_equations import contract
 
 
 POWER_STEPS = 3  # of the start
-FIRST_NOISE = 1e-3  # share of the variance: more would let weak directions fade at once
+FIRST_NOISE = 5e-2  # share of the variance: more would let weak directions fade at once
 FIRST_EFFECT = 0.1  # likewise, variance of the effects
 LEAST_EFFECT = 1e-14
+LEAST_NOISE = 1e-14
+POOLED = 5.0  # entries of average noise that each column counts beside its own
 CLIP = 3.0  # robust scales beyond which the start cuts values off
 HELD = 1000  # entries held out, about,
 LARGEST_SHARE = 0.1  # but at most this share
-SETTLED = 3e-3  # a step is small that is this share of how unsure the matrix is
+SETTLED = 2e-2  # a step is small that is this share of how unsure the matrix is
+SETTLED_ROBUST = 3e-3  # likewise: weights that change draw steps out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,8 @@ class State(NamedTuple):
     Attributes:
         left: the rows.
         right: the columns.
-        noise: the variance of the noise.
+        noise: ``(n,)``, the variance of the noise of each column.
+        pooled: its average over the observed entries.
         unsure: the variance of the matrix, on average over the observed entries.
         move: how far the last step moved the matrix, relative to its norm.
         settled: whether that is little.
@@ -79,7 +83,8 @@ class State(NamedTuple):
 
     left: Side
     right: Side
-    noise: Float[Array, ""]
+    noise: Float[Array, " n"]
+    pooled: Float[Array, ""]
     unsure: Float[Array, ""]
     move: Float[Array, ""]
     settled: Bool[Array, ""]
@@ -126,7 +131,8 @@ def joined(
     # The constant has no spread.
     at = jnp.asarray([*range(d), *range(d + effect, d + effect + known)])
     width = d + effect + known
-    spread = jnp.zeros((width, width), sizes.dtype).at[at[:, None], at].set(other.spread)
+    spread = jnp.zeros((len(other.spread), width, width), sizes.dtype)
+    spread = spread.at[:, at[:, None], at].set(other.spread)
     return start, change, vectors, spread
 
 
@@ -153,20 +159,25 @@ def start(data: Data, model: Model) -> State:
     left = back_project(by_row, basis) / (share * math.sqrt(n))
     right = basis * math.sqrt(n)
 
-    def side(factor, prior, effect, features):
+    def side(factor, prior, effect, features, groups):
         factor = jnp.pad(factor, ((0, 0), (0, int(effect))))
         f = factor.shape[1]
         prior = jnp.pad(prior, (0, f - width)) + FIRST_EFFECT * _effect(f, width, dtype)
         mean = jnp.zeros((features.shape[1], f), dtype)
         precision = first_precision(features, f)
-        return Side(factor, factor, jnp.zeros((f, f), dtype), mean, prior, precision)
+        spread = jnp.zeros((groups, f, f), dtype)
+        return Side(factor, factor, spread, mean, prior, precision)
 
     one = jnp.eye(width, dtype=dtype)
+    prior = reduce(gram(left)) / total
+    # For each column its own, where these are not many more numbers than the data.
+    groups = n if n * (width + 1) ** 2 <= 2 * len(by_row.values) else 1
     return State(
-        side(left, reduce(gram(left)) / total, model.row_effects, data.row_features),
-        side(right, one, model.col_effects, data.col_features),
+        side(left, prior, model.row_effects, data.row_features, groups),
+        side(right, one, model.col_effects, data.col_features, 1),
         # The weights of robust fits need a noise that covers the error of the start.
-        jnp.full((), 1 if model.robust else FIRST_NOISE, dtype),
+        jnp.full(n, 1 if model.robust else FIRST_NOISE, dtype),
+        jnp.ones((), dtype),
         jnp.zeros((), dtype),
         jnp.full((), jnp.inf, dtype),
         jnp.array(False),
@@ -182,19 +193,32 @@ def iterate(
     by_row, by_col, row_features, col_features = data
 
     def step(state: State) -> State:
-        left, right, noise, _ = half(
+        left, right, found, sums = half(
             by_row,
             state.left,
             state.right,
-            state.noise,
+            jnp.ones(len(state.left.factor), state.noise.dtype),
+            lax.rsqrt(state.noise),
             row_features,
             model,
             reduce,
             identity,
         )
-        right, left, noise, unsure = half(
-            by_col, right, left, noise, col_features, turned, identity, reduce
+        # These squares are in units of the noise.
+        weight = jnp.maximum(jnp.sum(sums.weight), 1)
+        share = reduce(jnp.sum(found.squares)) / weight
+        noise = jnp.maximum(state.noise * share, LEAST_NOISE)
+        right, left, found, sums = half(
+            by_col, right, left, noise, None, col_features, turned, identity, reduce
         )
+        weight = jnp.maximum(sums.weight[0], 1)
+        unsure = sums.unsure / weight
+        pooled = jnp.sum(found.squares) / weight
+        if model.robust:  # a column's gross errors are not to pass for its noise
+            noise = jnp.full_like(noise, pooled)
+        else:
+            noise = (found.squares + POOLED * pooled) / (found.weight + POOLED)
+        noise = jnp.maximum(noise, LEAST_NOISE)
         ones = jnp.ones(left.factor.shape[1], noise.dtype)
         rows, row_change, cols, _ = joined(left, right, ones, model)
         ones = jnp.ones(right.factor.shape[1], noise.dtype)
@@ -207,9 +231,11 @@ def iterate(
         move = relative_step(factors, changes, reduce=reduce)
         places = reduce(jnp.asarray(len(rows), noise.dtype)) * len(cols)
         size = jnp.sum(reduce(gram(rows)) * gram(cols)) / places
-        little = move**2 * size <= SETTLED**2 * unsure
+        share = SETTLED_ROBUST if model.robust else SETTLED
+        little = move**2 * size <= share**2 * unsure
         settled = (move <= tol) | little
-        return State(left, right, noise, unsure, move, settled, state.taken + 1)
+        taken = state.taken + 1
+        return State(left, right, noise, pooled, unsure, move, settled, taken)
 
     def running(state: State) -> Array:
         return ~state.settled & (state.taken < limit)
@@ -218,29 +244,36 @@ def iterate(
     return lax.while_loop(running, step, state)
 
 
-def half(entries, this, other, noise, features, model, over_this, over_other):
-    """Regress one factor on the other and estimate its prior and the noise.
+def half(entries, this, other, noise, scale, features, model, over_this, over_other):
+    """Regress one factor on the other and estimate its prior.
 
-    ``over_this`` and ``over_other`` sum what was summed over rows of the two factors
-    over the devices that share them.
+    ``noise`` is that of each row of ``this``; with a ``scale`` of the others, theirs is the
+    unit that the regression is in. ``over_this`` and ``over_other`` sum what was summed
+    over rows of the two factors over the devices that share them.
     """
     d = model.width
     other_rows = over_other(jnp.asarray(len(other.factor), noise.dtype))
-    moment = over_other(gram(other.factor[:, :d])) / other_rows + other.spread[:d, :d]
+    scaled = other.factor[:, :d] if scale is None else scale[:, None] * other.factor[:, :d]
+    moment = over_other(gram(scaled)) / other_rows
+    moment += jnp.mean(other.spread[:, :d, :d], axis=0)
     this, other = whiten(this, other, moment)
     sizes = jnp.sqrt(jnp.diagonal(this.prior))
     start, _, vectors, spread = joined(this, other, sizes, model)
-    factor, real, sums = regress(
+    vectors = vectors if scale is None else scale[:, None] * vectors
+    rows, sums = regress(
         entries,
         start,
         (features @ this.mean) / sizes[None, :],
         vectors,
         spread,
         noise,
-        weigh=student_weights(noise) if model.robust else None,
+        groups=len(this.spread),
+        scale=scale,
+        robust=model.robust,
         combine=over_other,
     )
     sums = jax.tree.map(over_this, sums)
+    factor, real = rows.factor, (rows.weight > 0).astype(noise.dtype)
     mean, precision = prior_mean(features, factor, real, this.precision, d, over_this)
     centered = real[:, None] * (factor - features @ mean)
     prior = over_this(gram(centered)) + sums.covariance
@@ -251,14 +284,13 @@ def half(entries, this, other, noise, features, model, over_this, over_other):
     prior = jnp.where(effect > 0, jnp.maximum(prior, LEAST_EFFECT), prior)
     factors = jnp.arange(f) < d
     prior = jnp.where(factors[:, None] == factors[None, :], prior, 0)
-    weight = jnp.maximum(sums.weight, 1)
-    spread = sums.spread / weight * jnp.outer(sizes, sizes)
-    noise = jnp.maximum(sums.squares / weight, jnp.finfo(prior.dtype).eps ** 2)
+    weight = jnp.maximum(sums.weight, 1)[:, None, None]
+    spread = sums.spread / weight * jnp.outer(sizes, sizes)[None]
     factor = factor * sizes[None, :]
     side = Side(
         factor, factor - this.factor, spread, mean * sizes[None, :], prior, precision
     )
-    return side, other, noise, sums.unsure / weight
+    return side, other, rows, sums
 
 
 def _effect(f: int, d: int, dtype) -> Array:
@@ -284,22 +316,28 @@ def held_out(data: Data, model: Model, state: State, window: Array) -> HeldOut:
     sizes = jnp.ones(state.left.factor.shape[1], state.noise.dtype)
     rows, _, vectors, _ = joined(state.left, state.right, sizes, model)
     padded = jnp.pad(rows, ((0, 1), (0, 0)))
-    weigh = student_weights(jnp.maximum(state.noise, jnp.finfo(rows.dtype).tiny))
+    # The last column carries the noise of each entry.
+    vectors = jnp.concatenate([vectors, state.noise[:, None]], axis=1)
 
     def work(sums, block):
         ours = padded[block.rows]
 
         def add(sums, slab):
-            e = slab.values - contract("bwr,br->bw", slab.vectors, ours)
-            w = weigh(e) if model.robust else jnp.ones_like(e)
+            noise = jnp.where(slab.seen, slab.vectors[..., -1], 1)
+            e = slab.values - contract("bwr,br->bw", slab.vectors[..., :-1], ours)
+            w = jnp.ones_like(e)
+            if model.robust:
+                w = student_weights(e * lax.rsqrt(noise))
             w = jnp.where(slab.seen, w, 0)
-            return sums[0] + jnp.sum(w * e * e), sums[1] + jnp.sum(w)
+            new = jnp.sum(w * e * e), jnp.sum(w * noise), jnp.sum(w)
+            return tuple(a + b for a, b in zip(sums, new, strict=True))
 
         return block.fold(add, sums), block.rows[:, None]
 
     zero = jnp.zeros((), rows.dtype)
     entries = data.by_row._replace(window=window)
-    sums, _ = scan_rows(work, (zero, zero), entries, vectors)
-    squares, weight = jax.tree.map(model.reduce, sums)
-    error = jnp.sqrt(squares / nonzero(weight))
-    return HeldOut(error, jnp.sqrt(state.noise + state.unsure), weight)
+    sums, _ = scan_rows(work, (zero, zero, zero), entries, vectors)
+    squares, noise, weight = jax.tree.map(model.reduce, sums)
+    share = 1 / nonzero(weight)
+    expected = jnp.sqrt(noise * share + state.unsure)
+    return HeldOut(jnp.sqrt(squares * share), expected, weight)

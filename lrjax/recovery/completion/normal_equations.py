@@ -43,6 +43,22 @@ def normal_equations(
     return block.fold(add, tuple(jnp.zeros(shape, start.dtype) for shape in shapes))
 
 
+def weights_by_column(
+    block: Block, start: Float[Array, "rows d"], weigh: Weigh | None, n: int
+) -> Float[Array, "rows n"]:
+    """The weights of all entries of a block, zero where there is none."""
+    rows = jnp.arange(len(start))[:, None]
+
+    def add(total, slab):
+        w = slab.seen.astype(start.dtype)
+        if weigh is not None:
+            e = slab.values - contract("bwr,br->bw", slab.vectors, start)
+            w = jnp.where(slab.seen, weigh(e), 0)
+        return total.at[rows, slab.cols].add(w, mode="drop")
+
+    return block.fold(add, jnp.zeros((len(start), n), start.dtype))
+
+
 def inverse_root(a: Float[Array, "rows d d"]) -> Float[Array, "rows d d"]:
     """``W`` with ``Wᵀ W = a⁻¹`` of positive semi-definite matrices, always finite.
 
