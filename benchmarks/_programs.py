@@ -23,9 +23,11 @@ import lrjax
 SIDE, RANK, BATCH = 256, 32, 64
 # The recipes of pairs of factors. All others are for matrices.
 OF_PAIRS = {
-    *("levenberg_marquardt", "lora_muon", "loro", "opsa", "prec_gd"),
+    *("levenberg_marquardt", "lora_muon", "loro", "maestro", "opsa", "prec_gd"),
     *("scaled_gd", "scaled_subgradient", "subgm"),
 }
+# And those of nodes whose bases move.
+OF_SVD_FORMS = {"cond_lr", "dlrt", "riemannian_sgd", "robust_dlrt"}
 # What CI compiles for a TPU: some of each kind.
 QUICK = (
     *("adam", "subspace_adam", "galore", "apollo", "dion", "soap", "mofasgd"),
@@ -94,6 +96,8 @@ def train_step(tx: optax.GradientTransformationExtraArgs, params) -> Program:
 
     def loss(params, x, y):
         matrix = params["layer"]
+        if isinstance(matrix, lrjax.SVDForm):
+            matrix = matrix.to_low_rank()
         if lrjax.is_low_rank(matrix):
             x, matrix = x @ matrix.left, matrix.right.T
         return jnp.mean((jnp.tanh(x @ matrix + params["bias"][None]) - y) ** 2)
@@ -120,6 +124,19 @@ def factored_layer(key: jax.Array) -> dict:
     """The same with the matrix in factors."""
     left, right = jr.normal(key, (2, SIDE, RANK)) / SIDE**0.5
     return {"layer": lrjax.LowRank(left, right), "bias": jnp.zeros(SIDE)}
+
+
+def svd_layer(key: jax.Array) -> dict:
+    """The same with orthonormal factors around a core."""
+    left, right = jnp.linalg.qr(jr.normal(key, (2, SIDE, RANK)))[0]
+    return {"layer": lrjax.SVDForm(left, jnp.eye(RANK), right), "bias": jnp.zeros(SIDE)}
+
+
+def start_of(name: str) -> Callable[[jax.Array], dict]:
+    """How the parameters of a recipe are made."""
+    if name in OF_SVD_FORMS:
+        return svd_layer
+    return factored_layer if name in OF_PAIRS else layer
 
 
 def update(tx: optax.GradientTransformation, shapes: dict, spec=None) -> Program:
@@ -199,7 +216,7 @@ def of_matrix(function: Callable, *shape: int) -> Program:
 def programs() -> dict[str, Program]:
     """All of them, by name."""
     steps = {
-        name: train_step(optimizer(name), factored_layer if name in OF_PAIRS else layer)
+        name: train_step(optimizer(name), start_of(name))
         for name in ("adam", "muon", *recipes())
     }
     linalg = lrjax.linalg

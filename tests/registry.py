@@ -31,8 +31,8 @@ class Entry:
         factory: the public function.
         arguments: how it is called here.
         numbers: names of arguments that may be tracers, with a second value each.
-        params: ``"pairs"``: a tree with LowRank nodes; ``"dense"``: a tree of matrices;
-            ``"stack"``: one stack of matrices.
+        params: ``"pairs"``: a tree with LowRank nodes; ``"svd"``: one with SVDForm nodes;
+            ``"dense"``: a tree of matrices; ``"stack"``: one stack of matrices.
         extra: whether ``update`` needs ``value`` and ``grad``.
         descends: whether it is an optimizer that lowers a loss by itself.
         gauge: under which change of factors, (L Q, R Q⁻ᵀ), the step of the product is
@@ -51,7 +51,7 @@ class Entry:
     factory: Callable[..., Any]
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     numbers: dict[str, float] = dataclasses.field(default_factory=dict)
-    params: Literal["pairs", "dense", "stack"] = "pairs"
+    params: Literal["pairs", "svd", "dense", "stack"] = "pairs"
     extra: bool = False
     descends: bool = False
     gauge: Literal["any", "orthogonal", "none"] = "none"
@@ -79,6 +79,13 @@ def pair_params(key, dtype=jnp.float32):
     }
 
 
+def svd_params(key, dtype=jnp.float32):
+    """The same tree with its pairs as SVDForm nodes."""
+    pairs = pair_params(key, dtype)
+    nodes = {name: lrjax.svd(pairs[name]) for name in ("pair", "stack")}
+    return {**pairs, **nodes}
+
+
 def dense_params(key, dtype=jnp.float32):
     """A tall and a wide matrix, a stack of three, a vector, and a leaf that is ``None``."""
     kt, kw, ks, kb = jr.split(key, 4)
@@ -100,15 +107,19 @@ def stack_params(key, dtype=jnp.float32):
     return {name: params[name] for name in ("stack", "bias", "none")}
 
 
-PARAMS = {"pairs": pair_params, "dense": dense_params, "stack": stack_params}
+PARAMS = {
+    "pairs": pair_params,
+    "svd": svd_params,
+    "dense": dense_params,
+    "stack": stack_params,
+}
 
 
 def loss(params):
     """A smooth loss of all numbers of a tree; zero-curvature directions included."""
+    is_node = lambda x: isinstance(x, lrjax.LowRank | lrjax.SVDForm)
     dense = jax.tree.map(
-        lambda x: x.materialize() if lrjax.is_low_rank(x) else x,
-        params,
-        is_leaf=lrjax.is_low_rank,
+        lambda x: x.materialize() if is_node(x) else x, params, is_leaf=is_node
     )
     leaves = jax.tree.leaves(dense)
     return sum(jnp.mean((x.astype(jnp.float32) - 0.5) ** 2) for x in leaves)
@@ -221,6 +232,29 @@ TRANSFORMS: dict[str, Entry] = {
         {"fraction": 0.2, "b1": 0.5},
         stacks=False,
         couples=True,
+    ),
+    "dynamical_low_rank": Entry(
+        lrjax.dynamical_low_rank,
+        {"inner": optax.adam(0.1), "tol": 0.1},
+        {"tol": 0.4},
+        params="svd",
+        static=("inner",),
+    ),
+    "dynamical_low_rank(augmented)": Entry(
+        lrjax.dynamical_low_rank,
+        {"inner": optax.sgd(0.1, 0.9), "tol": 0.1, "method": "augmented", "every": 2},
+        {"tol": 0.4},
+        params="svd",
+        static=("inner",),
+    ),
+    "riemannian": Entry(
+        lrjax.riemannian,
+        {"inner": optax.sgd(0.1, 0.9)},
+        params="svd",
+        static=("inner",),
+    ),
+    "add_condition_penalty": Entry(
+        lrjax.add_condition_penalty, {"strength": 0.1}, {"strength": 0.3}, params="svd"
     ),
     "shrink": Entry(lrjax.shrink, {"threshold": 0.1}, {"threshold": 0.3}, params="dense"),
     "shrink_singular_values": Entry(
@@ -496,6 +530,42 @@ RECIPES: dict[str, Entry] = {
         descends=True,
         composed_of=("add_hierarchical_lasso", "prune_columns"),
         drop_in={"learning_rate": 1e-3},
+    ),
+    "dlrt": Entry(
+        lrjax.dlrt,
+        {"learning_rate": 0.1, "tol": 0.1},
+        {"learning_rate": 0.02, "tol": 0.3},
+        params="svd",
+        descends=True,
+        composed_of=("dynamical_low_rank",),
+        drop_in={"learning_rate": 1e-2},
+    ),
+    "robust_dlrt": Entry(
+        lrjax.robust_dlrt,
+        {"learning_rate": 0.1, "tol": 0.1, "penalty": 0.01, "every": 5},
+        {"learning_rate": 0.02, "tol": 0.3, "penalty": 0.1},
+        params="svd",
+        descends=True,
+        composed_of=("add_condition_penalty", "dynamical_low_rank"),
+        drop_in={"learning_rate": 1e-2},
+    ),
+    "cond_lr": Entry(
+        lrjax.cond_lr,
+        {"learning_rate": 1.0, "condition": 10.0, "momentum": 0.3},
+        {"learning_rate": 0.5, "condition": 1.5, "momentum": 0.5},
+        params="svd",
+        descends=True,
+        composed_of=("dynamical_low_rank",),
+        drop_in={"learning_rate": 1e-3},
+    ),
+    "riemannian_sgd": Entry(
+        lrjax.riemannian_sgd,
+        {"learning_rate": 1.0, "momentum": 0.5},
+        {"learning_rate": 0.1, "momentum": 0.9},
+        params="svd",
+        descends=True,
+        composed_of=("riemannian",),
+        drop_in={"learning_rate": 1e-3, "momentum": 0.0},
     ),
     "opsa": Entry(
         lrjax.opsa,

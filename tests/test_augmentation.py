@@ -295,6 +295,38 @@ def test_sides_of_the_gradient_come_from_one_backward_pass(getkey, x64):
     assert_close(plain.left @ jnp.linalg.inv(s).T, g @ v, condition=1e3)
 
 
+@pytest.mark.parametrize("rank", [None, 3])
+def test_no_singular_value_is_too_small_for_the_sides_of_the_gradient(rank, getkey):
+    """``G V`` from ``G V Sᵀ`` in float32, where S spans twenty orders of magnitude."""
+    x = svd_form(getkey(), rank=rank, dtype=jnp.float32)
+    core = jnp.diag(jnp.array([1.0, 1e-7, 1e-14, 1e-20]))
+    x = lrjax.SVDForm(x.left, core, x.right, rank)
+    g = jr.normal(getkey(), (M, N))
+    grads = jax.grad(lambda y: jnp.sum(y.materialize() * g))(
+        lrjax.SVDForm(x.left, x.masked_core(), x.right)
+    )
+    got = project_to_tangent(x, grads)
+    want = project_to_tangent(x, lrjax.LowRank(g @ x.right, g.T @ x.left))
+    assert_close(got, want, condition=10)
+    # Columns whose singular value is zero move inside alone: with none at all, nowhere.
+    zero = lrjax.SVDForm(x.left, jnp.zeros_like(core), x.right, rank)
+    inside = lrjax.SVDForm(jnp.zeros_like(x.left), grads.core, jnp.zeros_like(x.right))
+    step = project_to_tangent(zero, inside)
+    dense = step.left @ x.right.T + x.left @ step.right.T
+    want = lrjax.SVDForm(x.left, grads.core, x.right, rank).materialize()
+    assert_close(dense, want, condition=10)
+
+
+def test_sides_of_the_gradient_from_any_core(getkey, x64):
+    x, g = svd_form(getkey()), jr.normal(getkey(), (M, N), jnp.float64)
+    values = jnp.array([3.0, 2.0, 1.0, 1e-3])
+    turn = lambda: jnp.linalg.qr(jr.normal(getkey(), (R, R), jnp.float64))[0]
+    x = lrjax.SVDForm(x.left, (turn() * values[None]) @ turn(), x.right)
+    grads = jax.grad(lambda y: jnp.sum(y.materialize() * g))(x)
+    want = project_to_tangent(x, lrjax.LowRank(g @ x.right, g.T @ x.left))
+    assert_close(project_to_tangent(x, grads), want, condition=1e5)
+
+
 def test_moments_follow_the_bases(getkey, x64):
     """``left m rightᵀ`` does not change when the bases do, as long as they span it."""
     x = svd_form(getkey(), rank=None)

@@ -1,10 +1,11 @@
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ._numerics import times, unit_columns, working_dtype
+from ._numerics import cross, times, unit_columns, working_dtype
 from .orthonormalize import orthonormalize
 
 
@@ -50,26 +51,41 @@ def extend_basis(
     dtype = working_dtype(basis.dtype)
     (n, w), s = basis.shape[-2:], directions.shape[-1]
     width = min(w + s if width is None else width, n)
-    columns = [basis.astype(dtype), unit_columns(directions.astype(dtype))]
-    both = lax.concatenate(columns, basis.ndim - 1)
+    old, new = basis.astype(dtype), unit_columns(directions.astype(dtype))
     if active is None and used is None:
-        both = both[..., :width]
+        put = lambda old, new: lax.concatenate([old, new], old.ndim - 1)[..., :width]
     else:
         full = lambda count: jnp.full(basis.shape[:-2], count, jnp.int32)
         active = full(w) if active is None else active
         used = full(s) if used is None else used
-        both = times(both, _packing(active, used, w, s, width).astype(dtype))
-    return orthonormalize(both, method=method).astype(basis.dtype)
+        put = lambda old, new: _packed(old, new, active, used)[..., :width]
+    if method == "cholesky" and w + s <= n:
+        # Half the width to decompose; what is not in use must not be projected off.
+        old = old if active is None else jnp.where(_before(active, old), old, 0)
+        old = _nearly_orthonormal(old)
+        both = put(old, orthonormalize(new, method=method, against=old))
+    else:
+        both = orthonormalize(put(old, new), method=method)
+    return both.astype(basis.dtype)
 
 
-def _packing(active: Array, used: Array, w: int, s: int, width: int) -> Array:
-    """Zeros and ones ``(*b, w + s, width)`` that bring the columns in use to the front.
+def _packed(
+    old: Array, new: Array, active: Int[Array, "*b"], used: Int[Array, "*b"]
+) -> Array:
+    """``[old[:, :active] | new[:, :used] | zeros]``, as wide as both together."""
+    place = lambda x, y, k: lax.dynamic_update_slice_in_dim(x, y, k, axis=1)
+    for _ in range(old.ndim - 2):
+        place = jax.vmap(place)
+    both = place(lax.concatenate([old, jnp.zeros_like(new)], old.ndim - 1), new, active)
+    return jnp.where(_before(active + used, both), both, 0)
 
-    A product keeps the rows of a sharded factor where they are.
-    """
-    active, used = active[..., None, None], used[..., None, None]
-    shape = (*active.shape[:-2], w + s, width)
-    old, new = (lax.broadcasted_iota(jnp.int32, shape, len(shape) - k) for k in (2, 1))
-    of_basis = (old == new) & (new < active)
-    of_directions = (old == new - active + w) & (new >= active) & (new < active + used)
-    return of_basis | of_directions
+
+def _before(count: Int[Array, "*b"], x: Array) -> Array:
+    """Which columns come before the one of this number."""
+    column = lax.broadcasted_iota(jnp.int32, (*x.shape[:-2], 1, x.shape[-1]), x.ndim - 1)
+    return column < count[..., None, None]
+
+
+def _nearly_orthonormal(x: Array) -> Array:
+    """``x (3 − xᵀx) / 2``: the error of orthonormal columns is squared."""
+    return 1.5 * x - 0.5 * times(x, cross(x, x))

@@ -36,7 +36,12 @@ from .inits import (
     orthogonal_init as orthogonal_init,
     small_init as small_init,
 )
-from .nodes import LowRank as LowRank, SVDForm as SVDForm, is_low_rank as is_low_rank
+from .nodes import (
+    LowRank as LowRank,
+    SVDForm as SVDForm,
+    is_low_rank as is_low_rank,
+    is_svd_form as is_svd_form,
+)
 from .prefix import (
     columns_in_use as columns_in_use,
     first_columns as first_columns,

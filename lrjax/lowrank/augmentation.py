@@ -20,12 +20,11 @@ def augment(
 ) -> SVDForm:
     """The same matrix in wider bases, which also span given directions.
 
-    ``[left | directions]`` is orthonormalized with fixed signs, so that the columns of an
-    orthonormal ``left`` stay as they are and the directions come after them; the core is
-    ``(L̂ᵀ left) core (R̂ᵀ right)ᵀ``. Columns in use are packed to the front first: one that
-    is not in use would otherwise get an arbitrary direction, into which the later ones
-    leak. A gradient step of the wider core, and a :func:`truncate`, is what every
-    integrator of the dynamical low-rank family does.
+    The columns of ``left`` stay as they are, and behind them comes an orthonormal basis of
+    what the directions have in their complement, signs fixed
+    (:func:`lrjax.linalg.extend_basis`); the core is ``(L̂ᵀ left) core (R̂ᵀ right)ᵀ``. Columns
+    in use are packed to the front. A gradient step of the wider core, and a
+    :func:`truncate`, is what every integrator of the dynamical low-rank family does.
 
     Args:
         x: ``(*batch, m, n)`` of width ``r``; columns that are not in use count for nothing.

@@ -290,3 +290,16 @@ def is_low_rank(x: Any) -> bool:
         1
     """
     return isinstance(x, LowRank)
+
+
+def is_svd_form(x: Any) -> bool:
+    """Whether ``x`` is an :class:`SVDForm` node, as :func:`is_low_rank`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lrjax
+        >>> eye = jnp.eye(2)
+        >>> tree = {"w": lrjax.SVDForm(eye, eye, eye)}
+        >>> len(jax.tree.leaves(tree, is_leaf=lrjax.lowrank.is_svd_form))
+        1
+    """
+    return isinstance(x, SVDForm)

@@ -16,7 +16,9 @@ from ..linalg import (
     nonzero,
     procrustes,
     product_svd,
+    svd,
     times,
+    working_dtype,
 )
 from .nodes import LowRank, SVDForm
 from .truncation import check_not_wider, diagonal_form
@@ -24,7 +26,7 @@ from .truncation import check_not_wider, diagonal_form
 
 def project_to_tangent(
     x: LowRank | SVDForm,
-    gradient: LowRank,
+    gradient: LowRank | SVDForm,
     damping: ArrayLike = 0.0,
     *,
     relative: bool = True,
@@ -39,11 +41,14 @@ def project_to_tangent(
     with the projections ``Π_l`` and ``Π_r`` on the columns of the two factors. So
     ``P_l rightᵀ + left P_rᵀ = Π_l G + G Π_r − Π_l G Π_r``, the projection of G onto the
     tangent space of the matrices of this rank. The factors of an :class:`SVDForm` are
-    orthonormal, so that there is nothing to invert and nothing to damp.
+    orthonormal, so that there is nothing to invert and nothing to damp; and as gradient it
+    also takes that of its three factors, ``G V Sᵀ``, ``Uᵀ G V`` and ``Gᵀ U S``, which
+    autodiff gives. ``S`` is divided out column by column, exactly where it is diagonal: no
+    singular value is too small but zero, whose columns only move inside.
 
     Args:
         x: the factors, ``(*batch, m, n)``; columns that are not in use count for nothing.
-        gradient: ``G_l`` and ``G_r``.
+        gradient: ``G_l`` and ``G_r``; or the gradient of the factors of an SVDForm.
         damping: added to the Gram matrices, see :func:`lrjax.linalg.inverse_gram`.
         relative: if True, ``damping`` multiplies their mean diagonal; if False it is
             absolute.
@@ -64,11 +69,7 @@ def project_to_tangent(
         arXiv 1209.3834.
     """
     if isinstance(x, SVDForm):
-        left, right = x.mask_columns(x.left), x.mask_columns(x.right)
-        return LowRank(
-            _half_outside(x.mask_columns(gradient.left), left),
-            _half_outside(x.mask_columns(gradient.right), right),
-        )
+        return _projected(x, gradient)
     left, right = inverse_grams(x.left, x.right, damping=damping, relative=relative)
     return LowRank(
         _half_projected(gradient.left, x.left, left, right),
@@ -83,9 +84,34 @@ def _half_projected(gradient: Array, factor: Array, own: Array, other: Array) ->
     return times(gradient - 0.5 * times(factor, inside), other)
 
 
-def _half_outside(gradient: Array, basis: Array) -> Array:
-    """``(I − ½ basis basisᵀ) gradient``."""
-    return gradient - 0.5 * times(basis, cross(basis, gradient.astype(basis.dtype)))
+def _projected(x: SVDForm, gradient: LowRank | SVDForm) -> LowRank:
+    """``(I − U Uᵀ) G V + ½ U (Uᵀ G V)``, and the same of the transpose."""
+    dtype = working_dtype(x.dtype)
+    u, v = (x.mask_columns(side).astype(dtype) for side in (x.left, x.right))
+    left = x.mask_columns(gradient.left).astype(dtype)
+    right = x.mask_columns(gradient.right).astype(dtype)
+    if isinstance(gradient, SVDForm):
+        core = lax.stop_gradient(x.masked_core().astype(dtype))
+        p, _, qt = svd(core)
+        # LAPACK lifts values below the rounding of the largest, also of a diagonal matrix.
+        values = jnp.sum(p * times(core, qt.mT), axis=-2)
+        left, right = _divided(left, p, values, qt), _divided(right, qt.mT, values, p.mT)
+        inner = SVDForm(u, gradient.core.astype(dtype), v, x.active).masked_core()
+        inner_left, inner_right = inner, inner.mT
+    else:
+        inner_left, inner_right = cross(u, left), cross(v, right)
+    half = lambda basis, side, inner: side + times(basis, 0.5 * inner - cross(basis, side))
+    return LowRank(half(u, left, inner_left), half(v, right, inner_right))
+
+
+def _divided(x: Array, p: Array, values: Array, qt: Array) -> Array:
+    """``x S⁻ᵀ`` of ``S = p diag(values) qt``; what is rounding alone becomes zero."""
+    turned = times(x, p)
+    size = lambda columns: jnp.max(jnp.abs(columns), axis=-2, keepdims=True)
+    noise = 4 * jnp.finfo(x.dtype).eps * times(size(x), jnp.abs(p))
+    values = values[..., None, :]
+    known = (size(turned) > noise) & (values != 0)
+    return times(turned * jnp.where(known, 1 / jnp.where(known, values, 1), 0), qt)
 
 
 def relative_step(

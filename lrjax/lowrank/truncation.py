@@ -85,15 +85,15 @@ def truncate(x, rank=None, *, tol=None, energy=None, budget=None):
         raise ValueError(f"rank must be between 1 and the width {width}, got {rank}.")
     if not given:
         return _balanced(factors_of("truncate", x), rank)
-    left, values, right = _triplets(x)
+    left, values, right = _triplets(x, rank)
     if budget is not None:
         most = jnp.asarray(budget) // (x.shape[-2] + x.shape[-1])
         active = jnp.clip(most.astype(jnp.int32), 1, rank)
     else:
         share = 1 - jnp.asarray(energy) if tol is None else jnp.square(tol)
         active = jnp.minimum(tail_rank(values, share), rank)
-    left, values, right = left[..., :rank], values[..., :rank], right[..., :rank]
-    return diagonal_form(TruncatedSVD(left, values, right), active, x.dtype)
+    triplets = TruncatedSVD(left, values[..., :rank], right)
+    return diagonal_form(triplets, active, x.dtype)
 
 
 def _balanced(x: LowRank, rank: int) -> LowRank:
@@ -106,16 +106,17 @@ def _balanced(x: LowRank, rank: int) -> LowRank:
     return LowRank((left * root).astype(x.dtype), (right * root).astype(x.dtype))
 
 
-def _triplets(x: Matrix) -> TruncatedSVD:
-    """All singular triplets; of an SVDForm those of its core alone are computed."""
-    if isinstance(x, SVDForm):
-        core = x.masked_core().astype(working_dtype(x.dtype))
-        u, values, vt = svd(lax.stop_gradient(core))
-        turned = lambda side, turn: times(side.astype(turn.dtype), turn)
-        return TruncatedSVD(turned(x.left, u), values, turned(x.right, vt.mT))
-    x = factors_of("truncate", x)
-    check_not_wider("truncate", x)
-    return product_svd(x.left, None, x.right, x.rank, method="qr")
+def _triplets(x: Matrix, rank: int) -> TruncatedSVD:
+    """The leading singular vectors and all values; of an SVDForm from its core alone."""
+    if not isinstance(x, SVDForm):
+        x = factors_of("truncate", x)
+        check_not_wider("truncate", x)
+        left, values, right = product_svd(x.left, None, x.right, x.rank, method="qr")
+        return TruncatedSVD(left[..., :rank], values, right[..., :rank])
+    core = x.masked_core().astype(working_dtype(x.dtype))
+    u, values, vt = svd(lax.stop_gradient(core))
+    turned = lambda side, turn: times(side.astype(turn.dtype), turn[..., :rank])
+    return TruncatedSVD(turned(x.left, u), values, turned(x.right, vt.mT))
 
 
 def tail_rank(values: Float[Array, "*b k"], share: ArrayLike) -> Int[Array, "*b"]:

@@ -3,9 +3,11 @@
 from .adam_sn import adam_sn as adam_sn
 from .apollo import apollo as apollo
 from .coap import coap as coap
+from .cond_lr import cond_lr as cond_lr
 from .dion import dion as dion
 from .dion2 import dion2 as dion2
 from .dion3 import dion3 as dion3
+from .dlrt import dlrt as dlrt
 from .fira import fira as fira
 from .flora import flora as flora
 from .frugal import frugal as frugal
@@ -30,6 +32,8 @@ from .proximal_gradient import proximal_gradient as proximal_gradient
 from .psgd import psgd as psgd
 from .psgd_kron import psgd_kron as psgd_kron
 from .q_galore import q_galore as q_galore
+from .riemannian_sgd import riemannian_sgd as riemannian_sgd
+from .robust_dlrt import robust_dlrt as robust_dlrt
 from .sara import sara as sara
 from .scaled_gd import scaled_gd as scaled_gd
 from .scaled_subgradient import scaled_subgradient as scaled_subgradient

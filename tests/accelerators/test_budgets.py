@@ -52,8 +52,9 @@ def test_every_program_has_a_budget_and_every_budget_a_program(target):
 def test_every_recipe_has_a_program():
     assert {*_programs.recipes()} <= {*PROGRAMS}
     assert {*_programs.QUICK} <= {*PROGRAMS}
-    pairs = {name.split("(")[0] for name, e in RECIPES.items() if e.params == "pairs"}
-    assert pairs == _programs.OF_PAIRS
+    kinds = {"pairs": _programs.OF_PAIRS, "svd": _programs.OF_SVD_FORMS}
+    for kind, named in kinds.items():
+        assert named == {n.split("(")[0] for n, e in RECIPES.items() if e.params == kind}
 
 
 def measured(**changes):

@@ -119,7 +119,7 @@ OTHER_SHAPES = {"project_out", "Fixed"}
 dense = {
     name: entry
     for name, entry in {**ENTRIES, **PLUGINS}.items()
-    if entry.params != "pairs" and name not in OTHER_SHAPES
+    if entry.params in ("dense", "stack") and name not in OTHER_SHAPES
 }
 
 
