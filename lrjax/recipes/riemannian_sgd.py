@@ -46,8 +46,8 @@ def riemannian_sgd(
 
     Reference:
         B. Vandereycken, "Low-rank matrix completion by Riemannian optimization" (2013),
-        arXiv 1209.3834. Special case: without momentum, parallel :func:`dlrt` with plain
-        steps at full width.
+        arXiv 1209.3834. Special case: without momentum, :func:`lrjax.dlrt` in parallel with
+        plain steps at full width.
     """
     plain = optax.chain(optax.trace(momentum), optax.scale_by_learning_rate(learning_rate))
     return riemannian(plain)

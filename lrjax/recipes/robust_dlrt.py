@@ -54,7 +54,7 @@ def robust_dlrt(
     Reference:
         S. Schotthöfer, H. L. Yang, S. Schnake, "Dynamical low-rank compression of neural
         networks with robustness under adversarial attacks" (2025), arXiv 2505.08022.
-        Special case: without a penalty, :func:`dlrt` with ``method="augmented"``.
+        Special case: without a penalty, :func:`lrjax.dlrt` with ``method="augmented"``.
     """
     plain = optax.chain(
         optax.scale_by_adam() if inner is None else inner,
