@@ -243,14 +243,14 @@ def fit_tensor_completion(
     """
     name = "fit_tensor_completion"
     data, known, widths, tol = _checked(name, tensor, mask, ranks, tol)
-    share = jnp.maximum(jnp.mean(known, dtype=data.dtype), 1 / known.size)
+    share = _share_of(known, data.dtype)
     unit = nonzero(norm(data) / jnp.sqrt(share * known.size))
     data = data / unit
     start = data / share
     scales, penalty = _first_levels(start, known)
 
     def run(seen: Array, last: Array) -> Path:
-        part = jnp.maximum(jnp.mean(seen, dtype=data.dtype), 1 / known.size)
+        part = _share_of(seen, data.dtype)
 
         def rule(low_rank, change, memory, penalty):
             gap = jnp.where(seen, data - low_rank, 0)
@@ -315,10 +315,15 @@ def _in_units(tensor: Array, mask: Array) -> tuple[Array, Array, Array]:
 def _first_levels(start: Array, mask: Array) -> tuple[Array, Array]:
     """The scales of the thresholds, and a penalty at which most is cut."""
     values, _ = unfolded_svd(start)
-    share = jnp.maximum(jnp.mean(mask, dtype=start.dtype), 1 / mask.size)
+    share = _share_of(mask, start.dtype)
     longer = jnp.array([max(n, start.size // n) for n in start.shape], start.dtype)
     scales = LEVEL * jnp.sqrt(share * longer)
     return scales, 1.25 * jnp.max(scales / nonzero(jnp.stack([v[0] for v in values])))
+
+
+def _share_of(mask: Array, dtype: Any) -> Array:
+    """The share of the entries that are observed, or of one if none is."""
+    return jnp.maximum(jnp.mean(mask, dtype=dtype), 1 / mask.size)
 
 
 def _two_turns(
