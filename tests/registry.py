@@ -144,6 +144,12 @@ def _prune_entries(fraction):
     return lrjax.prune_entries(optax.sgd(0.1), fraction)
 
 
+def _sample_directions(learning, warmup, key=None):
+    return lrjax.sample_directions(
+        learning, 1, period=2, refactor_every=4, warmup=warmup, key=key
+    )
+
+
 def _freeze_factors(fraction, b1):
     return lrjax.freeze_factors(optax.sgd(0.1), fraction, window=2, b1=b1)
 
@@ -225,6 +231,18 @@ TRANSFORMS: dict[str, Entry] = {
     "prune_columns": Entry(
         lrjax.prune_columns, {"threshold": 3.0, "period": 2}, {"threshold": 9.0}
     ),
+    "pull_to_low_rank": Entry(
+        lrjax.pull_to_low_rank,
+        {
+            "rank_weight": 1e-3,
+            "penalty": 0.1,
+            "penalty_growth": 1.5,
+            "period": 2,
+            "where": lambda path, shape: len(shape) >= 2,
+        },
+        {"rank_weight": 1e-2, "penalty": 0.3, "penalty_growth": 1.1},
+        params="dense",
+    ),
     "prune_entries": Entry(_prune_entries, {"fraction": 0.5}, {"fraction": 0.2}),
     "freeze_factors": Entry(
         _freeze_factors,
@@ -255,6 +273,12 @@ TRANSFORMS: dict[str, Entry] = {
     ),
     "add_condition_penalty": Entry(
         lrjax.add_condition_penalty, {"strength": 0.1}, {"strength": 0.3}, params="svd"
+    ),
+    "sample_directions": Entry(
+        _sample_directions,
+        {"learning": 0.1, "warmup": 1.0},
+        {"learning": 0.02, "warmup": 3.0},
+        params="svd",
     ),
     "shrink": Entry(lrjax.shrink, {"threshold": 0.1}, {"threshold": 0.3}, params="dense"),
     "shrink_singular_values": Entry(
@@ -566,6 +590,16 @@ RECIPES: dict[str, Entry] = {
         descends=True,
         composed_of=("riemannian",),
         drop_in={"learning_rate": 1e-3, "momentum": 0.0},
+    ),
+    "sst": Entry(
+        lrjax.sst,
+        {"learning_rate": 0.1, "rank": 1, "period": 4, "refactor_every": 8, "warmup": 1},
+        {"learning_rate": 0.02, "warmup": 2.0},
+        params="svd",
+        descends=True,
+        static=("rank",),
+        composed_of=("sample_directions",),
+        drop_in={"learning_rate": 1e-2},
     ),
     "opsa": Entry(
         lrjax.opsa,

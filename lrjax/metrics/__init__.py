@@ -4,6 +4,7 @@ from .alignment import misalignment as misalignment
 from .balance import balance_drift as balance_drift, imbalance as imbalance
 from .hessian import HessianOverlap as HessianOverlap, hessian_overlap as hessian_overlap
 from .intruders import intruder_dimensions as intruder_dimensions
+from .latent_volume import latent_volume as latent_volume
 from .local_rank import local_rank as local_rank
 from .memory_report import (
     LeafMemory as LeafMemory,
@@ -25,3 +26,4 @@ from .rank import (
     singular_values as singular_values,
     stable_rank as stable_rank,
 )
+from .settled_ranks import SettledRanks as SettledRanks

@@ -39,6 +39,7 @@ from .scaled_gd import scaled_gd as scaled_gd
 from .scaled_subgradient import scaled_subgradient as scaled_subgradient
 from .snsm import snsm as snsm
 from .soap import soap as soap
+from .sst import sst as sst
 from .subgm import subgm as subgm
 from .subspace_adam import subspace_adam as subspace_adam
 from .subtrack import subtrack as subtrack

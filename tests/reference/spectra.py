@@ -71,3 +71,34 @@ def maestro(u, v, target, widths, *, rate, strength, threshold, period):
             rank = max(sum(tail >= threshold for tail in tails), 1)
             u, v, mu, mv = (x[:, :rank] for x in (u, v, mu, mv))
         yield u, v
+
+
+def learning_compression(
+    w, grad, *, rate, rank_weight, penalty, penalty_growth, period, steps
+):
+    """Idelbayev and Carreira-Perpiñán (2020): weights, and their compressed copies."""
+    multiplier, mu = np.zeros_like(w), penalty
+    for t in range(steps):
+        if t % period == 0:
+            u, s, vt = np.linalg.svd(w - multiplier / mu, full_matrices=False)
+            cost = [
+                rank_weight * r * sum(w.shape) + mu / 2 * np.sum(s[r:] ** 2)
+                for r in range(len(s) + 1)
+            ]
+            r = int(np.argmin(cost))
+            copy = (u[:, :r] * s[:r]) @ vt[:r]
+            if t > 0:
+                multiplier = multiplier - mu * (w - copy)
+                mu = mu * penalty_growth
+        w = w - rate * (grad(w) + mu * (w - copy) - multiplier)
+        yield w
+
+
+def spectral_step(u, s, v, g, chosen, rate):
+    """A step of Zhao et al. (2024) along plain gradients, column by column."""
+    u, s, v = u.copy(), s.copy(), v.copy()
+    values = [s[i] - rate * u[:, i] @ g @ v[:, i] for i in range(len(s))]
+    for i in chosen:
+        left, right = u[:, i] - rate * g @ v[:, i], v[:, i] - rate * g.T @ u[:, i]
+        u[:, i], v[:, i] = left / np.linalg.norm(left), right / np.linalg.norm(right)
+    return u, np.maximum(values, 0), v

@@ -175,3 +175,53 @@ def test_the_penalized_rank_is_the_best_of_all(getkey, x64):
     cost = np.stack([0.1 * r * 12 + square[:, r:].sum(-1) / 2 for r in range(6)], axis=-1)
     assert got.tolist() == cost.argmin(-1).tolist()
     assert len(set(got.tolist())) > 2
+
+
+def test_weights_and_ranks_are_those_of_learning_compression(getkey, x64):
+    settings = {"rank_weight": 0.02, "penalty": 0.3, "penalty_growth": 1.4, "period": 4}
+    target = with_spectrum(getkey(), 6, 5, [3.0, 1.5, 0.5, 0.4, 0.3], jnp.float64)
+    w = target + jr.normal(getkey(), (6, 5), jnp.float64) / 10
+    tx = optax.chain(lrjax.pull_to_low_rank(where=every_matrix, **settings), optax.sgd(0.1))
+
+    @jax.jit
+    def path(w):
+        def step(carry, _):
+            w, state = carry
+            updates, state = tx.update(w - target, state, w)
+            w = optax.apply_updates(w, updates)
+            return (w, state), w
+
+        return jax.lax.scan(step, (w, tx.init(w)), length=24)[1]
+
+    grad = lambda w: w - np.asarray(target)
+    want = reference.learning_compression(
+        np.asarray(w), grad, rate=0.1, steps=24, **settings
+    )
+    # The state counts in float32, as the penalty does.
+    assert_close(path(w), np.stack(list(want)), rtol=1e-5)
+
+
+def test_weights_end_in_their_copies_and_at_the_hard_threshold(getkey, x64):
+    """Of ½‖W − T‖² + C(rank): values with σ² > 2 C per rank stay, the others go."""
+    target = with_spectrum(getkey(), 6, 5, [3.0, 2.0, 1.0, 0.5, 0.2], jnp.float64)
+    pull = lrjax.pull_to_low_rank(
+        0.125, penalty=0.1, penalty_growth=1.2, period=10, where=every_matrix
+    )
+    rate = lambda t: 1 / (1 + 0.3 * 1.2 ** (t / 10))  # below one over the curvature
+    tx = optax.chain(pull, optax.scale_by_learning_rate(rate))
+
+    @jax.jit
+    def trained(w):
+        def step(carry, _):
+            w, state = carry
+            updates, state = tx.update(w - target, state, w)
+            return (optax.apply_updates(w, updates), state), None
+
+        return jax.lax.scan(step, (w, tx.init(w)), length=400)[0]
+
+    w, (state, _) = trained(target)
+    assert relative_error(w, state.target) < 1e-3
+    u, s, vt = np.linalg.svd(np.asarray(target))
+    kept = s**2 > 2 * 0.125 * 11
+    assert kept.sum() == 2
+    assert relative_error(w, (u[:, :2] * s[:2]) @ vt[:2]) < 1e-2

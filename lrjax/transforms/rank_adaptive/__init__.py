@@ -18,7 +18,15 @@ from .prune_entries import (
     PruneEntriesState as PruneEntriesState,
     prune_entries as prune_entries,
 )
+from .pull_to_low_rank import (
+    PullToLowRankState as PullToLowRankState,
+    pull_to_low_rank as pull_to_low_rank,
+)
 from .riemannian import riemannian as riemannian
+from .sample_directions import (
+    SampleDirectionsState as SampleDirectionsState,
+    sample_directions as sample_directions,
+)
 from .sample_prefix import sample_prefix as sample_prefix
 from .sensitivity import Sensitivity as Sensitivity, cubic_schedule as cubic_schedule
 from .shrink import shrink as shrink

@@ -43,17 +43,16 @@ def on_matrices(
             views = (leaf.view(y) for y in (x, *others))
             return (leaf.restore(f(*views), x).astype(x.dtype),)
 
-        dense = map(_without_nodes, (tree, *rest))
+        dense = map(without_nodes, (tree, *rest))
         (new,) = map_matrices("on_matrices", where, one, *dense, rest=_first, results=1)
-        put = lambda old, new: old if _is_node(old) else new
-        return jax.tree.map(put, tree, new, is_leaf=_is_node)
+        return put_beside_nodes(tree, new)
 
     return apply
 
 
 def check_chosen(function: str, params: PyTree, where: Where | None) -> None:
     """Refuse complex leaves, and a rule that chooses no dense leaf, or one no matrix."""
-    choose(function, _without_nodes(params), where)
+    choose(function, without_nodes(params), where)
 
 
 _NODES = (LowRank, SVDForm, TuckerForm)
@@ -63,9 +62,16 @@ def _is_node(x) -> bool:
     return isinstance(x, _NODES)
 
 
-def _without_nodes(tree: PyTree) -> PyTree:
+def without_nodes(tree: PyTree) -> PyTree:
+    """The tree with nothing in place of matrices that are held in factors."""
     hide = lambda x: None if _is_node(x) else x
     return jax.tree.map(hide, tree, is_leaf=_is_node)
+
+
+def put_beside_nodes(tree: PyTree, dense: PyTree) -> PyTree:
+    """The tree with other leaves beside the matrices that are held in factors."""
+    put = lambda old, new: old if _is_node(old) else new
+    return jax.tree.map(put, tree, dense, is_leaf=_is_node)
 
 
 def _first(x, *others):
