@@ -22,7 +22,7 @@ from .quantized import (
     is_quantized as is_quantized,
     register_quantized as register_quantized,
 )
-from .refusals import refusals as refusals
+from .refusals import in_factors as in_factors, refusals as refusals
 from .sites import (
     Site as Site,
     check_reweighted as check_reweighted,

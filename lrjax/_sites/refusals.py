@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
+from ..lowrank import LowRank, SVDForm
 from .sites import Site, reweighted
 
 
@@ -24,6 +25,11 @@ def refusals(model: PyTree, sites: dict[str, Site], *, named: bool) -> dict[str,
     return reasons
 
 
+def in_factors(site: Site) -> bool:
+    """Whether the weight of a layer is a node."""
+    return isinstance(getattr(site.layer, "weight", None), LowRank | SVDForm)
+
+
 def _refusal(site: Site, tied: set[int], inside: bool) -> str | None:
     name = type(site.layer).__name__
     if site.kind not in ("linear", "conv", "lookup"):
@@ -32,6 +38,8 @@ def _refusal(site: Site, tied: set[int], inside: bool) -> str | None:
         return "it is inside of a layer that computes another weight out of its own"
     if site.is_quantized:
         return "its weight is quantized"
+    if in_factors(site):
+        return "its weight is in factors already"
     if type(site.layer) not in _STOCK:
         return f"{name} may do more than multiply by its weight"
     if not eqx.is_array(site.layer.weight) or id(site.layer.weight) in tied:

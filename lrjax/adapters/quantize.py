@@ -22,6 +22,7 @@ from .._sites import (
     find_sites,
     flat_leaves,
     in_blocks,
+    in_factors,
     is_quantized,
     pick,
     reweighted,
@@ -152,7 +153,8 @@ def quantize(
     the quantized weights, and dense ones are not kept for the gradient.
 
     Weights of ``eqx.nn.Linear`` and ``Embedding`` and arrays of two axes or more are
-    quantized, in blocks along their last axis, stacked layers as well. An array that is no
+    quantized, in blocks along their last axis, stacked layers as well; those of
+    ``lrjax.nn`` stay as they are. An array that is no
     layer's has to be used by ``weight @ x`` or ``weight[i]``, or dequantized where it is
     used.
 
@@ -189,7 +191,8 @@ def quantize(
             f"quantize takes a format such as lrjax.adapters.NF4(), got the class "
             f"{format.__name__}: call it."
         )
-    sites = {p: s for p, s in find_sites(model).items() if s.kind != "vector"}
+    sites = find_sites(model).items()
+    sites = {p: s for p, s in sites if s.kind != "vector" and not in_factors(s)}
     picked = pick(sites, where)
     check_reweighted(reweighted(model), picked)
     leaves, treedef = flat_leaves(model)

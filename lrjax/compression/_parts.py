@@ -83,7 +83,8 @@ def row_of(
 ) -> tuple[LayerFactors, LowRank | None]:
     """The line of a layer in the report, and its factors if they are worth it."""
     if part is None:
-        size, shape = site.layer.weight.size, site.struct.shape
+        size = sum(x.size for x in jax.tree.leaves(site.layer.weight))
+        shape = site.struct.shape
         return LayerFactors(site.path, shape, None, size, size, 0.0, reason), None
     shape, before = part.matrix.shape, math.prod(part.matrix.shape)
     dense = LayerFactors(site.path, shape, None, before, before, 0.0, None, 0.0)

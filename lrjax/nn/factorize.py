@@ -167,7 +167,7 @@ def _row(
     """The line of a layer in the report; it decides whether factors are worth it."""
     path = site.path
     if part is None:
-        size = site.layer.weight.size
+        size = _size(site.layer.weight)
         return LayerFactors(path, site.struct.shape, None, size, size, 0.0, reason)
     shape = part.matrix.shape
     before = math.prod(shape)

@@ -3,6 +3,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._arguments import check_key
+from .._dense import frozen_dense
+from .._sites import LinearSite, register_layer
+from ..lowrank import SVDForm
 from ._weights import (
     Form,
     Node,
@@ -137,11 +140,37 @@ class LowRankLinear(eqx.Module):
 
     def to_dense(self) -> eqx.nn.Linear:
         """The same layer with its weight multiplied out."""
-        return made_of(
-            eqx.nn.Linear,
-            weight=self.weight.materialize(),
-            bias=self.bias,
-            in_features=self.in_features,
-            out_features=self.out_features,
-            use_bias=self.use_bias,
-        )
+        return _dense_layer(self.weight.materialize(), self.bias)
+
+
+@register_layer(LowRankLinear)
+class LowRankLinearSite(LinearSite):
+    """The site of a layer in factors, adapted as it is and merged into a dense one."""
+
+    def matrix(self):
+        """The weight, multiplied out."""
+        return self.layer.weight.materialize()
+
+    def put(self, matrix, bias):
+        """An ``eqx.nn.Linear``: with a change in it the weight has another rank."""
+        old, dtype = self.layer.bias, self.layer.weight.dtype
+        bias = bias if bias is None or old is None else bias.astype(old.dtype)
+        return _dense_layer(matrix.astype(dtype), bias)
+
+    def base(self, x):
+        """``left (rightᵀ x)``; the factors get no gradient."""
+        weight = self.layer.weight
+        pair = weight.to_low_rank() if isinstance(weight, SVDForm) else weight
+        return frozen_dense(frozen_dense(x, pair.right.mT), pair.left)
+
+
+def _dense_layer(weight: Array, bias: Array | None) -> eqx.nn.Linear:
+    rows, columns = weight.shape[-2:]
+    return made_of(
+        eqx.nn.Linear,
+        weight=weight,
+        bias=bias,
+        in_features=columns,
+        out_features=rows,
+        use_bias=bias is not None,
+    )
