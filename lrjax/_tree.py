@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ._matrices import check_real, path_name
-from .lowrank import LowRank, is_low_rank, is_svd_form
+from .lowrank import LowRank, is_low_rank
 
 
 def map_nodes(f: Callable, updates: PyTree, *rest: PyTree) -> PyTree:
@@ -54,17 +54,6 @@ def has_nodes(tree: PyTree) -> bool:
     """Whether a tree holds a LowRank node with factors that are not masked out."""
     nodes = filter(is_low_rank, jax.tree.leaves(tree, is_leaf=is_low_rank))
     return any(jax.tree.leaves(node) for node in nodes)
-
-
-def is_whole_svd_form(x: Any) -> bool:
-    """Whether ``x`` is an SVDForm whose factors are not masked out."""
-    parts = (x.left, x.core, x.right) if is_svd_form(x) else (None,)
-    return all(map(eqx.is_array_like, parts))
-
-
-def has_svd_forms(tree: PyTree) -> bool:
-    """Whether a tree holds an SVDForm whose factors are not masked out."""
-    return any(map(is_whole_svd_form, jax.tree.leaves(tree, is_leaf=is_svd_form)))
 
 
 def check_has_nodes(name: str, params: PyTree) -> None:

@@ -32,7 +32,8 @@ class Entry:
         arguments: how it is called here.
         numbers: names of arguments that may be tracers, with a second value each.
         params: ``"pairs"``: a tree with LowRank nodes; ``"svd"``: one with SVDForm nodes;
-            ``"dense"``: a tree of matrices; ``"stack"``: one stack of matrices.
+            ``"tucker"``: one with tensors in Tucker form; ``"dense"``: a tree of matrices;
+            ``"stack"``: one stack of matrices.
         extra: whether ``update`` needs ``value`` and ``grad``.
         descends: whether it is an optimizer that lowers a loss by itself.
         gauge: under which change of factors, (L Q, R Q⁻ᵀ), the step of the product is
@@ -51,7 +52,7 @@ class Entry:
     factory: Callable[..., Any]
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     numbers: dict[str, float] = dataclasses.field(default_factory=dict)
-    params: Literal["pairs", "svd", "dense", "stack"] = "pairs"
+    params: Literal["pairs", "svd", "tucker", "dense", "stack"] = "pairs"
     extra: bool = False
     descends: bool = False
     gauge: Literal["any", "orthogonal", "none"] = "none"
@@ -86,6 +87,18 @@ def svd_params(key, dtype=jnp.float32):
     return {**pairs, **nodes}
 
 
+def tucker_params(key, dtype=jnp.float32):
+    """A tensor in Tucker form, a stack of three, a vector, and a leaf that is ``None``."""
+    kp, ks, kb = jr.split(key, 3)
+    form = lambda x: lrjax.lowrank.higher_order_svd(x, (2, 2, 2))
+    return {
+        "tensor": form(jr.normal(kp, (5, 4, 3), dtype)),
+        "stack": jax.vmap(form)(jr.normal(ks, (3, 4, 3, 2), dtype)),
+        "bias": jr.normal(kb, (5,), dtype),
+        "none": None,
+    }
+
+
 def dense_params(key, dtype=jnp.float32):
     """A tall and a wide matrix, a stack of three, a vector, and a leaf that is ``None``."""
     kt, kw, ks, kb = jr.split(key, 4)
@@ -110,6 +123,7 @@ def stack_params(key, dtype=jnp.float32):
 PARAMS = {
     "pairs": pair_params,
     "svd": svd_params,
+    "tucker": tucker_params,
     "dense": dense_params,
     "stack": stack_params,
 }
@@ -117,7 +131,8 @@ PARAMS = {
 
 def loss(params):
     """A smooth loss of all numbers of a tree; zero-curvature directions included."""
-    is_node = lambda x: isinstance(x, lrjax.LowRank | lrjax.SVDForm)
+    nodes = lrjax.LowRank | lrjax.SVDForm | lrjax.lowrank.TuckerForm
+    is_node = lambda x: isinstance(x, nodes)
     dense = jax.tree.map(
         lambda x: x.materialize() if is_node(x) else x, params, is_leaf=is_node
     )
@@ -263,6 +278,13 @@ TRANSFORMS: dict[str, Entry] = {
         {"inner": optax.sgd(0.1, 0.9), "tol": 0.1, "method": "augmented", "every": 2},
         {"tol": 0.4},
         params="svd",
+        static=("inner",),
+    ),
+    "dynamical_low_rank(tensors)": Entry(
+        lrjax.dynamical_low_rank,
+        {"inner": optax.adam(0.1), "tol": 0.1},
+        {"tol": 0.4},
+        params="tucker",
         static=("inner",),
     ),
     "riemannian": Entry(

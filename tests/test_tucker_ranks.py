@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from lrjax.linalg import extend_basis
-from lrjax.lowrank import TuckerForm, higher_order_svd, tucker_augment, tucker_truncate
+from lrjax.lowrank import (
+    TuckerForm,
+    higher_order_svd,
+    tucker_augment,
+    tucker_tangent,
+    tucker_truncate,
+)
 from tests.helpers import all_finite, assert_close, relative_error, tol
 from tests.reference import tucker_training as reference
 
@@ -52,12 +58,12 @@ def train(x, target, rate, level):
     return tucker_truncate(moved, tol=level, widths=x.widths)
 
 
-def assert_orthonormal(factors):
-    for u in factors:
-        gram = np.swapaxes(u, -1, -2) @ np.asarray(u)
-        np.testing.assert_allclose(
-            gram, np.broadcast_to(np.eye(u.shape[-1]), gram.shape), atol=tol(u)
-        )
+def assert_orthonormal(x):
+    """The columns in use are; those behind them are zero or orthogonal to them."""
+    for u, rank in zip(x.factors, np.asarray(x.ranks), strict=True):
+        gram = np.asarray(u).T @ np.asarray(u)
+        want = np.diag(np.where(np.arange(len(gram)) < rank, 1, np.diag(gram)))
+        np.testing.assert_allclose(gram, want, atol=tol(u))
 
 
 def test_masked_columns_do_not_count(getkey):
@@ -79,7 +85,7 @@ def test_augmentation_keeps_the_value_and_holds_the_directions(getkey, ranks, x6
     wide = augment(x, directions)
     assert wide.widths == (5, 5, 4)
     assert_close(wide.materialize(), x.materialize())
-    assert_orthonormal(wide.factors)
+    assert_orthonormal(wide)
     used = x.widths if ranks is None else ranks
     for axis, (u, d) in enumerate(zip(wide.factors, directions, strict=True)):
         kept = np.asarray(d)[:, : used[axis]]
@@ -107,7 +113,7 @@ def test_bases_that_fill_the_space_stop_growing(getkey, x64):
     assert wide.widths == SHAPE
     assert wide.ranks.tolist() == [7, 6, 5]
     assert_close(wide.materialize(), x.materialize())
-    assert_orthonormal(wide.factors)
+    assert_orthonormal(wide)
 
 
 @pytest.mark.parametrize("kind", ["zero", "inside", "one column"])
@@ -121,7 +127,7 @@ def test_dependent_directions_give_a_basis_all_the_same(getkey, kind):
     if kind == "one column":
         directions = [d[:, :1] * jnp.ones((1, d.shape[1])) for d in directions]
     wide = augment(x, directions)
-    assert_orthonormal(wide.factors)
+    assert_orthonormal(wide)
     assert_close(wide.materialize(), x.materialize(), condition=10)
 
 
@@ -141,7 +147,7 @@ def test_sandwich_of_the_truncation(getkey, x64):
     for ranks in ((3, 2, 3), (1, 2, 2), (4, 4, 1)):
         small = truncate(x, ranks)
         assert small.widths == ranks
-        assert_orthonormal(small.factors)
+        assert_orthonormal(small)
         dense = np.asarray(x.materialize())
         tails = [
             np.sum(np.linalg.svd(reference.unfolded(dense, k), compute_uv=False)[r:] ** 2)
@@ -222,6 +228,23 @@ def test_masked_ranks_are_those_of_arrays_that_change_shape(getkey, x64):
     for k, (core, bases) in enumerate(others):
         got = jax.tree.map(lambda leaf, k=k: leaf[k], x).materialize()
         assert relative_error(got, reference.value(core, bases)) < 1e-11
+
+
+@pytest.mark.parametrize("ranks", [None, (2, 3, 2), (1, 1, 1)])
+def test_tangent_is_the_projection_on_the_derivatives(getkey, ranks, x64):
+    x = orthonormal_form(getkey(), ranks=ranks)
+    gradient = jr.normal(getkey(), SHAPE)
+
+    @jax.jit
+    def tangent(x):
+        of = lambda c, u: jnp.sum(TuckerForm(c, u, x.active).materialize() * gradient)
+        slope = TuckerForm(*jax.grad(of, (0, 1))(x.core, x.factors))
+        return tucker_tangent(x, slope)
+
+    got = tangent(x)
+    parts = cut(x) if ranks else (np.asarray(x.core), [np.asarray(u) for u in x.factors])
+    want = reference.tangent_projection(*parts, np.asarray(gradient))
+    assert_close(got.materialize(), want, condition=1e5)
 
 
 def test_zero_and_bfloat16(getkey):

@@ -70,3 +70,4 @@ from .tucker_ranks import (
     tucker_augment as tucker_augment,
     tucker_truncate as tucker_truncate,
 )
+from .tucker_tangent import tucker_tangent as tucker_tangent

@@ -7,6 +7,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ..linalg import cross, extend_basis, nonzero, outer, times
 from .nodes import SVDForm
+from .tucker import multiply_axes
 
 
 def augment(
@@ -166,12 +167,10 @@ def brand_update(
 
 
 def transport_core(
-    moment: Float[Array, "*batch r s"],
-    left: Float[Array, "*batch p r"],
-    right: Float[Array, "*batch q s"],
-    *,
+    moment: Float[Array, "*batch_and_ranks"],
+    *overlaps: Float[Array, "*batch _p _r"],
     squared: bool = False,
-) -> Float[Array, "*batch p q"]:
+) -> Float[Array, "*batch_and_new_ranks"]:
     """A moment of the gradient of a core, when the bases change.
 
     With the overlaps ``C = left_newᵀ left_old`` and ``D = right_newᵀ right_old`` a first
@@ -181,12 +180,11 @@ def transport_core(
     coordinate that lies outside the old bases has no variance yet: it gets the mean ``v̄``
     of those that are not zero, ``+ (1 − c dᵀ) v̄`` with the row sums ``c``, ``d`` of the
     squares. With zeros there, Adam's first steps along new directions would be three times
-    too long.
+    too long. The core of a :class:`~lrjax.lowrank.TuckerForm` has as many overlaps as axes.
 
     Args:
         moment: of the old core.
-        left: ``C``.
-        right: ``D``.
+        *overlaps: ``C`` and ``D``; one for each axis of the core.
         squared: whether it is a moment of squares.
 
     Returns:
@@ -206,14 +204,13 @@ def transport_core(
         networks with robustness under adversarial attacks" (2025), arXiv 2505.08022, for
         the first moment.
     """
-    left, right = left.astype(moment.dtype), right.astype(moment.dtype)
+    overlaps = tuple(x.astype(moment.dtype) for x in overlaps)
     if not squared:
-        return outer(times(left, moment), right)
-    left, right = left**2, right**2
-    inside_l, inside_r = (jnp.sum(x, axis=-1, keepdims=True) for x in (left, right))
-    sums = lambda x: jnp.sum(x, axis=(-2, -1), keepdims=True)
+        return multiply_axes(moment, overlaps)
+    overlaps = tuple(x**2 for x in overlaps)
+    axes = tuple(range(-len(overlaps), 0))
+    sums = lambda x: jnp.sum(x, axis=axes, keepdims=True)
     mean = sums(moment) / nonzero(sums((moment != 0).astype(moment.dtype)))
-    return (
-        outer(times(left, moment), right)
-        + jnp.maximum(1 - outer(inside_l, inside_r), 0) * mean
-    )
+    inside = tuple(jnp.sum(x, axis=-1, keepdims=True) for x in overlaps)
+    known = multiply_axes(jnp.ones_like(mean), inside)
+    return multiply_axes(moment, overlaps) + jnp.maximum(1 - known, 0) * mean

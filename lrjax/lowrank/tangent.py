@@ -95,7 +95,10 @@ def _projected(x: SVDForm, gradient: LowRank | SVDForm) -> LowRank:
         p, _, qt = svd(core)
         # LAPACK lifts values below the rounding of the largest, also of a diagonal matrix.
         values = jnp.sum(p * times(core, qt.mT), axis=-2)
-        left, right = _divided(left, p, values, qt), _divided(right, qt.mT, values, p.mT)
+        left, right = (
+            times(divided(left, p, values), qt),
+            times(divided(right, qt.mT, values), p.mT),
+        )
         inner = SVDForm(u, gradient.core.astype(dtype), v, x.active).masked_core()
         inner_left, inner_right = inner, inner.mT
     else:
@@ -104,14 +107,16 @@ def _projected(x: SVDForm, gradient: LowRank | SVDForm) -> LowRank:
     return LowRank(half(u, left, inner_left), half(v, right, inner_right))
 
 
-def _divided(x: Array, p: Array, values: Array, qt: Array) -> Array:
-    """``x S⁻ᵀ`` of ``S = p diag(values) qt``; what is rounding alone becomes zero."""
+def divided(
+    x: Float[Array, "*b n r"], p: Float[Array, "*b r k"], values: Float[Array, "*b k"]
+) -> Float[Array, "*b n k"]:
+    """``x p diag(values)⁻¹``; what is rounding alone becomes zero."""
     turned = times(x, p)
     size = lambda columns: jnp.max(jnp.abs(columns), axis=-2, keepdims=True)
     noise = 4 * jnp.finfo(x.dtype).eps * times(size(x), jnp.abs(p))
     values = values[..., None, :]
     known = (size(turned) > noise) & (values != 0)
-    return times(turned * jnp.where(known, 1 / jnp.where(known, values, 1), 0), qt)
+    return turned * jnp.where(known, 1 / jnp.where(known, values, 1), 0)
 
 
 def relative_step(

@@ -1,7 +1,8 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
@@ -244,3 +245,10 @@ def tucker_inner(x: TuckerForm, y: TuckerForm) -> Float[Array, "*batch"]:
     moved = multiply_axes(y.masked_core(), between)
     axes = tuple(range(-len(x.factors), 0))
     return jnp.sum(x.masked_core() * moved, axis=axes)
+
+
+def over_batch(f: Callable, batch_ndim: int) -> Callable:
+    """A function of single forms, over their batch axes."""
+    for _ in range(batch_ndim):
+        f = jax.vmap(f)
+    return f

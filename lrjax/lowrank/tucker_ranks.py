@@ -1,20 +1,25 @@
 """How the ranks of a Tucker form grow and shrink, axis by axis, at fixed shapes."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
 from ..linalg import cross, extend_basis, svd, times, working_dtype
 from .truncation import tail_rank
-from .tucker import TuckerForm, multiply_axes, unfold
+from .tucker import TuckerForm, multiply_axes, over_batch, unfold
 
 
-def tucker_augment(x: TuckerForm, directions: Sequence[Array | None]) -> TuckerForm:
+def tucker_augment(
+    x: TuckerForm,
+    directions: Sequence[Array | None],
+    *,
+    widths: tuple[int, ...] | None = None,
+    method: Literal["qr", "cholesky"] = "qr",
+) -> TuckerForm:
     """The same tensor on wider orthonormal bases, that hold given directions as well.
 
     On each axis with directions ``D_k``, and with those on all others left as they are::
@@ -28,10 +33,13 @@ def tucker_augment(x: TuckerForm, directions: Sequence[Array | None]) -> TuckerF
     Args:
         x: a form with orthonormal factors ``(*batch, n_k, w_k)``.
         directions: for each axis ``(*batch, n_k, s_k)``, or ``None``.
+        widths: of the result, at most; ``w_k + s_k`` by default. Directions that have no
+            room are left out, the last ones first.
+        method: how the bases are found, see :func:`lrjax.linalg.orthonormalize`.
 
     Returns:
-        A form of widths ``min(w_k + s_k, n_k)``, in the dtype of ``x``; masked, if ``x``
-        is. Directions count as constants.
+        A form no wider than its axes are long, in the dtype of ``x``; masked, if ``x`` is.
+        Directions count as constants.
 
     Raises:
         ValueError: if there are not as many directions as axes, or they do not fit.
@@ -61,10 +69,11 @@ def tucker_augment(x: TuckerForm, directions: Sequence[Array | None]) -> TuckerF
             f"of shapes {[u.shape for u in x.factors]}; got "
             f"{[None if d is None else d.shape for d in directions]}."
         )
-    return _over_batch(_augment, x.core.ndim - len(x.factors))(x, tuple(directions))
+    one = lambda x, directions: _augment(x, directions, widths, method)
+    return over_batch(one, x.core.ndim - len(x.factors))(x, tuple(directions))
 
 
-def _augment(x: TuckerForm, directions: tuple[Array | None, ...]) -> TuckerForm:
+def _augment(x: TuckerForm, directions, widths, method) -> TuckerForm:
     dtype = working_dtype(x.dtype)
     old = tuple(u.astype(dtype) for u in x.factors)
     masked = x.active is not None
@@ -73,12 +82,14 @@ def _augment(x: TuckerForm, directions: tuple[Array | None, ...]) -> TuckerForm:
     for axis, (u, d) in enumerate(zip(old, directions, strict=True)):
         if d is None:
             continue
+        width = u.shape[-1] + d.shape[-1] if widths is None else widths[axis]
         counts = {}
         if masked:
             used = jnp.minimum(ranks[axis], d.shape[-1])
             counts = {"active": ranks[axis], "used": used}
-            ranks[axis] = jnp.minimum(ranks[axis] + used, u.shape[-2])
-        bases[axis] = extend_basis(u, d.astype(dtype), **counts)
+            ranks[axis] = jnp.minimum(ranks[axis] + used, min(width, u.shape[-2]))
+        d = d.astype(dtype)
+        bases[axis] = extend_basis(u, d, width=width, method=method, **counts)
     core = multiply_axes(x.masked_core().astype(dtype), tuple(map(cross, bases, old)))
     return _in_dtype(x.dtype, core, bases, jnp.stack(ranks) if masked else None)
 
@@ -146,7 +157,7 @@ def tucker_truncate(
     level = level if tol is None else jnp.square(jnp.asarray(tol))
     level = jnp.broadcast_to(level, (len(widths),))
     one = lambda x: _truncate(x, level, widths, masked)
-    return _over_batch(one, x.core.ndim - len(widths))(x)
+    return over_batch(one, x.core.ndim - len(widths))(x)
 
 
 def _truncate(
@@ -185,9 +196,3 @@ def _checked_widths(x: TuckerForm, widths: tuple[int, ...] | None) -> tuple[int,
 
 def _in_dtype(dtype, core: Array, factors: Sequence[Array], ranks) -> TuckerForm:
     return TuckerForm(core.astype(dtype), [u.astype(dtype) for u in factors], ranks)
-
-
-def _over_batch(f: Callable, batch_ndim: int) -> Callable:
-    for _ in range(batch_ndim):
-        f = jax.vmap(f)
-    return f

@@ -23,6 +23,9 @@ def dlrt(
     all: see :func:`lrjax.dynamical_low_rank`. The official codes apply the transpose of
     the right factor when they truncate; here it is the factor.
 
+    On a :class:`lrjax.nn.TuckerConv`, whose kernel is a Tucker form, it is TDLRT: each axis
+    has a basis and a rank.
+
     Args:
         learning_rate: a number or a schedule.
         tol: the relative tail that is cut; the larger, the smaller the ranks. 0.05 to 0.3
@@ -57,7 +60,9 @@ def dlrt(
     Reference:
         S. Schotthöfer, E. Zangrando, J. Kusch, G. Ceruti, F. Tudisco, "Low-rank lottery
         tickets: finding efficient low-rank neural networks via matrix differential
-        equations" (2022), arXiv 2205.13571. Special case: with ``inner=optax.identity()``
+        equations" (2022), arXiv 2205.13571; of convolutions: E. Zangrando et al.,
+        "Geometry-aware training of factorized layers in tensor Tucker format" (2023),
+        arXiv 2305.19059. Special case: with ``inner=optax.identity()``
         the parallel step is the truncation of ``W − η P(G)``, the tangent projection.
     """
     if every is None:

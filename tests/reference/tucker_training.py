@@ -53,3 +53,17 @@ def step(core, bases, gradient, rate, tol, caps):
     core = project(value(core, bases), wide)
     core = core - rate * project(gradient(value(core, wide)), wide)
     return truncated(core, wide, tol, caps)
+
+
+def tangent_projection(core, bases, gradient):
+    """By the derivative of the tensor with respect to its core and bases, as a matrix."""
+    parts = [core, *bases]
+    columns = []
+    for k, part in enumerate(parts):
+        for index in np.ndindex(part.shape):
+            moved = [np.zeros_like(p) if j == k else p for j, p in enumerate(parts)]
+            moved[k][index] = 1
+            columns.append(value(moved[0], moved[1:]).ravel())
+    q, s, _ = np.linalg.svd(np.array(columns).T, full_matrices=False)
+    q = q[:, s > 1e-10 * s[0]]
+    return (q @ (q.T @ gradient.ravel())).reshape(gradient.shape)

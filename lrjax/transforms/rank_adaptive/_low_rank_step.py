@@ -1,4 +1,4 @@
-"""One step of matrices in bases that move: augment, update, truncate."""
+"""One step of nodes in bases that move: augment, update, truncate."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,20 +11,14 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, PyTree
 
 from ..._moments import Moments, read_moments, write_moments
-from ...linalg import cross, outer, rounding
-from ...lowrank import (
-    LowRank,
-    SVDForm,
-    augment,
-    project_to_tangent,
-    transport_core,
-    truncate,
-)
-from ._nodes import NodeTree, aligned, difference, masked
+from ...linalg import cross
+from ...lowrank import transport_core
+from ._moves import narrowed_node, widened_node
+from ._nodes import Form, NodeTree, aligned, bases, difference, masked, rebuilt
 
 
-Nodes = dict[int, SVDForm]  # by their places among the leaves
-Moved = dict[int, tuple[SVDForm, Array | None]]  # the update of a node, and its rank
+Nodes = dict[int, Any]  # forms, by their places among the leaves
+Moved = dict[int, tuple[Any, Array | None]]  # the update of a node, and its rank
 Outcome = tuple[Moved, list[Any], Any]  # and other updates, and the inner state
 
 
@@ -42,7 +36,7 @@ class LowRankStep:
 
     inner: optax.GradientTransformationExtraArgs
     tol: ArrayLike
-    project: Callable[[SVDForm], SVDForm] | None
+    project: Callable[[Any], Any] | None
     moments: str
     tree: NodeTree
     grads: list[Any]
@@ -68,7 +62,7 @@ class LowRankStep:
         for i, x in nodes.items():
             still = jax.tree.map(jnp.zeros_like, self.tree.leaves[i])
             core = difference(x, self.tree.leaves[i]).core
-            moved[i] = (SVDForm(still.left, core, still.right), x.active)
+            moved[i] = (rebuilt(still, bases(still), core, None), x.active)
         return moved, steps, inner_state
 
     def within_wide_bases(self, begins: Array, ends: Array, inner_state) -> Outcome:
@@ -95,16 +89,8 @@ class LowRankStep:
         """Wider bases, the gradient of the core in them, and the moments there."""
         wide, slopes = {}, {}
         for i, x in self.start.items():
-            tangent = project_to_tangent(x, self.grads[i])
-            wide[i] = y = augment(
-                x,
-                tangent.left,
-                tangent.right,
-                used=x.active,
-                width=times * x.left.shape[-1],
-                method="cholesky",
-            )
-            slopes[i] = masked(y, _seen(tangent, x, y))
+            wide[i], slope = widened_node(x, self.grads[i], times)
+            slopes[i] = masked(wide[i], slope)
         return wide, slopes, self._carried(inner_state, self.start, wide)
 
     def _stepped(
@@ -121,14 +107,14 @@ class LowRankStep:
         steps, new = self.tree.like(steps), {}
         for i, x in nodes.items():
             core = x.core + masked(x, steps[i])
-            new[i], steps[i] = SVDForm(x.left, core, x.right, x.active), None
+            new[i], steps[i] = rebuilt(x, bases(x), core, x.active), None
         return new, steps, inner_state
 
     def _narrowed(self, nodes: Nodes, inner_state) -> tuple[Nodes, Any]:
         """Back to the width of the nodes, by the tolerance."""
         new = {}
         for i, x in nodes.items():
-            y = truncate(x, self.start[i].left.shape[-1], tol=self.tol)
+            y = narrowed_node(x, self.start[i], self.tol)
             y = y if self.project is None else self.project(y)
             new[i] = aligned(y, self.start[i])
         return new, self._carried(inner_state, nodes, new)
@@ -137,26 +123,9 @@ class LowRankStep:
         """The inner state with the moments of the cores in other bases."""
         known = read_moments(inner_state, self.tree.treedef)
         for i, x in new.items():
-            left, right = cross(x.left, old[i].left), cross(x.right, old[i].right)
-            known[i] = [_transported(m, x, left, right, self.moments) for m in known[i]]
+            overlaps = list(map(cross, bases(x), bases(old[i])))
+            known[i] = [_transported(m, x, overlaps, self.moments) for m in known[i]]
         return write_moments(inner_state, self.tree.treedef, known)
-
-
-def _seen(tangent: LowRank, x: SVDForm, wide: SVDForm) -> Array:
-    """A tangent at ``x`` in the wider bases; what is zero but for rounding is zero.
-
-    Adam would make whole steps of it.
-    """
-    left = outer(cross(wide.left, tangent.left), cross(wide.right, x.right))
-    right = outer(cross(wide.left, x.left), cross(wide.right, tangent.right))
-    slope = left + right
-    sums = lambda axis: jnp.sum(slope**2, axis=axis, keepdims=True)
-    floor = rounding(slope.dtype, max(x.shape[-2:])) ** 2 * sums((-2, -1))
-    place = lax.broadcasted_iota(jnp.int32, slope.shape, slope.ndim - 1)
-    column = place >= jnp.asarray(x.active)[..., None, None]
-    row = column.mT
-    nothing = (row & column) | (row & (sums(-1) <= floor)) | (column & (sums(-2) <= floor))
-    return jnp.where(nothing, 0, slope)
 
 
 def _second_gradient(
@@ -164,25 +133,24 @@ def _second_gradient(
 ) -> tuple[list[Any], dict[int, Array]]:
     """The gradient at the same matrices in wider bases: of all leaves, and of the cores."""
 
-    def as_given(i: int, x: SVDForm) -> SVDForm:
-        parts = (x.left, x.core, x.right)
-        return SVDForm(*(part.astype(tree.leaves[i].dtype) for part in parts))
+    def as_given(i: int, x: Form) -> Form:
+        dtype = tree.leaves[i].dtype
+        return rebuilt(x, [u.astype(dtype) for u in bases(x)], x.core.astype(dtype), None)
 
     at = tree.with_leaves({i: as_given(i, x) for i, x in wide.items()})
     grads = tree.like(value_and_grad_fn(at)[1])
     return grads, {i: masked(x, grads[i].core) for i, x in wide.items()}
 
 
-def _transported(
-    old: Moments, x: SVDForm, left: Array, right: Array, moments: str
-) -> Moments:
+def _transported(old: Moments, x: Form, overlaps: list[Array], moments: str) -> Moments:
     """The moments of a core in other bases, or forgotten."""
 
     def move(moment: Array | None, squared: bool) -> Array | None:
         if moment is None:
             return None
         keep = 0.0 if moments == "reset" else 1.0
-        new = transport_core(moment, keep * left, keep * right, squared=squared)
+        kept = [keep * overlap for overlap in overlaps]
+        new = transport_core(moment, *kept, squared=squared)
         return masked(x, new).astype(moment.dtype)
 
     return old._replace(first=move(old.first, False), second=move(old.second, True))

@@ -5,7 +5,7 @@ from jaxtyping import Array, ArrayLike
 from ..._arguments import checks_trees
 from ...linalg import identity_like, nonzero, outer, times
 from .._checks import check_non_negative
-from ._nodes import check_svd_forms, columns_used, in_use, tree_of
+from ._nodes import check_forms, columns_used, in_use, tree_of
 
 
 @checks_trees
@@ -48,7 +48,7 @@ def add_condition_penalty(strength: ArrayLike) -> optax.GradientTransformation:
     check_non_negative("add_condition_penalty", "strength", strength)
 
     def init(params):
-        check_svd_forms("add_condition_penalty", params)
+        check_forms("add_condition_penalty", params)
         return optax.EmptyState()
 
     def update(updates, state, params=None):

@@ -9,12 +9,10 @@ from jaxtyping import Array, ArrayLike, Int, PyTree
 from ..._arguments import checks_trees
 from ..._batching import any_member
 from ..._moments import check_moments_known
-from ..._tree import is_whole_svd_form
 from ...linalg import increment
-from ...lowrank import SVDForm
 from .._checks import check_non_negative
 from ._low_rank_step import LowRankStep
-from ._nodes import NodeTree, check_svd_forms, columns_used, in_use, tree_of
+from ._nodes import NodeTree, check_forms, columns_used, in_use, is_form, is_whole, tree_of
 
 
 Method = Literal["parallel", "augmented", "kls"]
@@ -25,7 +23,7 @@ class DynamicalLowRankState(NamedTuple):
 
     Attributes:
         count: the number of steps.
-        rank: of each node the columns in use, ``(*batch,)``.
+        rank: of each node the columns in use, ``(*batch,)``; of a tensor ``(*batch, d)``.
         inner: the state of the optimizer of cores and other leaves.
     """
 
@@ -41,7 +39,7 @@ def dynamical_low_rank(
     *,
     method: Method = "parallel",
     every: int | Array = 1,
-    project: Callable[[SVDForm], SVDForm] | None = None,
+    project: Callable[[Any], Any] | None = None,
     moments: Literal["rotate", "reset"] = "rotate",
 ) -> optax.GradientTransformationExtraArgs:
     """Train matrices ``U S Vᵀ`` in bases that follow the gradient, with ranks that adapt.
@@ -64,6 +62,10 @@ def dynamical_low_rank(
     - ``"augmented"``: bases stay wide for ``every`` steps, in all of which the core moves;
       in the first as in ``"parallel"``, then by its own gradient. Here the width of a node
       is that of the wide bases, so that the rank may grow to half of it.
+
+    The core of a tensor in Tucker form, :class:`lrjax.lowrank.TuckerForm`, gets wider bases
+    on every axis, by :func:`lrjax.lowrank.tucker_tangent`, and is truncated axis by axis,
+    by :func:`lrjax.lowrank.tucker_truncate`: convolutions, with a rank for each axis.
 
     No step depends on how small a singular value is, so that spectra that decay, as all do
     in training, do not make the problem stiff. The width of a node is static and its rank
@@ -90,9 +92,9 @@ def dynamical_low_rank(
 
     Raises:
         ValueError: for an unknown method; at ``init``, for LowRank nodes without an
-            SVDForm, for a node wider than its matrix, or for inner moments that nothing is
-            known of; at ``update``, without ``params``, or for ``"kls"`` without
-            ``value_and_grad_fn``.
+            SVDForm, for a node wider than its matrix (or than the other axes of a tensor
+            allow), or for inner moments that nothing is known of; at ``update``, without
+            ``params``, or for ``"kls"`` without ``value_and_grad_fn``.
 
     Example:
         >>> import jax, jax.numpy as jnp, lrjax, optax
@@ -113,8 +115,10 @@ def dynamical_low_rank(
         tickets: finding efficient low-rank neural networks via matrix differential
         equations" (2022), arXiv 2205.13571; in parallel: G. Ceruti, J. Kusch, C. Lubich,
         "A parallel rank-adaptive integrator for dynamical low-rank approximation" (2023),
-        arXiv 2304.05660. Special case: a step of gradient descent on the manifold of
-        matrices of a rank.
+        arXiv 2304.05660; of tensors: E. Zangrando, S. Schotthöfer, G. Ceruti, J. Kusch,
+        F. Tudisco, "Geometry-aware training of factorized layers in tensor Tucker format"
+        (2023), arXiv 2305.19059. Special case: a step of gradient descent on the manifold
+        of matrices of a rank.
     """
     check_non_negative("dynamical_low_rank", "tol", tol)
     if method not in get_args(Method):
@@ -125,9 +129,9 @@ def dynamical_low_rank(
     always = isinstance(every, int) and every == 1
 
     def init(params):
-        check_svd_forms("dynamical_low_rank", params)
-        tree = NodeTree.of(params)
-        used = lambda x: columns_used(x) if is_whole_svd_form(x) else optax.MaskedNode()
+        check_forms("dynamical_low_rank", params, is_form)
+        tree = NodeTree.of(params, is_form)
+        used = lambda x: columns_used(x) if is_whole(x) else optax.MaskedNode()
         rank = tree.treedef.unflatten(map(used, tree.leaves))
         cores = {i: in_use(tree.leaves[i], None).core for i in tree.places}
         inner_state = inner.init(tree.with_leaves(cores))
@@ -136,7 +140,7 @@ def dynamical_low_rank(
         return DynamicalLowRankState(jnp.zeros((), jnp.int32), rank, inner_state)
 
     def update(updates, state, params=None, *, value_and_grad_fn=None, **extra):
-        tree = tree_of("dynamical_low_rank", params, updates)
+        tree = tree_of("dynamical_low_rank", params, updates, is_form)
         if method == "kls" and value_and_grad_fn is None and tree.places:
             raise ValueError(
                 "dynamical_low_rank(method='kls') takes a second gradient: call "

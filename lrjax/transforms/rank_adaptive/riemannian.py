@@ -12,7 +12,7 @@ from ...lowrank import LowRank, SVDForm, project_to_tangent, retraction, transpo
 from ._nodes import (
     NodeTree,
     aligned,
-    check_svd_forms,
+    check_forms,
     difference,
     in_use,
     tree_of,
@@ -69,7 +69,7 @@ def riemannian(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
-        check_svd_forms("riemannian", params)
+        check_forms("riemannian", params)
         tree = NodeTree.of(params)
         state = inner.init(
             tree.with_leaves({i: _at_itself(tree.leaves[i]) for i in tree.places})
