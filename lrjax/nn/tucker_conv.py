@@ -156,7 +156,7 @@ class TuckerConv(eqx.Module):
         geometry, spatial = self.geometry, self.geometry.num_spatial_dims
         geometry.check_input(self, x)
         outputs, inputs, *taps = self.weight.factors
-        core = multiply_axes(self.weight.core, tuple(taps))
+        core = multiply_axes(self.weight.masked_core(), tuple(taps))
         pointwise = lambda matrix: matrix.reshape(*matrix.shape, *(1,) * spatial)
         nothing, everything = (False,) * spatial, (True,) * spatial
         x, pads = geometry.padded(x)
