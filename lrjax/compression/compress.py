@@ -3,6 +3,7 @@ from typing import Any
 
 from jaxtyping import ArrayLike, PRNGKeyArray, PyTree
 
+from .._arguments import check_key
 from .._sites import Where
 from ..lowrank import knapsack_ranks
 from ..nn import FactorReport
@@ -93,6 +94,7 @@ def compress(
         2405.18146, for weights by inputs; I. Garg et al., "Revealing the utilized rank of
         subspaces of learning in neural networks" (2024), arXiv 2407.04797, for projections.
     """
+    check_key("compress", key)
     statistics = layer_statistics(
         model,
         batches,

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import lrjax
-from lrjax import flows, lowrank, metrics, recovery
+from lrjax import compression, flows, lowrank, metrics, nn, recovery
 from tests.registry import ENTRIES, PARAMS, loss
 from tests.test_names import PUBLIC, is_record, parameters
 
@@ -62,6 +62,9 @@ SENSING = lrjax.matrix_sensing(KEY, (4, 4), 1, 40)
 # How those are called that take a key and are no optimizers: f(key).
 WITH_KEY = {
     "linalg.fastfood": lambda key: lrjax.linalg.fastfood(jnp.ones(3), 5, key=key),
+    "linalg.pca_split_rotation": lambda key: lrjax.linalg.pca_split_rotation(
+        jnp.eye(3), 1, key=key
+    ),
     "linalg.truncated_svd": lambda key: lrjax.linalg.truncated_svd(
         jnp.eye(4), 1, method="randomized", key=key
     ),
@@ -98,6 +101,18 @@ WITH_KEY = {
     ),
     "metrics.hessian_overlap": lambda key: metrics.hessian_overlap(
         lambda x: jnp.sum(x**2), jnp.ones(3), k=1, key=key, steps=2
+    ),
+    "nn.GrassmannHead": lambda key: nn.GrassmannHead(4, 3, 2, key=key),
+    "nn.LowRankConv": lambda key: nn.LowRankConv(1, 2, 3, 3, 1, key=key),
+    "nn.LowRankEmbedding": lambda key: nn.LowRankEmbedding(4, 3, rank=1, key=key),
+    "nn.LowRankLinear": lambda key: nn.LowRankLinear(4, 3, 1, key=key),
+    "nn.SparsePlusLowRankLinear": lambda key: nn.SparsePlusLowRankLinear(4, 3, 1, key=key),
+    "nn.TuckerConv": lambda key: nn.TuckerConv(1, 2, 3, 3, (1, 1, 1), key=key),
+    "compression.compress": lambda key: compression.compress(
+        MODEL, [jnp.ones((2, 3))], budget=0.5, key=key
+    ),
+    "compression.layer_statistics": lambda key: compression.layer_statistics(
+        MODEL, [jnp.ones((2, 3))], key=key
     ),
     "recovery.alternating_least_squares": lambda key: recovery.alternating_least_squares(
         lrjax.matrix_completion(KEY, (4, 4), 1, observed=0.9),
