@@ -15,11 +15,11 @@ from ..derivatives import refuse_derivatives
 from ..problems import observed_entries
 from .augmented_lagrangian import Parts, separate
 from .groups import Groups, groups_of
-from .held_out import Choice
+from .held_out import Choice, Weights
 from .take_apart import first_penalty, take_apart, unit_of
 
 
-WEIGHTS = (0.85, 1.0, 0.7, 1.2)  # tried in this order where none is given
+WEIGHTS = Weights((0.85, 1.0, 0.7, 1.2), 0.7, 1.0)  # where none is given
 WIDEST = 40  # width to begin with where the rank is not given
 TRUSTED = 0.1  # error of entries held out, relative to the low-rank part
 FINEST = 4.0  # rounding errors, the lowest tolerance
@@ -53,11 +53,12 @@ class RobustPCAFit(eqx.Module):
             from it, relative to its root mean square; infinite where none was hidden, as
             the fit proved itself or there were too few entries. Gross errors among
             them, up to half, do not count.
-        trusted: whether the residual fell to the tolerance, and the fit proves itself, or
-            there is noise and the held-out error is at most a tenth at a rank below the
-            default width. It proves itself where the low-rank part is equal to more
-            entries than it has free numbers, by a tenth of the entries: of the matrix, of
-            each row and of each column. False means: do not use this fit unseen.
+        proven: whether the low-rank part is equal to more entries than it has free
+            numbers, by a tenth of the entries: of the matrix, of each row and of each
+            column. That is no accident: the fit is exact.
+        predicted: whether the held-out error is at most a tenth, at a rank below the
+            default width, and at most twice the error of the entries that were shown:
+            a fit that has learned these by heart says nothing of the low-rank part.
         groups: of the entries that are wrong together.
     """
 
@@ -71,13 +72,23 @@ class RobustPCAFit(eqx.Module):
     nuclear_weight: Float[Array, ""]
     noise: Float[Array, ""]
     held_out_error: Float[Array, ""]
-    trusted: Bool[Array, ""]
+    proven: Bool[Array, ""]
+    predicted: Bool[Array, ""]
     groups: Groups = eqx.field(static=True)
 
     @property
     def converged(self) -> Bool[Array, ""]:
         """Whether the residual fell to the tolerance."""
         return self.residual <= self.tol
+
+    @property
+    def trusted(self) -> Bool[Array, ""]:
+        """Whether the fit converged and is proven or predicted; else do not use it unseen.
+
+        A fit that is proven is exact; one that is predicted, as near as
+        ``held_out_error`` says.
+        """
+        return self.converged & (self.proven | self.predicted)
 
     @property
     def explained_variance_ratio(self) -> Float[Array, " r"]:
@@ -196,7 +207,7 @@ class RobustPCAFit(eqx.Module):
             matrix,
             seen,
             width,
-            weights=[self.nuclear_weight],
+            weights=_all(self.nuclear_weight),
             tol=self.tol,
             max_steps=max_steps,
             groups=self.groups,
@@ -292,10 +303,12 @@ def fit_robust_pca(
         H. Xu, C. Caramanis, S. Sanghavi, "Robust PCA via outlier pursuit" (2010),
         arXiv 1010.4237.
     """
-    given = WEIGHTS if nuclear_weight is None else (nuclear_weight,)
-    for weight in given:
-        check_not_negative("fit_robust_pca", tol=tol, nuclear_weight=weight)
-    tol, *weights = _without_derivative("fit_robust_pca", tol, *given)
+    weights = WEIGHTS
+    if nuclear_weight is not None:
+        check_not_negative("fit_robust_pca", nuclear_weight=nuclear_weight)
+        weights = _all(*_without_derivative("fit_robust_pca", nuclear_weight))
+    check_not_negative("fit_robust_pca", tol=tol)
+    (tol,) = _without_derivative("fit_robust_pca", tol)
     matrix, seen = _observed("fit_robust_pca", matrix, mask)
     tol = jnp.maximum(jnp.asarray(tol, matrix.dtype), FINEST * jnp.finfo(matrix.dtype).eps)
     groups = groups_of(errors, matrix.shape)
@@ -332,6 +345,10 @@ def _widened(fit: Callable[[int], RobustPCAFit], found: RobustPCAFit) -> RobustP
             break
         found = wider
     return found
+
+
+def _all(weight: ArrayLike) -> Weights:
+    return Weights((weight,), weight, weight)
 
 
 def _without_derivative(method: str, *inputs):
@@ -376,7 +393,7 @@ def _assemble(
     right = jnp.where(values[None, :] > 0, parts.basis, 0)
     rank = jnp.sum(values > 0, dtype=jnp.int32)
     full = (rank == width) & (width < min(parts.sparse.shape))
-    predicted = (choice.noise > 0) & ~full & (choice.error <= TRUSTED * choice.size)
+    predicted = choice.alike & ~full & (choice.error <= TRUSTED * choice.size)
     told = (choice.size > 0) | (choice.error == 0)  # relative to something
     return RobustPCAFit(
         low_rank=LowRank(left, right),
@@ -389,6 +406,7 @@ def _assemble(
         nuclear_weight=choice.weight,
         noise=choice.noise,
         held_out_error=jnp.where(told, choice.error / nonzero(choice.size), jnp.inf),
-        trusted=(parts.residual <= tol) & (choice.certain | predicted),
+        proven=choice.certain,
+        predicted=predicted & (choice.size > 0),
         groups=groups,
     )

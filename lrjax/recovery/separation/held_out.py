@@ -11,30 +11,45 @@ from ...linalg import order_statistic
 from .augmented_lagrangian import PATIENCE, Parts
 
 
-SHARE, MOST = 0.05, 2000  # entries held out: a share of them, at most so many
+SHARE, MOST = 0.05, 10_000  # entries held out: a share of them, at most so many
 FEWEST = 10  # entries that a row or a column keeps, or none of it is held out
 NORMAL_MEDIAN = 0.6745  # of the absolute values of a standard normal variable
-NOISY = 1.0  # the weight of a fit with noise, which depends on it little
 ROUNDS = 2  # of a fit with noise, whose size the one before has left
 SURPLUS = 0.1  # of the entries, beyond as many as are free, that prove exactness
-SLACK = 1.02  # times the loss that a fit with noise may have at half the rank
+GAIN, SLACK = 0.98, 1.02  # times the loss that a fit with noise may have; at half the rank
 CHANCE = 0.01  # closeness that far fewer entries than these have by chance
+OVERFIT = 2.0  # times the error on entries shown that entries held out may have
+
+
+class Weights(NamedTuple):
+    """Of the nuclear norm: to prove exactness, and for what is not exact.
+
+    Attributes:
+        exact: tried in this order.
+        plain: where none of them proves itself.
+        noisy: the same with noise.
+    """
+
+    exact: Sequence[ArrayLike]
+    plain: ArrayLike
+    noisy: ArrayLike
 
 
 class Choice(NamedTuple):
     """What the data say of a fit: its exactness, or else entries held out.
 
     Attributes:
-        weight: of the nuclear norm: the first at which the fit is certain, or the one that
-            predicts entries held out best.
+        weight: of the nuclear norm.
         noise: standard deviation of what neither part explains, zero where leaving it
-            out predicts better.
+            out predicts as well.
         loss: the mean of the absolute errors of the prediction, none of which counts more
             than the size of the first guess: gross errors add the same to every choice.
         error: the median of the absolute errors, which they do not touch up to half;
             infinite where none was held out.
         size: the root mean square of the low-rank part that predicts, to measure by.
         rank: of that low-rank part.
+        alike: whether entries shown are not much nearer to the prediction than those held
+            out, as they are to one that has learned them by heart.
         certain: whether the low-rank part proves itself, see :func:`certain`.
     """
 
@@ -44,132 +59,191 @@ class Choice(NamedTuple):
     error: Float[Array, ""]
     size: Float[Array, ""]
     rank: Int[Array, ""]
+    alike: Bool[Array, ""]
     certain: Bool[Array, ""]
 
 
 class _State(NamedTuple):
     turn: Int[Array, ""]
-    plain: Choice
-    noisy: Choice
+    error: Array  # of the last turn
     chosen: Choice
     parts: Parts
     steps: Int[Array, ""]
 
 
+class Table(NamedTuple):
+    """What a fit sees.
+
+    Attributes:
+        matrix: ``(m, n)``.
+        mask: what is observed.
+        start: the first guess of the low-rank part.
+        known: rows ``(m, 1)`` or columns ``(1, n)`` without errors, never held out.
+    """
+
+    matrix: Float[Array, "m n"]
+    mask: Bool[Array, "m n"]
+    start: Float[Array, "m n"]
+    known: Bool[Array, "..."]
+
+    @property
+    def T(self) -> "Table":
+        """Of the transpose."""
+        return Table(*(x.T for x in self))
+
+
+Run = Callable[[Array, Array, Array, Array], Parts]  # (mask, weight, noise, patience)
+
+
 def choose(
-    run: Callable[[Array, Array, Array, Array], Parts],
-    matrix: Float[Array, "m n"],
-    mask: Bool[Array, "m n"],
-    known: Bool[Array, "..."],
-    weights: Sequence[ArrayLike],
+    run: Run,
+    table: Table,
+    weights: Weights,
     *,
     whole_lines: bool,
-    largest: ArrayLike,
     close: ArrayLike,
+    skip: ArrayLike = False,
 ) -> tuple[Parts, Choice]:
-    """The parts at the weight and the noise that predict entries held out best.
+    """The parts at a weight that proves itself, or else at the noise that predicts best.
 
     The weights are tried one after the other on all entries, until a fit is
     :func:`certain`; the first of them also in a hurry, before, with a penalty that always
-    grows fast: a third of the steps, and enough for most matrices. Where none is, some
-    entries are hidden, and the weights are tried again, and then noise of the size that
-    the errors on the hidden entries show; once these are predicted nearly exactly no more
-    is tried. Then all entries are fitted at the best weight, and with noise if that
-    predicted better. Half of the hidden entries may be gross errors: the median does not
-    notice.
+    grows fast: a third of the steps, and enough for most matrices. Where none is, the
+    matrix is not exactly low-rank plus sparse, and no weight predicts entries better than
+    the others: a low one takes up the most. Some entries are hidden to see whether there
+    is noise on all entries beside the errors on a few, of the size that the errors on the
+    hidden entries show; once these are predicted nearly exactly no noise is tried. Then
+    all entries are fitted, with noise if that predicted better or as well at half the
+    rank. Half of the hidden entries may be gross errors: the median does not notice.
 
     One loop around one program, in place of a program for each weight.
 
     Args:
-        run: ``(mask, weight, noise, patience) -> Parts``.
-        matrix: ``(m, n)``.
-        mask: what is observed.
-        known: rows ``(m, 1)`` or columns ``(1, n)`` without errors, never held out.
+        run: the fit of this table at a setting.
+        table: the matrix.
         weights: of the nuclear norm, the likeliest first.
         whole_lines: whether rows and columns may be wrong everywhere.
-        largest: error that counts in the loss.
         close: what counts as exact, relative to the root mean square of the low-rank part.
+        skip: take no turn, and choose the first of the weights.
 
     Returns:
         The parts of the fit of all entries, with the steps of all fits, and the choice.
     """
+    matrix, mask, known = table.matrix, table.mask, table.known
     dtype = matrix.dtype
-    path = jnp.stack([jnp.asarray(weight, dtype) for weight in weights])
     held = _held_out(mask) & ~known
     count = jnp.sum(held, dtype=jnp.int32)
-    # Turns: all entries in a hurry; a weight after the other on them; the same with some
-    # hidden; with noise and some hidden; all entries without noise; all with noise.
-    hidden, noisily = len(path) + 1, 2 * len(path) + 1
-    whole = noisily + ROUNDS
+    largest = jnp.sqrt(jnp.mean(table.start**2))
+    # Turns: all entries in a hurry; a weight after the other on them; with some hidden,
+    # without noise and then with noise; all entries, as chosen.
+    path = [weights.exact[0], *weights.exact, weights.plain, *[weights.noisy] * ROUNDS]
+    path = jnp.stack([jnp.asarray(weight, dtype) for weight in path])
+    hidden = 1 + len(weights.exact)
+    last = len(path)
 
     def judge(parts: Parts, weight: Array, noise: Array) -> Choice:
         low_rank = parts.low_rank
-        errors = jnp.where(held, jnp.abs(matrix - low_rank), 0)
+        errors = jnp.abs(matrix - low_rank)
+        error = _median(jnp.where(held, errors, 0), count)
+        size = _size(low_rank, known)
+        shown = mask & ~held & ~known
+        near = shown & (errors <= jnp.maximum(error / OVERFIT, close * size))
         return Choice(
             weight,
             noise,
-            loss=jnp.sum(jnp.minimum(errors, largest)),
-            error=_median(errors, count),
-            size=_size(low_rank, known),
+            loss=jnp.sum(jnp.where(held, jnp.minimum(errors, largest), 0)),
+            error=error,
+            size=size,
             rank=jnp.sum(parts.values > 0, dtype=jnp.int32),
+            alike=(2 * jnp.sum(near) <= jnp.sum(shown)) | (error <= close * size),
             certain=jnp.zeros((), bool),
         )
 
     def take_turn(state: _State) -> _State:
-        turn, plain, noisy = state.turn, state.plain, state.noisy
-        first, alone, last = turn < hidden, turn < noisily, turn == whole + 1
-        size = jnp.where(turn == noisily, plain.error, noisy.error) / NORMAL_MEDIAN
-        turns = [alone, turn < whole, ~last]
-        tried_alone = path[jnp.maximum(turn - 1, 0) % len(path)]
-        with_noise = path[0] if len(path) == 1 else jnp.asarray(NOISY, dtype)
-        weight = jnp.select(turns, [tried_alone, with_noise, plain.weight], noisy.weight)
-        noise = jnp.select(turns, [nothing, size, nothing], noisy.noise)
-        patience = jnp.where(turn == 0, 0, PATIENCE)
-        shown = mask & (first | (turn >= whole) | ~held)
-        parts = run(shown, weight, noise, patience)
+        turn, chosen = state.turn, state.chosen
+        whole, final = (turn < hidden) | (turn == last), turn == last
+        noise = jnp.where(turn > hidden, state.error / NORMAL_MEDIAN, 0)
+        noise = jnp.where(final, chosen.noise, noise)
+        weight = jnp.where(final, chosen.weight, path[turn % last])
+        patience = jnp.where((turn > 0) & (turn < hidden), PATIENCE, 0)
+        parts = run(mask & (whole | ~held), weight, noise, patience)
         tried = judge(parts, weight, noise)
-        proven = certain(parts, matrix, mask, known, close=close, whole_lines=whole_lines)
-        sure = first & proven & (parts.residual <= close)
-        better = alone & ~first & (tried.loss < plain.loss)
-        plain = _where(better, tried, plain)
-        noisy = _where(~alone & (turn < whole), tried, noisy)
-        exact = plain.error <= close * plain.size
-        simpler = 2 * noisy.rank <= plain.rank
-        more = ~exact & (noisy.loss < jnp.where(simpler, SLACK, 1) * plain.loss)
+        sure = whole & ~final & proves(parts, table, close=close, whole_lines=whole_lines)
+        exact = tried.error <= close * tried.size
+        most = jnp.where(2 * tried.rank <= chosen.rank, SLACK, GAIN) * chosen.loss
+        better = (turn == hidden) | ((turn == last - 1) & (tried.loss < most))
         best = none._replace(weight=weight, size=tried.size, certain=sure)
-        chosen = _where(sure, best, _where(last, noisy, plain))
-        done = sure | ((turn == whole) & ~more)
-        settled = jnp.where(first, (count == 0) & (turn == hidden - 1), alone & exact)
-        following = jnp.where(settled, whole, turn + 1)
+        chosen = _where(sure, best, _where(better, tried, chosen))
+        settled = ((turn == hidden) & exact) | ((turn == hidden - 1) & (count == 0))
+        following = jnp.where(settled, last, turn + 1)
         return _State(
-            turn=jnp.where(done, whole + 2, following),
-            plain=plain,
-            noisy=noisy,
+            turn=jnp.where(sure, last + 1, following),
+            error=tried.error,
             chosen=chosen,
             parts=parts,
             steps=state.steps + parts.steps,
         )
 
-    nothing, endless = jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype)
-    none = Choice(
-        weight=path[0],
-        noise=nothing,
-        loss=endless,
-        error=endless,
-        size=nothing,
-        rank=jnp.zeros((), jnp.int32),
-        certain=jnp.zeros((), bool),
-    )
+    none = _nothing(path[0])
     state = _State(
-        turn=jnp.zeros((), jnp.int32),
-        plain=none,
-        noisy=none,
+        turn=jnp.where(skip, last + 1, 0).astype(jnp.int32),
+        error=none.error,
         chosen=none,
-        parts=_empty(run, mask, path[0], nothing, jnp.zeros((), jnp.int32)),
+        parts=_empty(run, mask, path[0], none.noise, jnp.zeros((), jnp.int32)),
         steps=jnp.zeros((), jnp.int32),
     )
-    state = lax.while_loop(lambda state: state.turn < whole + 2, take_turn, state)
+    state = lax.while_loop(lambda state: state.turn <= last, take_turn, state)
     return state.parts._replace(steps=state.steps), state.chosen
+
+
+def choose_by_sample(
+    run: Run,
+    table: Table,
+    run_sample: Run,
+    sample: Table,
+    weights: Weights,
+    *,
+    whole_lines: bool,
+    close: ArrayLike,
+) -> tuple[Parts, Choice]:
+    """As :func:`choose`, by what is best for a sample of the rows and columns.
+
+    The whole is fitted once in a hurry, and if that does not prove itself once more, at
+    the choice for the sample.
+    """
+    options = {"whole_lines": whole_lines, "close": close}
+
+    def take_turn(state: _State) -> _State:
+        first = state.turn == 0
+        tries, choice = choose(run_sample, sample, weights, skip=first, **options)
+        patience = jnp.where(choice.certain, PATIENCE, 0)
+        parts = run(table.mask, choice.weight, choice.noise, patience)
+        sure = proves(parts, table, **options)
+        size = jnp.where(sure, _size(parts.low_rank, table.known), choice.size)
+        return _State(
+            turn=jnp.where(sure, 2, state.turn + 1),
+            error=choice.error,
+            chosen=choice._replace(certain=sure, size=size),
+            parts=parts,
+            steps=state.steps + tries.steps + parts.steps,
+        )
+
+    zero = jnp.zeros((), jnp.int32)
+    none = _nothing(jnp.asarray(weights.exact[0], table.matrix.dtype))
+    parts = _empty(run, table.mask, none.weight, none.noise, zero)
+    state = _State(zero, none.error, none, parts, zero)
+    state = lax.while_loop(lambda state: state.turn < 2, take_turn, state)
+    return state.parts._replace(steps=state.steps), state.chosen
+
+
+def proves(
+    parts: Parts, table: Table, *, close: ArrayLike, whole_lines: bool
+) -> Bool[Array, ""]:
+    """Whether the parts of a table are :func:`certain` and leave nothing."""
+    proven = certain(
+        parts, table.matrix, table.mask, table.known, close=close, whole_lines=whole_lines
+    )
+    return proven & (parts.residual <= close)
 
 
 def certain(
@@ -224,6 +298,21 @@ def _size(low_rank: Array, known: Array) -> Array:
     """The root mean square of what is not known."""
     count = low_rank.size / known.size * jnp.sum(~known)
     return jnp.sqrt(jnp.sum(jnp.where(known, 0, low_rank**2)) / count)
+
+
+def _nothing(weight: Array) -> Choice:
+    """Before anything is known."""
+    nothing, endless = jnp.zeros_like(weight), jnp.full_like(weight, jnp.inf)
+    return Choice(
+        weight,
+        noise=nothing,
+        loss=endless,
+        error=endless,
+        size=nothing,
+        rank=jnp.zeros((), jnp.int32),
+        alike=jnp.zeros((), bool),
+        certain=jnp.zeros((), bool),
+    )
 
 
 def _empty(run: Callable, *inputs: Array) -> Parts:

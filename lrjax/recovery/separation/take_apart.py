@@ -1,9 +1,10 @@
 """The whole fit of a matrix in parts: its unit, its start, its weight and its noise."""
 
-from collections.abc import Sequence
+import functools
 
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
@@ -11,13 +12,14 @@ from ...linalg import nonzero
 from ..fill_in import fill_in
 from .augmented_lagrangian import Parts, leading, separate
 from .groups import ENTRIES, Groups
-from .held_out import Choice, choose
+from .held_out import Choice, Run, Table, Weights, choose, choose_by_sample
 
 
 CLOSE = 100.0  # times the tolerance: exact, for entries held out
 MARGIN = 1.25  # over the largest singular value that noise alone is expected to have
 OUTSIDE = 3.0  # standard deviations of noise that an error is beyond
 POLISH = 5  # steps without the bias of thresholds, where there is noise
+SIDE = 512  # rows, and columns, that tell of more of them
 HEADROOM = 100  # powers of two that the largest entry may be above the unit
 
 
@@ -26,23 +28,23 @@ def take_apart(
     mask: Bool[Array, "m n"],
     width: int,
     *,
-    weights: Sequence[ArrayLike],
+    weights: Weights,
     tol: ArrayLike,
     max_steps: int,
     groups: Groups = ENTRIES,
     known: Float[Array, "k n"] | None = None,
 ) -> tuple[Parts, Choice]:
-    """Take a matrix apart at the best of several weights.
+    """Take a matrix apart at the best of several settings.
 
     The iteration sees the longer side as rows, so that the basis that each step computes
     with is short, and the matrix in a power of two as unit, so that data of any size
-    take the same steps.
+    take the same steps. Of a large matrix a sample of the rows and columns chooses.
 
     Args:
         matrix: what is observed, zeros elsewhere.
         mask: where it is observed.
         width: of the factors.
-        weights: of the nuclear norm, tried in this order.
+        weights: of the nuclear norm.
         tol: of the residual.
         max_steps: of one fit.
         groups: entries that are wrong together.
@@ -61,12 +63,41 @@ def take_apart(
         skip = len(known)
         matrix, start = (jnp.concatenate([known, x]) for x in (matrix, start))
         mask = jnp.concatenate([jnp.ones_like(known, bool), mask])
-    exact = (jnp.arange(len(matrix)) < skip)[:, None]
-    wide = matrix.shape[0] < matrix.shape[1]
+    shape = matrix.shape
+    table = Table(matrix, mask, start, (jnp.arange(shape[0]) < skip)[:, None])
+    rows = np.arange(skip), skip + _some(shape[0] - skip, groups.rows)
+    rows, cols = np.concatenate(rows), _some(shape[1], groups.cols)
+    sample = Table(*(x[rows][:, cols] for x in table[:-1]), table.known[rows])
+    wide = shape[0] < shape[1]
     if wide:
-        matrix, mask, start, exact = matrix.T, mask.T, start.T, exact.T
-        groups = groups.T
-    basis, largest = _first_basis(start, width)
+        table, sample, groups = table.T, sample.T, groups.T
+    program = functools.partial(
+        _program, width=width, tol=tol, max_steps=max_steps, groups=groups
+    )
+    options = {"whole_lines": groups != ENTRIES, "close": CLOSE * tol}
+    if sample.matrix.shape == table.matrix.shape:
+        parts, choice = choose(program(table), table, weights, **options)
+    else:
+        both = program(table), table, program(sample), sample
+        parts, choice = choose_by_sample(*both, weights, **options)
+    if wide:
+        parts = parts._replace(
+            vectors=parts.basis, basis=parts.vectors, sparse=parts.sparse.T
+        )
+    parts = parts._replace(
+        vectors=parts.vectors[skip:],
+        values=parts.values * unit,
+        sparse=parts.sparse[skip:] * unit,
+    )
+    return parts, choice._replace(noise=choice.noise * unit)
+
+
+def _program(
+    table: Table, width: int, tol: ArrayLike, max_steps: int, groups: Groups
+) -> Run:
+    """The fit of a table, all of it or with entries hidden, at any setting."""
+    matrix, exact = table.matrix, table.known
+    basis, largest = _first_basis(table.start, min(width, *matrix.shape))
 
     def run(mask: Array, weight: Array, noise: Array, patience: Array) -> Parts:
         share = _share(mask)
@@ -75,7 +106,7 @@ def take_apart(
         parts = separate(
             matrix,
             mask,
-            start,
+            table.start,
             basis,
             # The program divided by the weight of the nuclear norm. An infinite weight
             # allows no errors.
@@ -92,26 +123,19 @@ def take_apart(
         outside = jnp.where(exact, jnp.inf, OUTSIDE * length)
         return _polish(parts, matrix, mask, groups, outside, level / share)
 
-    parts, choice = choose(
-        run,
-        matrix,
-        mask,
-        exact,
-        weights,
-        whole_lines=groups != ENTRIES,
-        largest=jnp.sqrt(jnp.mean(start * start)),
-        close=CLOSE * tol,
-    )
-    if wide:
-        parts = parts._replace(
-            vectors=parts.basis, basis=parts.vectors, sparse=parts.sparse.T
-        )
-    parts = parts._replace(
-        vectors=parts.vectors[skip:],
-        values=parts.values * unit,
-        sparse=parts.sparse[skip:] * unit,
-    )
-    return parts, choice._replace(noise=choice.noise * unit)
+    return run
+
+
+def _some(side: int, block: int | None) -> np.ndarray:
+    """Some of many rows or columns, blocks of them as a whole; all of a few."""
+    size = block or 1
+    blocks = -(-side // size)
+    most = max(SIDE // size, 1)
+    if side <= SIDE or blocks <= most:
+        return np.arange(side)
+    chosen = np.random.default_rng(0).choice(blocks, most, replace=False)
+    index = np.sort(chosen)[:, None] * size + np.arange(size)
+    return index[index < side]
 
 
 def first_penalty(largest: Array) -> Array:
@@ -201,7 +225,6 @@ def _first_basis(start: Array, width: int) -> tuple[Array, Array]:
     tracks, and their order, which its decompositions rely on.
     """
     basis = jr.normal(jr.key(0), (start.shape[1], width), start.dtype)
-    _, values, basis = lax.fori_loop(
-        0, 2, lambda _, found: leading(start, found[-1]), leading(start, basis)
-    )
+    settle = lambda _, found: leading(start, found[1])[1:]
+    values, basis = lax.fori_loop(0, 3, settle, (jnp.zeros(width, start.dtype), basis))
     return basis, values[0]
