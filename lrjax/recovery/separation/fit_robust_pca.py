@@ -57,8 +57,8 @@ class RobustPCAFit(eqx.Module):
             numbers, by a tenth of the entries: of the matrix, of each row and of each
             column. That is no accident: the fit is exact.
         predicted: whether the held-out error is at most a tenth, at a rank below the
-            default width, and at most twice the error of the entries that were shown:
-            a fit that has learned these by heart says nothing of the low-rank part.
+            default width, and the same as for ``proven`` holds up to three times its
+            size: no row and no column has a direction for itself alone.
         groups: of the entries that are wrong together.
     """
 
@@ -238,14 +238,15 @@ def fit_robust_pca(
 
     What is not told is chosen by the data. A low-rank part that is equal to many more
     entries than it has free numbers, in every row and every column, is no accident: the
-    first weight that gives one is taken. Where none does, one entry in twenty, at most
-    2000, is hidden: they choose the weight that predicts them best, and whether there is
-    noise on all entries beside the errors on a few. With noise of standard deviation σ
+    first weight that gives one is taken. Where none does, the weight is 0.7, and one entry
+    in twenty, at most 10,000, is hidden: they show whether there is noise on all entries
+    beside the errors on a few. With noise of standard deviation σ the weight is 1 and
     the program is the stable one, ``min ‖L‖_* + ‖S‖_1/w + ‖matrix − L − S‖²/2τ`` with τ a
     quarter above the norm of a matrix of noise, ``σ (√m + √n)``, and least squares at its
-    rank and its errors follow. All entries are fitted in the end. The same evidence says
-    whether the result can be ``trusted``: a small residual does not,
-    since any matrix is the sum of two parts.
+    rank and its errors follow. All entries are fitted in the end. Of a matrix with more
+    than 512 rows or columns all are fitted once in a hurry, and where that does not prove
+    itself, once more as is best for 512 of them. The same evidence says whether the result
+    can be ``trusted``: a small residual does not, since any matrix is the sum of two parts.
 
     Pure: jit it (with ``rank``, ``errors`` and ``max_steps`` static) and ``vmap`` it
     over matrices. Rows sharded over a mesh stay where they are. For a matrix that does

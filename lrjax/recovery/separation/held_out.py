@@ -18,7 +18,7 @@ ROUNDS = 2  # of a fit with noise, whose size the one before has left
 SURPLUS = 0.1  # of the entries, beyond as many as are free, that prove exactness
 GAIN, SLACK = 0.98, 1.02  # times the loss that a fit with noise may have; at half the rank
 CHANCE = 0.01  # closeness that far fewer entries than these have by chance
-OVERFIT = 2.0  # times the error on entries shown that entries held out may have
+ALIKE = 3.0  # standard deviations of the error held out that count as near it
 
 
 class Weights(NamedTuple):
@@ -48,8 +48,8 @@ class Choice(NamedTuple):
             infinite where none was held out.
         size: the root mean square of the low-rank part that predicts, to measure by.
         rank: of that low-rank part.
-        alike: whether entries shown are not much nearer to the prediction than those held
-            out, as they are to one that has learned them by heart.
+        alike: whether the low-rank part is :func:`certain` up to that error: no row and no
+            column has a direction for itself alone, of which others say nothing.
         certain: whether the low-rank part proves itself, see :func:`certain`.
     """
 
@@ -85,6 +85,11 @@ class Table(NamedTuple):
     mask: Bool[Array, "m n"]
     start: Float[Array, "m n"]
     known: Bool[Array, "..."]
+
+    @property
+    def seen(self) -> tuple[Array, Array, Array]:
+        """All but the guess."""
+        return self.matrix, self.mask, self.known
 
     @property
     def T(self) -> "Table":
@@ -141,34 +146,33 @@ def choose(
     hidden = 1 + len(weights.exact)
     last = len(path)
 
-    def judge(parts: Parts, weight: Array, noise: Array) -> Choice:
+    def judge(parts: Parts, weight: Array, noise: Array, whole: Array) -> Choice:
         low_rank = parts.low_rank
-        errors = jnp.abs(matrix - low_rank)
-        error = _median(jnp.where(held, errors, 0), count)
-        size = _size(low_rank, known)
-        shown = mask & ~held & ~known
-        near = shown & (errors <= jnp.maximum(error / OVERFIT, close * size))
+        errors = jnp.where(held, jnp.abs(matrix - low_rank), 0)
+        error, size = _median(errors, count), _size(low_rank, known)
+        near = jnp.where(whole, jnp.minimum(close, CHANCE) * size, ALIKE * deviation(error))
+        alike = certain(parts, *table.seen, near=near, whole_lines=whole_lines)
         return Choice(
             weight,
             noise,
-            loss=jnp.sum(jnp.where(held, jnp.minimum(errors, largest), 0)),
+            loss=jnp.sum(jnp.minimum(errors, largest)),
             error=error,
             size=size,
             rank=jnp.sum(parts.values > 0, dtype=jnp.int32),
-            alike=(2 * jnp.sum(near) <= jnp.sum(shown)) | (error <= close * size),
-            certain=jnp.zeros((), bool),
+            alike=alike,
+            certain=whole & alike & (parts.residual <= close),
         )
 
     def take_turn(state: _State) -> _State:
         turn, chosen = state.turn, state.chosen
         whole, final = (turn < hidden) | (turn == last), turn == last
-        noise = jnp.where(turn > hidden, state.error / NORMAL_MEDIAN, 0)
+        noise = jnp.where(turn > hidden, deviation(state.error), 0)
         noise = jnp.where(final, chosen.noise, noise)
         weight = jnp.where(final, chosen.weight, path[turn % last])
         patience = jnp.where((turn > 0) & (turn < hidden), PATIENCE, 0)
         parts = run(mask & (whole | ~held), weight, noise, patience)
-        tried = judge(parts, weight, noise)
-        sure = whole & ~final & proves(parts, table, close=close, whole_lines=whole_lines)
+        tried = judge(parts, weight, noise, whole)
+        sure = tried.certain & ~final
         exact = tried.error <= close * tried.size
         most = jnp.where(2 * tried.rank <= chosen.rank, SLACK, GAIN) * chosen.loss
         better = (turn == hidden) | ((turn == last - 1) & (tried.loss < most))
@@ -184,6 +188,7 @@ def choose(
             steps=state.steps + parts.steps,
         )
 
+    deviation = lambda error: error / NORMAL_MEDIAN
     none = _nothing(path[0])
     state = _State(
         turn=jnp.where(skip, last + 1, 0).astype(jnp.int32),
@@ -211,15 +216,23 @@ def choose_by_sample(
     The whole is fitted once in a hurry, and if that does not prove itself once more, at
     the choice for the sample.
     """
-    options = {"whole_lines": whole_lines, "close": close}
 
     def take_turn(state: _State) -> _State:
-        first = state.turn == 0
-        tries, choice = choose(run_sample, sample, weights, skip=first, **options)
+        tries, choice = choose(
+            run_sample,
+            sample,
+            weights,
+            whole_lines=whole_lines,
+            close=close,
+            skip=state.turn == 0,
+        )
         patience = jnp.where(choice.certain, PATIENCE, 0)
         parts = run(table.mask, choice.weight, choice.noise, patience)
-        sure = proves(parts, table, **options)
-        size = jnp.where(sure, _size(parts.low_rank, table.known), choice.size)
+        size = _size(parts.low_rank, table.known)
+        near = jnp.minimum(close, CHANCE) * size
+        sure = certain(parts, *table.seen, near=near, whole_lines=whole_lines)
+        sure &= parts.residual <= close
+        size = jnp.where(sure, size, choice.size)
         return _State(
             turn=jnp.where(sure, 2, state.turn + 1),
             error=choice.error,
@@ -236,28 +249,18 @@ def choose_by_sample(
     return state.parts._replace(steps=state.steps), state.chosen
 
 
-def proves(
-    parts: Parts, table: Table, *, close: ArrayLike, whole_lines: bool
-) -> Bool[Array, ""]:
-    """Whether the parts of a table are :func:`certain` and leave nothing."""
-    proven = certain(
-        parts, table.matrix, table.mask, table.known, close=close, whole_lines=whole_lines
-    )
-    return proven & (parts.residual <= close)
-
-
 def certain(
     parts: Parts,
     matrix: Float[Array, "m n"],
     mask: Bool[Array, "m n"],
     known: Bool[Array, "..."] | bool = False,
     *,
-    close: ArrayLike,
+    near: ArrayLike,
     whole_lines: bool = False,
 ) -> Bool[Array, ""]:
     """Whether the low-rank part is equal to more entries than its freedom explains.
 
-    Without noise. A matrix of rank r has ``r (m + n − r)`` free numbers and can be made
+    A matrix of rank r has ``r (m + n − r)`` free numbers and can be made
     equal to as many entries of anything; that it is equal to many more is no accident.
     Of these numbers ``r + h (n − r)`` are those of a row with the leverage h, which is its
     share of the left singular vectors: near one where a direction is there for this row
@@ -268,7 +271,7 @@ def certain(
         matrix: ``(m, n)``.
         mask: the entries that are observed.
         known: rows or columns without errors, which have nothing to prove.
-        close: what counts as equal, relative to the root mean square of the low-rank part.
+        near: what counts as equal.
         whole_lines: whether the parts may leave rows and columns out, wrong everywhere.
     """
     used = parts.values > 0
@@ -276,7 +279,6 @@ def certain(
     low_rank, known = parts.low_rank, jnp.asarray(known)
     # Known lines of zeros say nothing.
     mask = mask & (~known | (low_rank != 0))
-    near = jnp.minimum(close, CHANCE) * _size(low_rank, known)
     equal = mask & (jnp.abs(matrix - low_rank) <= near)
     claimed = equal if whole_lines else mask
     rows, cols = (jnp.sum(jnp.any(claimed, axis=axis)) for axis in (1, 0))

@@ -67,7 +67,8 @@ def take_apart(
     table = Table(matrix, mask, start, (jnp.arange(shape[0]) < skip)[:, None])
     rows = np.arange(skip), skip + _some(shape[0] - skip, groups.rows)
     rows, cols = np.concatenate(rows), _some(shape[1], groups.cols)
-    sample = Table(*(x[rows][:, cols] for x in table[:-1]), table.known[rows])
+    part = lambda x: x[rows][:, cols]
+    sample = Table(part(matrix), part(mask), part(start), table.known[rows])
     wide = shape[0] < shape[1]
     if wide:
         table, sample, groups = table.T, sample.T, groups.T
