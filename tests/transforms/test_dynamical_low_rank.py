@@ -66,7 +66,7 @@ def train(tx, loss, x, steps, **extra):
     ],
 )
 def test_masked_columns_are_real_shapes(method, every, momentum, width, getkey, x64):
-    """Same matrices to 1e-13 and same ranks, for 30 steps, under jit and vmap over tol."""
+    """Same matrices and ranks, for 30 steps, under jit and vmap over tol."""
     x = start_at(getkey(), [3.0, 2.0, 0.5], width)
     loss, gradient = quadratic(getkey(), target_of(getkey()))
     extra = {}
@@ -90,7 +90,8 @@ def test_masked_columns_are_real_shapes(method, every, momentum, width, getkey, 
         want = reference.train(start, gradient, tol=tol, cap=width, steps=30, **settings)
         assert ranks[i].tolist() == [rank for _, rank in want]
         for got, (w, _) in zip(matrices[i], want, strict=True):
-            assert relative_error(got, w) < 1e-13
+            # A few dozen roundings a step, which add up.
+            assert relative_error(got, w) < 30 * 50 * np.finfo(float).eps
     assert len(set(np.asarray(ranks).ravel().tolist())) > 2
 
 
