@@ -27,7 +27,7 @@ OF_PAIRS = {
     *("scaled_gd", "scaled_subgradient", "subgm"),
 }
 # And those of nodes whose bases move.
-OF_SVD_FORMS = {"cond_lr", "dlrt", "riemannian_sgd", "robust_dlrt"}
+OF_SVD_FORMS = {"cond_lr", "dlrt", "riemannian_sgd", "robust_dlrt", "sst"}
 # What CI compiles for a TPU: some of each kind.
 QUICK = (
     *("adam", "subspace_adam", "galore", "apollo", "dion", "soap", "mofasgd"),

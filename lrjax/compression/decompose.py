@@ -142,8 +142,8 @@ def decompose(
         >>> model = eqx.nn.MLP(32, 8, 64, 2, key=jax.random.key(0))
         >>> batches = jax.random.normal(jax.random.key(1), (4, 100, 32))
         >>> parts = decompose(model, layer_statistics(model, batches))
-        >>> [round(parts.cut(budget=share)[1].ratio, 2) for share in (0.25, 0.5)]
-        [0.25, 0.5]
+        >>> [parts.cut(budget=share)[1].ratio <= share for share in (0.25, 0.5)]
+        [True, True]
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}.")

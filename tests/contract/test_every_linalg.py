@@ -259,7 +259,8 @@ TABLE = {
         lambda x: linalg.truncated_svd(x, R, method="randomized", key=KEY)
     ),
     "truncated_svd(power)": svd_row(
-        lambda x: linalg.truncated_svd(x, R, method="power", key=KEY), exact=False
+        lambda x: linalg.truncated_svd(x, R, method="power", power_iters=6, key=KEY),
+        exact=False,
     ),
     "product_svd": Row(
         lambda left, core, right: linalg.product_svd(left, core, right, R),
@@ -275,7 +276,7 @@ TABLE = {
     ),
     "subspace_iteration": Row(
         lambda x, start: linalg.subspace_iteration(
-            lambda v: linalg.times(x, v), lambda u: linalg.cross(x, u), start
+            lambda v: linalg.times(x, v), lambda u: linalg.cross(x, u), start, steps=8
         ),
         ("matrix", "columns"),
         lambda x, start, basis: span_error(x, basis) + orthonormal(basis),

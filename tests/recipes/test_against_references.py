@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -712,8 +713,22 @@ def test_psgd_equals_the_reference(make, rank, clip, decay, x64):
         assert error < 1e-6, f"step {t}: {error:.1e}"
 
 
+# Recipes for weights whose rank moves are tested beside their transforms.
+ELSEWHERE = {
+    "nn/test_grassmann_head.py": ("grassmann_sgd",),
+    "transforms/test_ordered_columns.py": ("maestro",),
+    "transforms/test_riemannian.py": ("cond_lr", "dlrt", "riemannian_sgd", "robust_dlrt"),
+    "transforms/test_sample_directions.py": ("sst",),
+    "transforms/test_spectra.py": ("proximal_gradient", "trp"),
+}
+
+
 def test_every_recipe_has_a_reference():
     exported = {
         name for name, value in vars(lrjax.recipes).items() if inspect.isfunction(value)
     }
-    assert {*CASES, *PAIR_CASES, "psgd"} >= exported
+    tests = Path(__file__).parent.parent
+    for file, names in ELSEWHERE.items():
+        assert all(f"lrjax.{name}(" in (tests / file).read_text() for name in names), file
+    elsewhere = {name for names in ELSEWHERE.values() for name in names}
+    assert {*CASES, *PAIR_CASES, "psgd", *elsewhere} >= exported

@@ -4,6 +4,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
@@ -293,9 +294,15 @@ class EmaGram(_StatefulBasis):
         return state._replace(gram=average)
 
     def start(self, state: EmaGramState, a: Array, context: RefreshContext) -> EmaGramState:
-        """The leading eigenvectors of the average."""
+        """The leading eigenvectors of the average, at acute angles to one direction."""
         del a
-        return state._replace(matrix=leading_eigenvectors(state.gram, context.rank))
+        vectors = leading_eigenvectors(state.gram, context.rank)
+        # Their signs are an accident of rounding, which the power steps would hand on.
+        direction = jr.normal(jr.key(0), (vectors.shape[-2], 1), vectors.dtype)
+        direction = jnp.broadcast_to(direction, vectors.shape)
+        angles = jnp.sum(vectors * direction, axis=-2, keepdims=True)
+        signed = jnp.where(angles < 0, -vectors, vectors)
+        return state._replace(matrix=placed_like(signed, vectors))
 
     def refresh(
         self, state: EmaGramState, a: Array, context: RefreshContext
