@@ -99,7 +99,7 @@ def main():
         "plain factors": ("pair", optax.sgd(RATE)),
         "DLRT": ("svd", lrjax.dlrt(RATE, tol=0.0, inner=optax.identity())),
     }
-    bases, keys = jnp.array([*SPECTRA.values()]), jr.split(jr.key(0), SEEDS)
+    bases, keys = jnp.array([*SPECTRA.values()]), jr.split(jr.key(1), SEEDS)
     rows, finals = [], {}
     for name, (form, tx) in methods.items():
         began = time.process_time()
