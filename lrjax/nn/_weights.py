@@ -69,6 +69,24 @@ def node_of(svd: TruncatedSVD, rank: int, form: Form, dtype: Any) -> Node:
     return SVDForm(*(x.astype(dtype) for x in (left, core, right)))
 
 
+def pair_of(weight: Node) -> LowRank:
+    """The weight in two factors."""
+    return weight.to_low_rank() if isinstance(weight, SVDForm) else weight
+
+
+def dense_linear(weight: Float[Array, "*b m n"], bias: Array | None) -> eqx.nn.Linear:
+    """The layer of Equinox with a weight and a bias."""
+    rows, columns = weight.shape[-2:]
+    return made_of(
+        eqx.nn.Linear,
+        weight=weight,
+        bias=bias,
+        in_features=columns,
+        out_features=rows,
+        use_bias=bias is not None,
+    )
+
+
 def apply(weight: Node, x: Float[Array, " n"]) -> Float[Array, " m"]:
     """``W x`` from right to left, the thin products first."""
     return up(weight, dense(x, weight.right.mT))

@@ -7,7 +7,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._arguments import check_key
-from ..lowrank import SVDForm
 from ._geometry import Geometry, geometry_of
 from ._weights import (
     Form,
@@ -16,6 +15,7 @@ from ._weights import (
     check_layer_rank,
     check_node,
     made_of,
+    pair_of,
     spectral,
 )
 from .folding import (
@@ -188,9 +188,7 @@ class LowRankConv(eqx.Module):
         del key
         geometry = self.geometry
         geometry.check_input(self, x)
-        pair = (
-            self.weight.to_low_rank() if isinstance(self.weight, SVDForm) else self.weight
-        )
+        pair = pair_of(self.weight)
         first, second = thin_kernels(
             pair.left, pair.right, geometry.kernel_shape, self.scheme, geometry.groups
         )

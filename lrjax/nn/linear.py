@@ -5,7 +5,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._arguments import check_key
 from .._dense import frozen_dense
 from .._sites import LinearSite, register_layer
-from ..lowrank import SVDForm
 from ._weights import (
     Form,
     Node,
@@ -14,7 +13,9 @@ from ._weights import (
     check_input,
     check_layer_rank,
     check_node,
+    dense_linear,
     made_of,
+    pair_of,
     spectral,
 )
 
@@ -140,7 +141,7 @@ class LowRankLinear(eqx.Module):
 
     def to_dense(self) -> eqx.nn.Linear:
         """The same layer with its weight multiplied out."""
-        return _dense_layer(self.weight.materialize(), self.bias)
+        return dense_linear(self.weight.materialize(), self.bias)
 
 
 @register_layer(LowRankLinear)
@@ -155,22 +156,9 @@ class LowRankLinearSite(LinearSite):
         """An ``eqx.nn.Linear``: with a change in it the weight has another rank."""
         old, dtype = self.layer.bias, self.layer.weight.dtype
         bias = bias if bias is None or old is None else bias.astype(old.dtype)
-        return _dense_layer(matrix.astype(dtype), bias)
+        return dense_linear(matrix.astype(dtype), bias)
 
     def base(self, x):
         """``left (rightᵀ x)``; the factors get no gradient."""
-        weight = self.layer.weight
-        pair = weight.to_low_rank() if isinstance(weight, SVDForm) else weight
+        pair = pair_of(self.layer.weight)
         return frozen_dense(frozen_dense(x, pair.right.mT), pair.left)
-
-
-def _dense_layer(weight: Array, bias: Array | None) -> eqx.nn.Linear:
-    rows, columns = weight.shape[-2:]
-    return made_of(
-        eqx.nn.Linear,
-        weight=weight,
-        bias=bias,
-        in_features=columns,
-        out_features=rows,
-        use_bias=bias is not None,
-    )

@@ -13,7 +13,7 @@ from .._dense import dense
 from .._matrices import named_leaves
 from .._sites import Where, find_sites, flat_leaves, pick
 from ..linalg import check_rank, working_dtype
-from ._weights import Node, apply, check_input, made_of, spectral
+from ._weights import Node, apply, check_input, dense_linear, made_of, spectral
 
 
 Start = Literal["stepwise", "average", "lower"]
@@ -236,11 +236,4 @@ def _plain(layer: _ChangedLinear) -> eqx.nn.Linear:
     if change is not None:
         full = _wide(weight) + _wide(change.materialize())
         weight = full.astype(weight.dtype)
-    return made_of(
-        eqx.nn.Linear,
-        weight=weight,
-        bias=layer.bias,
-        in_features=weight.shape[-1],
-        out_features=weight.shape[-2],
-        use_bias=layer.bias is not None,
-    )
+    return dense_linear(weight, layer.bias)

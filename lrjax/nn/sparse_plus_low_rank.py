@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .._arguments import check_key
 from .._dense import dense
 from ..lowrank import LowRank, lora_init
-from ._weights import check_input, check_layer_rank, made_of
+from ._weights import check_input, check_layer_rank, dense_linear, made_of
 
 
 class SparsePlusLowRankLinear(eqx.Module):
@@ -171,14 +171,7 @@ class SparsePlusLowRankLinear(eqx.Module):
         summed = _summed
         for _ in range(self.weight.ndim - 2):
             summed = jax.vmap(summed)
-        return made_of(
-            eqx.nn.Linear,
-            weight=summed(self.weight, self.values, self.indices),
-            bias=self.bias,
-            in_features=self.in_features,
-            out_features=self.out_features,
-            use_bias=self.use_bias,
-        )
+        return dense_linear(summed(self.weight, self.values, self.indices), self.bias)
 
 
 def _summed(weight: LowRank, values: Array, indices: Array) -> Float[Array, "out in"]:
