@@ -5,7 +5,8 @@ pixels, of which 1,000 are for testing. The two hidden layers of a network are o
 and start with the singular values of a normal matrix, or with the largest one times 2^-k
 or 10^-k. Plain factors ``L Rᵀ`` and ``U S Vᵀ`` by DLRT, both by plain gradient descent at
 one learning rate and on the same batches: test accuracies over ten seeds of the network
-and the batches.
+and the batches. The rank was chosen on other seeds: at 10 plain factors lost 4.95 points to
+2^-k, at 20 DLRT lost 1.8, and on the digits of scikit-learn both bounds never held at once.
 """
 
 import functools
