@@ -29,32 +29,31 @@ def bar(purpose: str, total: int, *, done: int = 0, unit: str = "it") -> Any:
 class Meter:
     """A bar that a compiled loop moves, begun anew by every run of the program.
 
-    Under ``vmap`` there is one bar for all members, with the largest of their losses.
+    Under ``vmap`` there is one bar for all members, with the largest of what they show.
     """
 
-    def __init__(self, purpose: str, total: int):
-        self._purpose, self._total = purpose, total
+    def __init__(self, purpose: str, total: int, shows: str = "loss"):
+        self._purpose, self._total, self._shows = purpose, total, shows
         self._bar: Any = None
         _extras.load("tqdm.auto", "sweep", f"{purpose} with progress=True")
 
-    def at(self, step: Array, loss: Array) -> None:
+    def at(self, step: Array, value: Array) -> None:
         """To be called in every step, also traced."""
-        loss = max_member(lax.stop_gradient(loss))
+        step, value = max_member(step), max_member(lax.stop_gradient(value))
         every = max(1, self._total // REPORTS)
-        tell = lambda: jax.debug.callback(self._move, step, loss)
+        tell = lambda: jax.debug.callback(self._move, step, value)
         lax.cond(step % every == 0, tell, lambda: None)
 
     def end(self, taken: Array) -> None:
         """To be called behind the loop, with the number of steps it took."""
         jax.debug.callback(self._end, max_member(taken))
 
-    def _move(self, step, loss) -> None:
-        if step == 0:
+    def _move(self, step, value) -> None:
+        if step == 0 or self._bar is None:
             self._close()
             self._bar = bar(self._purpose, self._total, unit="step")
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{float(loss):.3e}", refresh=False)
-            self._bar.update(int(step) - self._bar.n)
+        self._bar.set_postfix({self._shows: f"{float(value):.3e}"}, refresh=False)
+        self._bar.update(int(step) - self._bar.n)
 
     def _end(self, taken) -> None:
         if self._bar is not None:

@@ -9,6 +9,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
+from ..._progress import Meter
 from .._inputs import VectorLike, check_not_negative, check_width, matrix_entries
 from ..derivatives import refuse_derivatives
 from .completed import NO_DERIVATIVE, CompletionFit, assemble
@@ -42,6 +43,7 @@ def fit_completion(
     limits: tuple[ArrayLike, ArrayLike] | None = None,
     tol: ArrayLike = 1e-5,
     max_steps: int = 100,
+    progress: bool = False,
     reduce: Reduce | None = None,
 ) -> CompletionFit:
     """Complete a matrix of which some entries are known, ``X[rows, cols] ≈ values``.
@@ -114,6 +116,9 @@ def fit_completion(
         tol: stop when an iteration moves the matrix by less than this share of its norm,
             or by next to nothing against its uncertainty.
         max_steps: at most as many iterations.
+        progress: show a progress bar with how far a step moves the matrix, relative to its
+            norm, once without the entries held out and once with all, as
+            :func:`lrjax.solve` does.
         reduce: where the rows of the matrix are spread over devices, within
             ``shard_map``: ``lambda x: jax.lax.psum(x, "rows")``. Then ``rows`` and ``m``
             are those of one device, and so is the result but for its ``right`` factor.
@@ -127,6 +132,7 @@ def fit_completion(
             out of range count as missing. Where it is differentiated by the values.
         TypeError: for values that are no numbers, booleans and dates among them; for one
             or two of ``cols``, ``values`` and ``shape`` without the others.
+        ImportError: with ``progress`` where tqdm is not installed.
 
     Example:
         >>> import jax, lrjax
@@ -156,6 +162,7 @@ def fit_completion(
     width = _width(shape, len(values), rank, spread)
     model = Model(width, *_check_effects(effects, units), robust, reduce)
     share = share_held(len(values))
+    meter = Meter("lrjax.fit_completion", max_steps, "step") if progress else None
 
     rows, cols, values = observed(rows, cols, values, (shape[0], shape[1]))
     center, scale = center_and_scale(
@@ -193,7 +200,7 @@ def fit_completion(
             by_row=data.by_row._replace(window=window),
             by_col=data.by_col._replace(window=window),
         )
-        state = iterate(seen, model, state, tol=tol, limit=limit)
+        state = iterate(seen, model, state, tol=tol, limit=limit, meter=meter)
         return state, held_out(data, model, state, held)
 
     # First without the entries held out, then with all.

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, UInt
 
+from ..._progress import Meter
 from ...linalg import gram, nonzero, orthonormalize, subspace_iteration
 from ...lowrank import LowRank, relative_step
 from .bayes import Side, regress, student_weights, whiten
@@ -186,9 +187,18 @@ def start(data: Data, model: Model) -> State:
 
 
 def iterate(
-    data: Data, model: Model, state: State, *, tol: ArrayLike, limit: ArrayLike
+    data: Data,
+    model: Model,
+    state: State,
+    *,
+    tol: ArrayLike,
+    limit: ArrayLike,
+    meter: Meter | None,
 ) -> State:
-    """Regress the two factors on each other until the matrix moves no more."""
+    """Regress the two factors on each other until the matrix moves no more.
+
+    The meter is told how far each step moves it.
+    """
     reduce, turned = model.reduce, model.transposed()
     by_row, by_col, row_features, col_features = data
 
@@ -231,6 +241,8 @@ def iterate(
         move = relative_step(factors, changes, reduce=reduce)
         places = reduce(jnp.asarray(len(rows), noise.dtype)) * len(cols)
         size = jnp.sum(reduce(gram(rows)) * gram(cols)) / places
+        if meter is not None:
+            meter.at(state.taken, move)
         share = SETTLED_ROBUST if model.robust else SETTLED
         little = move**2 * size <= share**2 * unsure
         settled = (move <= tol) | little
@@ -241,7 +253,10 @@ def iterate(
         return ~state.settled & (state.taken < limit)
 
     state = state._replace(settled=jnp.array(False))
-    return lax.while_loop(running, step, state)
+    state = lax.while_loop(running, step, state)
+    if meter is not None:
+        meter.end(state.taken)
+    return state
 
 
 def half(entries, this, other, noise, scale, features, model, over_this, over_other):

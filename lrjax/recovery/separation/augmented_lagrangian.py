@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from ..._progress import Meter
 from ...linalg import cholesky, cross, gram, identity_like, nonzero, outer, svd, times
 from .groups import ENTRIES, Groups
 
@@ -67,6 +68,7 @@ def separate(
     groups: Groups = ENTRIES,
     patience: ArrayLike = PATIENCE,
     adapt_basis: bool = True,
+    meter: Meter | None = None,
 ) -> Parts:
     """The augmented Lagrangian of ``min ‖L‖_* + w ‖S‖_1 + ‖N‖²/2τ, L + S + N = matrix``.
 
@@ -104,6 +106,7 @@ def separate(
         groups: which entries are wrong together.
         patience: steps after which the penalty grows fast in any case.
         adapt_basis: if false, the basis is fixed: robust regression of the rows on it.
+        meter: is told the residuals.
 
     Returns:
         The parts.
@@ -135,6 +138,9 @@ def separate(
         rest = low_rank - before + clipped
         primal, dual = _norm(clipped - before), _norm(rest - state.rest)
         fast = (primal / size > dual / nonzero(_norm(clipped))) | (state.steps >= patience)
+        residual = primal / nonzero(_norm(low_rank))
+        if meter is not None:
+            meter.at(state.steps, residual)
         growth = jnp.where(fast, FAST, SLOW).astype(dtype)
         return _State(
             rest=rest,
@@ -144,7 +150,7 @@ def separate(
             basis=basis,
             penalty=penalty,
             growth=jnp.clip(largest / penalty, 1, growth),
-            residual=primal / nonzero(_norm(low_rank)),
+            residual=residual,
             steps=state.steps + 1,
         )
 
@@ -164,6 +170,8 @@ def separate(
         steps=jnp.zeros((), jnp.int32),
     )
     end = lax.while_loop(unfinished, step, first)
+    if meter is not None:
+        meter.end(end.steps)
     # What was not clipped is explained by L and noise: zero, and not up to rounding only.
     hit = mask & groups.reach(end.clipped, 0.999 * weight / end.penalty)
     errors = matrix - end.rest - noise * end.penalty * end.clipped

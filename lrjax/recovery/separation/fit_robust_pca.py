@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from ..._progress import Meter
 from ...linalg import nonzero, working_dtype
 from ...lowrank import LowRank
 from .._inputs import MatrixLike, as_matrix, check_not_negative, check_width
@@ -225,6 +226,7 @@ def fit_robust_pca(
     errors: str | tuple[int, int] = "entries",
     tol: ArrayLike = 1e-6,
     max_steps: int = 100,
+    progress: bool = False,
 ) -> RobustPCAFit:
     """Robust PCA: a matrix taken apart into a low-rank part and sparse gross errors.
 
@@ -277,6 +279,8 @@ def fit_robust_pca(
         tol: stop when low-rank and sparse part explain the observed matrix to this
             residual, relative to the low-rank part; at least four rounding errors.
         max_steps: at most as many iterations of a fit; 20 to 80 are usual.
+        progress: show a progress bar with the residual for each fit that is made on the
+            way, as :func:`lrjax.solve` does.
 
     Returns:
         A :class:`RobustPCAFit`.
@@ -287,6 +291,7 @@ def fit_robust_pca(
             of range, a negative weight or tolerance, or errors of another kind; where it is
             differentiated by the matrix or a number.
         TypeError: for a rank that is no integer; booleans, dates, text, other objects.
+        ImportError: with ``progress`` where tqdm is not installed.
 
     Example:
         >>> import jax, lrjax
@@ -313,6 +318,7 @@ def fit_robust_pca(
     matrix, seen = _observed("fit_robust_pca", matrix, mask)
     tol = jnp.maximum(jnp.asarray(tol, matrix.dtype), FINEST * jnp.finfo(matrix.dtype).eps)
     groups = groups_of(errors, matrix.shape)
+    meter = Meter("lrjax.fit_robust_pca", max_steps, "residual") if progress else None
 
     def fit(width: int) -> RobustPCAFit:
         parts, choice = take_apart(
@@ -323,6 +329,7 @@ def fit_robust_pca(
             tol=tol,
             max_steps=max_steps,
             groups=groups,
+            meter=meter,
         )
         saturates = min(matrix.shape) if rank else width
         return _assemble(parts, choice, tol, groups, saturates)

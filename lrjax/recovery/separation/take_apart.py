@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from ..._progress import Meter
 from ...linalg import nonzero
 from ..fill_in import fill_in
 from .augmented_lagrangian import Parts, leading, separate
@@ -33,6 +34,7 @@ def take_apart(
     max_steps: int,
     groups: Groups = ENTRIES,
     known: Float[Array, "k n"] | None = None,
+    meter: Meter | None = None,
 ) -> tuple[Parts, Choice]:
     """Take a matrix apart at the best of several settings.
 
@@ -49,6 +51,7 @@ def take_apart(
         max_steps: of one fit.
         groups: entries that are wrong together.
         known: rows without errors and noise, on top of the matrix.
+        meter: is told how far every fit is.
 
     Returns:
         The parts, without the known rows, and the choice.
@@ -73,7 +76,7 @@ def take_apart(
     if wide:
         table, sample, groups = table.T, sample.T, groups.T
     program = functools.partial(
-        _program, width=width, tol=tol, max_steps=max_steps, groups=groups
+        _program, width=width, tol=tol, max_steps=max_steps, groups=groups, meter=meter
     )
     options = {"whole_lines": groups != ENTRIES, "close": CLOSE * tol}
     if sample.matrix.shape == table.matrix.shape:
@@ -94,7 +97,12 @@ def take_apart(
 
 
 def _program(
-    table: Table, width: int, tol: ArrayLike, max_steps: int, groups: Groups
+    table: Table,
+    width: int,
+    tol: ArrayLike,
+    max_steps: int,
+    groups: Groups,
+    meter: Meter | None,
 ) -> Run:
     """The fit of a table, all of it or with entries hidden, at any setting."""
     matrix, exact = table.matrix, table.known
@@ -118,6 +126,7 @@ def _program(
             noise=level,
             groups=groups,
             patience=patience,
+            meter=meter,
         )
         # A block of noise alone is as long as this, or a little longer.
         length = noise * jnp.sqrt(jnp.maximum(groups.size(matrix.shape) * share, 1))

@@ -8,6 +8,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from ..._progress import Meter
 from ...linalg import nonzero, working_dtype
 from ...lowrank import TuckerForm, unfolded_svd
 from .._inputs import as_mask, as_numbers, check_not_negative, check_width
@@ -91,6 +92,7 @@ def fit_robust_tensor(
     ranks: Sequence[int] | None = None,
     tol: ArrayLike = 1e-6,
     max_steps: int = 200,
+    progress: bool = False,
 ) -> TensorFit:
     """Robust tensor PCA: a tensor taken apart into a low-rank part and gross errors.
 
@@ -117,6 +119,8 @@ def fit_robust_tensor(
         ranks: the largest rank of each axis; by default 40 or its length.
         tol: stop when the parts explain the observed tensor to this relative residual.
         max_steps: at most as many iterations in each of the two turns.
+        progress: show a progress bar with the residual for each turn, as
+            :func:`lrjax.solve` does.
 
     Returns:
         A :class:`TensorFit`.
@@ -125,6 +129,7 @@ def fit_robust_tensor(
         ValueError: for a tensor without entries or of less than two axes, a mask that does
             not fit, ranks out of range, a negative tolerance; where it is differentiated.
         TypeError: for what is not made of numbers.
+        ImportError: with ``progress`` where tqdm is not installed.
 
     Example:
         >>> import jax, lrjax
@@ -144,6 +149,7 @@ def fit_robust_tensor(
         recovery: models and algorithms" (2014), arXiv 1311.6182, for the Lagrangian.
     """
     name = "fit_robust_tensor"
+    meter = Meter(f"lrjax.recovery.{name}", max_steps, "residual") if progress else None
     data, known, widths, tol = _checked(name, tensor, mask, ranks, tol)
     data, start, unit = _in_units(data, known)
     scales, penalty = _first_levels(start, known)
@@ -177,6 +183,7 @@ def fit_robust_tensor(
             last=last,
             tol=tol,
             max_steps=max_steps,
+            meter=meter,
         )
 
     path, error, steps = _two_turns(run, known, data)
@@ -195,6 +202,7 @@ def fit_tensor_completion(
     ranks: Sequence[int] | None = None,
     tol: ArrayLike = 1e-6,
     max_steps: int = 1000,
+    progress: bool = False,
 ) -> TensorFit:
     """Complete a tensor of low multilinear rank, of which some entries are known.
 
@@ -215,6 +223,8 @@ def fit_tensor_completion(
         ranks: the largest rank of each axis; by default 40 or its length.
         tol: stop when the observed entries are explained to this relative residual.
         max_steps: at most as many iterations in each of the two turns.
+        progress: show a progress bar with the residual for each turn, as
+            :func:`lrjax.solve` does.
 
     Returns:
         A :class:`TensorFit`.
@@ -222,6 +232,7 @@ def fit_tensor_completion(
     Raises:
         ValueError: as :func:`fit_robust_tensor`.
         TypeError: for what is not made of numbers.
+        ImportError: with ``progress`` where tqdm is not installed.
 
     Example:
         >>> import jax, lrjax
@@ -242,6 +253,7 @@ def fit_tensor_completion(
         steps.
     """
     name = "fit_tensor_completion"
+    meter = Meter(f"lrjax.recovery.{name}", max_steps, "residual") if progress else None
     data, known, widths, tol = _checked(name, tensor, mask, ranks, tol)
     share = _share_of(known, data.dtype)
     unit = nonzero(norm(data) / jnp.sqrt(share * known.size))
@@ -270,6 +282,7 @@ def fit_tensor_completion(
             last=last,
             tol=tol,
             max_steps=max_steps,
+            meter=meter,
         )
 
     path, error, steps = _two_turns(run, known, data)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from ..._progress import Meter
 from ...linalg import nonzero
 from ...lowrank import TuckerForm, multiply_axes, unfolded_svd
 from .._median import median_between
@@ -84,6 +85,7 @@ def follow(
     last: Array,
     tol: Array,
     max_steps: int,
+    meter: Meter | None,
 ) -> Path:
     """Let the thresholds fall until the parts explain the tensor, or to a last one.
 
@@ -99,6 +101,7 @@ def follow(
         last: the largest penalty.
         tol: stop at this residual.
         max_steps: at most as many steps.
+        meter: is told the residuals.
     """
     count = jnp.sum(held)
 
@@ -111,6 +114,8 @@ def follow(
             low_rank, low_rank - old, state.memory, state.penalty
         )
         error = median(jnp.where(held, jnp.abs(matrix - low_rank), 0), count)
+        if meter is not None:
+            meter.at(state.steps, residual)
         better = (error < PREFERRED * state.error) & jnp.any(ranks > 0)
         return Path(
             cleaned,
@@ -144,7 +149,10 @@ def follow(
         jnp.full((), jnp.inf, dtype),
         jnp.full((), POLISH, jnp.int32),
     )
-    return lax.while_loop(unfinished, step, first)
+    end = lax.while_loop(unfinished, step, first)
+    if meter is not None:
+        meter.end(end.steps)
+    return end
 
 
 def median(errors: Array, count: Array) -> Array:
