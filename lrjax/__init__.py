@@ -25,6 +25,7 @@ from .adapters import (
     adapt as adapt,
     bind as bind,
     detach as detach,
+    equivalent_hyperparameters as equivalent_hyperparameters,
     load_peft as load_peft,
     materialize as materialize,
     merge as merge,

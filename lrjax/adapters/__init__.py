@@ -104,12 +104,18 @@ from .kinds.data_starts import (
 from .kinds.starts import (
     OrthogonalStart as OrthogonalStart,
     QRStart as QRStart,
+    ScaledStart as ScaledStart,
     SingularStart as SingularStart,
     SmallStart as SmallStart,
     Start as Start,
     ZeroStart as ZeroStart,
 )
 from .loftq import loftq as loftq
+from .parameterization import (
+    FactorSettings as FactorSettings,
+    Parameterization as Parameterization,
+    equivalent_hyperparameters as equivalent_hyperparameters,
+)
 from .protocol import (
     Adapter as Adapter,
     AdapterKind as AdapterKind,

@@ -9,6 +9,7 @@ import jax.random as jr
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
 from ..._sites import Site
+from ..._tree import like
 from ...linalg import working_dtype
 from ...lowrank import (
     LowRank,
@@ -218,3 +219,49 @@ class QRStart(Start):
         """The first columns of Q and rows of R."""
         check_fits('LoRA(init="olora")', rank, site)
         return qr_init(site.read(), rank)
+
+
+class ScaledStart(Start):
+    """Another start with its two factors multiplied by a number each.
+
+    ``B = left · B₀`` and ``A = right · A₀``, where ``B₀`` and ``A₀`` are what ``start``
+    gives for the scale ``s · left · right``: so the change that it starts with depends on
+    that product of the three numbers alone.
+
+    Args:
+        start: the other one.
+        left: multiplies ``B``.
+        right: multiplies ``A``.
+
+    Example:
+        >>> import equinox as eqx, jax, lrjax
+        >>> model = eqx.nn.Linear(4, 3, key=jax.random.key(0))
+        >>> start = lrjax.adapters.ScaledStart(lrjax.adapters.ZeroStart(), right=10.0)
+        >>> adapters = lrjax.adapt(model, lrjax.LoRA(2, init=start), key=jax.random.key(1))
+        >>> bool(abs(adapters[""].pair.right).max() > 2)  # it is at most 1/2 without
+        True
+
+    Reference:
+        Z. Zhang et al., "The primacy of magnitude in low-rank adaptation" (2025),
+        arXiv:2507.06558.
+    """
+
+    start: Start
+    left: ArrayLike = 1.0
+    right: ArrayLike = 1.0
+
+    @property
+    def residual(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether that of the other start is taken off."""
+        return self.start.residual
+
+    @property
+    def takes_data(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the other start does."""
+        return self.start.takes_data
+
+    def pair(self, site, rank, *, scale, train, key, data):
+        """The factors of the other start, scaled."""
+        scale = scale * self.left * self.right
+        pair = self.start.pair(site, rank, scale=scale, train=train, key=key, data=data)
+        return like(pair, self.left * pair.left, self.right * pair.right)
