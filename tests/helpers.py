@@ -1,5 +1,6 @@
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -52,6 +53,19 @@ def random_low_rank(key, m, n, r, *, batch=(), dtype=jnp.float32):
     left = jr.normal(kl, (*batch, m, r), dtype)
     right = jr.normal(kr, (*batch, n, r), dtype)
     return lrjax.LowRank(left, right)
+
+
+def split_factors(tree, side):
+    """The tree with one factor of each node, and the other half with the other ones."""
+
+    def marks(x):
+        if not lrjax.is_low_rank(x):
+            return True
+        return eqx.tree_at(
+            lambda n: (n.left, n.right), x, (side == "left", side == "right")
+        )
+
+    return eqx.partition(tree, jax.tree.map(marks, tree, is_leaf=lrjax.is_low_rank))
 
 
 def with_spectrum(key, m, n, values, dtype=jnp.float32):

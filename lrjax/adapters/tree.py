@@ -142,7 +142,9 @@ def partition(adapters: Adapters) -> tuple[Adapters, Adapters]:
 
     ``params`` holds :class:`lrjax.LowRank` nodes, so that transforms which need both
     factors (``scale_by_gram`` and its relatives) see pairs; scales, rates, frozen factors
-    and frozen pools are in the other half.
+    and frozen pools are in the other half. Where one factor of a pair is frozen, its
+    place is ``None``, and those transforms are given the other half as well:
+    ``tx.update(grads, state, params, frozen=frozen)``.
 
     Args:
         adapters: from :func:`adapt`.

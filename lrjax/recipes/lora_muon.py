@@ -1,8 +1,9 @@
+import jax
 import optax
 from jaxtyping import ArrayLike
 
 from .._arguments import checks_trees
-from .._tree import map_nodes
+from .._tree import map_factors
 from ..linalg import polar
 from ..lowrank import LowRank
 from ..transforms import scale_by_gram
@@ -60,8 +61,8 @@ def lora_muon(
         :func:`lrjax.scaled_gd`.
     """
     direction = optax.chain(
-        # The momentum would refuse a node without one of its factors in other words.
-        optax.stateless(lambda updates, _: map_nodes(lambda node: node, updates)),
+        # The momentum would refuse factors masked one by one in other words.
+        optax.stateless(lambda u, params: map_factors(lambda g, _: g, u, params)),
         optax.trace(momentum),
         scale_by_gram(damping, phi=_half_polar),
     )
@@ -74,5 +75,4 @@ def lora_muon(
 
 def _half_polar(x: LowRank) -> LowRank:
     # By r × r matrices alone, so that tall factors may be sharded.
-    half = lambda factor: 0.5 * polar(factor, method="gram")
-    return LowRank(half(x.left), half(x.right))
+    return jax.tree.map(lambda factor: 0.5 * polar(factor, method="gram"), x)

@@ -3,9 +3,8 @@ import optax
 from jaxtyping import Array
 
 from .._arguments import checks_trees
-from .._tree import check_has_nodes, check_params, like, map_nodes
+from .._tree import check_has_nodes, check_params, map_factors
 from ..linalg import nonzero, working_dtype
-from ..lowrank import LowRank
 from ._common import on_nodes
 
 
@@ -61,11 +60,7 @@ def subgm(
 
     def update(updates, state, params=None):
         check_params("subgm", params)
-
-        def relative(g: LowRank, x: LowRank) -> LowRank:
-            return like(g, _as_long_as(x.left, g.left), _as_long_as(x.right, g.right))
-
-        return map_nodes(relative, updates, params), state
+        return map_factors(_as_long_as, updates, params), state
 
     return optax.chain(
         on_nodes(optax.GradientTransformation(init, update)),
@@ -73,7 +68,7 @@ def subgm(
     )
 
 
-def _as_long_as(factor: Array, gradient: Array) -> Array:
+def _as_long_as(gradient: Array, factor: Array) -> Array:
     """The gradient, scaled to the length of the factor."""
     factor, gradient = (x.astype(working_dtype(x.dtype)) for x in (factor, gradient))
     length = jnp.linalg.norm(gradient, axis=(-2, -1), keepdims=True)

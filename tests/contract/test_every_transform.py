@@ -8,6 +8,7 @@ compare with is computed once (``tests/contract/conftest.py`` sorts the tests by
 import functools
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -16,7 +17,7 @@ import optax
 import pytest
 
 import lrjax
-from tests.helpers import assert_close
+from tests.helpers import assert_close, split_factors
 from tests.registry import ENTRIES, PARAMS, PLUGINS, loss
 
 
@@ -319,10 +320,41 @@ def test_errors_name_the_problem(entry):
             with pytest.raises(ValueError, match=r"no lrjax.LowRank node.*on_pairs"):
                 tx.init({"w": jnp.ones((3, 3))})
         torn = {"pair": jax.tree.map(lambda x: x, grads["pair"])}
-        object.__setattr__(torn["pair"], "right", None)
+        object.__setattr__(torn["pair"], "right", optax.MaskedNode())
         whole = {"pair": params["pair"]}
         with pytest.raises(ValueError, match=r"pair.* has lost one of its factors"):
             tx.update(torn, tx.init(whole), whole, value=value, grad=torn)
     if entry.extra:
         with pytest.raises(ValueError, match=r"value=…"):
             tx.update(grads, tx.init(params), params)
+
+
+MOVES_BOTH = {"prune_columns", "rebalance"}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@those(lambda e: e.params == "pairs" and e is not ENTRIES["on_pairs"])
+def test_a_frozen_factor_is_read_or_refused_by_name(entry, side):
+    params, frozen = split_factors(PARAMS["pairs"](KEY), side)
+    tx = entry.make()
+
+    def two_steps(params):
+        state = tx.init(params)
+        for _ in range(2):
+            whole = lambda params: loss(eqx.combine(params, frozen))
+            value, grads = jax.value_and_grad(whole)(params)
+            extra = {"value": value, "grad": grads, "frozen": frozen}
+            updates, state = tx.update(grads, state, params, **extra)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    parts = {entry.factory.__name__, *entry.composed_of, *entry.arguments}
+    if MOVES_BOTH & parts:
+        with pytest.raises(ValueError, match=r"needs pairs of which both .*pair is frozen"):
+            jax.eval_shape(two_steps, params)
+        return
+    moved, state = jax.eval_shape(two_steps, params)
+    assert jax.tree.structure(moved) == jax.tree.structure(params)
+    # No moment, basis or copy is as large as the frozen factor.
+    shapes = {x.shape for x in jax.tree.leaves(frozen)}
+    assert not any(x.shape in shapes for x in jax.tree.leaves(state))

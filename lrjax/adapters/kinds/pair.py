@@ -157,8 +157,8 @@ class LoRA(AdapterKind):
             size of the change does not shrink as the rank grows.
         train: ``"both"`` factors, or ``"left"`` alone (LoRA-FA) or ``"right"`` alone, with
             the other one frozen; the one that is trained is zero at first. Transforms
-            that need both factors of a pair, as ``scale_by_gram``, take the whole adapters
-            in place of ``params`` then.
+            that need both factors of a pair, as ``scale_by_gram``, read the other one from
+            ``tx.update(grads, state, params, frozen=frozen)``.
         init: a name, or a :class:`lrjax.adapters.Start`.
         dropout: the probability with which an input of ``A`` is dropped. It acts when
             :func:`lrjax.bind` is given a key; embeddings have none.

@@ -1,15 +1,18 @@
+from typing import Any
+
+import jax.numpy as jnp
 import optax
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike
 
 from ..._arguments import checks_trees
-from ..._tree import check_has_nodes, check_params, like, map_nodes
+from ..._tree import Side, check_has_nodes, check_params, like, map_nodes, sides
 from ...linalg import gram, times
 from ...lowrank import LowRank
 from .._checks import check_non_negative
 
 
 @checks_trees
-def add_frobenius_decay(weight_decay: ArrayLike) -> optax.GradientTransformation:
+def add_frobenius_decay(weight_decay: ArrayLike) -> optax.GradientTransformationExtraArgs:
     """Weight decay of the product of two factors, which is never formed.
 
     The gradient of ``½ λ ‖X‖_F²`` for ``X = left @ right.T`` is added::
@@ -25,7 +28,8 @@ def add_frobenius_decay(weight_decay: ArrayLike) -> optax.GradientTransformation
         weight_decay: λ, non-negative; a number or an array.
 
     Returns:
-        A stateless optax transform; ``update`` needs ``params``.
+        A stateless optax transform; ``update`` needs ``params``, and ``frozen`` where a
+        factor is frozen.
 
     Raises:
         ValueError: at construction, for a negative decay; in ``init``, if the tree holds no
@@ -50,14 +54,17 @@ def add_frobenius_decay(weight_decay: ArrayLike) -> optax.GradientTransformation
         check_has_nodes("add_frobenius_decay", params)
         return optax.EmptyState()
 
-    def update(updates, state, params=None):
+    def slope(side: Side) -> Array:
+        small = jnp.multiply(weight_decay, gram(side.partner))
+        return times(side.factor.astype(small.dtype), small)
+
+    def update(updates, state, params=None, *, frozen: Any = None, **extra):
+        del extra
         check_params("add_frobenius_decay", params)
 
         def decay(g: LowRank, x: LowRank) -> LowRank:
-            left, right = (weight_decay * gram(factor) for factor in (x.left, x.right))
-            wide = lambda factor, own: times(factor.astype(own.dtype), own)
-            return like(g, g.left + wide(x.left, right), g.right + wide(x.right, left))
+            return like(g, *(side.gradient + slope(side) for side in sides(g, x)))
 
-        return map_nodes(decay, updates, params), state
+        return map_nodes(decay, updates, params, frozen=frozen), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

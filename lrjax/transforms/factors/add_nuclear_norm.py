@@ -4,9 +4,8 @@ from jaxtyping import Array, ArrayLike
 
 from ..._arguments import checks_trees
 from ..._matrices import Where, check_real
-from ..._tree import check_has_nodes, check_params, like, map_nodes
+from ..._tree import check_has_nodes, check_params, map_factors
 from ...linalg import energy_mask, map_singular_values
-from ...lowrank import LowRank
 from .._checks import check_non_negative
 from ..wrappers.on_matrices import check_chosen, on_matrices
 
@@ -71,8 +70,8 @@ def add_nuclear_norm(
             check_chosen("add_nuclear_norm", params, where)
         return optax.EmptyState()
 
-    def penalize(g: LowRank, x: LowRank) -> LowRank:
-        return like(g, g.left + weight * x.left, g.right + weight * x.right)
+    def penalize(g: Array, x: Array) -> Array:
+        return g + weight * x
 
     def penalize_dense(g: Array, x: Array) -> Array:
         slope = map_singular_values(lambda values: energy_mask(values, energy), x)
@@ -82,6 +81,6 @@ def add_nuclear_norm(
         check_params("add_nuclear_norm", params)
         if where is not None:
             updates = on_matrices(penalize_dense, where)(updates, params)
-        return map_nodes(penalize, updates, params), state
+        return map_factors(penalize, updates, params), state
 
     return optax.GradientTransformation(init, update)

@@ -2,9 +2,8 @@ import optax
 from jaxtyping import Array
 
 from ..._arguments import checks_trees
-from ..._tree import check_has_nodes, check_params, like, map_nodes
+from ..._tree import check_has_nodes, check_params, map_factors
 from ...linalg import cross, polar, times, working_dtype
-from ...lowrank import LowRank
 
 
 @checks_trees
@@ -56,10 +55,6 @@ def keep_orthonormal() -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         check_params("keep_orthonormal", params)
-
-        def both(u: LowRank, x: LowRank) -> LowRank:
-            return like(u, move(u.left, x.left), move(u.right, x.right))
-
-        return map_nodes(both, updates, params), state
+        return map_factors(move, updates, params), state
 
     return optax.GradientTransformation(init, update)

@@ -3,9 +3,8 @@ import optax
 from jaxtyping import Array, ArrayLike
 
 from ..._arguments import checks_trees
-from ..._tree import check_has_nodes, check_params, like, map_nodes
+from ..._tree import check_has_nodes, check_params, map_factors
 from ...linalg import cross, identity_like, times, working_dtype
-from ...lowrank import LowRank
 
 
 @checks_trees
@@ -63,10 +62,6 @@ def landing_field(pull: ArrayLike = 1.0) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         check_params("landing_field", params)
-
-        def both(u: LowRank, x: LowRank) -> LowRank:
-            return like(u, field(u.left, x.left), field(u.right, x.right))
-
-        return map_nodes(both, updates, params), state
+        return map_factors(field, updates, params), state
 
     return optax.GradientTransformation(init, update)

@@ -7,7 +7,7 @@ from jaxtyping import Array, ArrayLike, Bool
 
 from ..._arguments import checks_trees
 from ..._batching import any_member
-from ..._tree import check_has_nodes, check_params, map_nodes
+from ..._tree import check_has_nodes, check_params, check_whole, map_nodes
 from ...lowrank import LowRank, refactor
 from .._checks import check_extra
 
@@ -47,7 +47,8 @@ def rebalance(
         An optax transform; ``update`` needs ``params``, and ``value`` for ``once_below``.
 
     Raises:
-        ValueError: in ``init``, if the tree holds no LowRank node; in ``update``, if
+        ValueError: in ``init``, if the tree holds no LowRank node, or one with a frozen
+            factor; in ``update``, if
             ``params`` or ``value`` is missing.
 
     Example:
@@ -66,6 +67,7 @@ def rebalance(
 
     def init(params):
         check_has_nodes("rebalance", params)
+        check_whole("rebalance", params)
         if once_below is None:
             return optax.EmptyState()
         return RebalanceState(jnp.zeros([], bool))

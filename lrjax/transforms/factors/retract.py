@@ -1,12 +1,14 @@
+from typing import Any
+
 import optax
 
 from ..._arguments import checks_trees
-from ..._tree import check_has_nodes, check_params, like, map_nodes
+from ..._tree import check_has_nodes, check_params, like, map_nodes, sides
 from ...lowrank import LowRank, retraction
 
 
 @checks_trees
-def retract() -> optax.GradientTransformation:
+def retract() -> optax.GradientTransformationExtraArgs:
     """Move a product of two factors along its tangent, and back to the nearest of its rank.
 
     A step ``(A, B)`` of the factors of ``X = left @ right.T``, width ``r``, moves the
@@ -18,10 +20,12 @@ def retract() -> optax.GradientTransformation:
     The new factors are balanced, ``leftᵀleft = rightᵀright``, and of all balanced ones
     those nearest to the old, so that moments of the factors keep their meaning and a zero
     step of balanced factors moves nothing. Place it last in the chain, after the learning
-    rate. ``O((m + n) r²)`` and an SVD of a ``2r × 2r`` matrix.
+    rate. ``O((m + n) r²)`` and an SVD of a ``2r × 2r`` matrix. A pair with a frozen factor
+    takes the step as it is: its product keeps the rank by itself.
 
     Returns:
-        A stateless optax transform; ``update`` needs ``params``.
+        A stateless optax transform; ``update`` needs ``params``, and ``frozen``
+        where a factor is frozen.
 
     Raises:
         ValueError: in ``init``, if the tree holds no LowRank node; in ``update``, without
@@ -47,13 +51,16 @@ def retract() -> optax.GradientTransformation:
         check_has_nodes("retract", params)
         return optax.EmptyState()
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, *, frozen: Any = None, **extra):
+        del extra
         check_params("retract", params)
 
         def move(u: LowRank, x: LowRank) -> LowRank:
+            if len(sides(u, x)) == 1:  # its product is linear in the factor that moves
+                return u
             new = retraction(x, u)
             return like(u, new.left - x.left, new.right - x.right)
 
-        return map_nodes(move, updates, params), state
+        return map_nodes(move, updates, params, frozen=frozen), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

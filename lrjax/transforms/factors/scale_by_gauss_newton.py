@@ -1,15 +1,18 @@
+import functools
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike
 
 from ..._arguments import checks_trees
-from ..._tree import check_has_nodes, check_params, like, map_nodes
+from ..._tree import check_has_nodes, check_params, like, map_nodes, sides
 from ...linalg import cross, eigh, gram, identity_like, increment, nonzero, times
 from ...lowrank import LowRank
 from .._checks import check_extra, check_non_negative
-from .scale_by_gram import ScaleByGramState
+from .scale_by_gram import ScaleByGramState, precondition
 
 
 @checks_trees
@@ -37,7 +40,8 @@ def scale_by_gauss_newton(
         P_l = (G_l − L Vᵀ)(RᵀR + λI)⁻¹        P_r = (G_r − R V)(LᵀL + λI)⁻¹
 
     Two ``r × r`` eigendecompositions and ``O((m + n) r²)`` work; no iteration. Leaves
-    that are no LowRank nodes pass unchanged.
+    that are no LowRank nodes pass unchanged. Of a pair with a frozen right factor the
+    equation of the left one is left, with ``P_r = 0``, and its Gram matrix alone counts.
 
     Args:
         damping: ``λ``, or its ratio to the mean of the diagonals of the two Gram matrices,
@@ -52,7 +56,8 @@ def scale_by_gauss_newton(
             metric of the preconditioner is the learning rate.
 
     Returns:
-        An optax transform; ``update`` needs ``params``, and ``value`` for ``loss_power``.
+        An optax transform; ``update`` needs ``params``, ``value`` for ``loss_power``,
+        and ``frozen`` where a factor is frozen.
 
     Raises:
         ValueError: at construction, for negative damping; in ``init``, if the tree holds
@@ -84,7 +89,14 @@ def scale_by_gauss_newton(
     smallest = f_min
 
     def update(
-        updates, state, params=None, *, value: Any = None, f_min: Any = None, **extra
+        updates,
+        state,
+        params=None,
+        *,
+        value: Any = None,
+        f_min: Any = None,
+        frozen=None,
+        **extra,
     ):
         del extra
         check_params("scale_by_gauss_newton", params)
@@ -94,11 +106,12 @@ def scale_by_gauss_newton(
             gap = value - (smallest if f_min is None else f_min)
             strength = strength * jnp.maximum(gap, 0) ** loss_power
 
-        def precondition(g: LowRank, x: LowRank) -> LowRank:
-            p = _solve(g, x, strength, relative)
+        def solve(g: LowRank, x: LowRank) -> LowRank:
+            whole = len(sides(g, x)) == 2
+            p = (_solve if whole else precondition)(g, x, strength, relative)
             return like(g, *(_unit(g, p) if normalize else p))
 
-        updates = map_nodes(precondition, updates, params)
+        updates = map_nodes(solve, updates, params, frozen=frozen)
         if counts:
             state = ScaleByGramState(increment(state.count))
         return updates, state
@@ -137,12 +150,12 @@ def _eigen(g: Array) -> tuple[Array, Array]:
     return jnp.maximum(values, 0), vectors
 
 
-def _unit(g: LowRank, p: tuple[Array, Array]) -> tuple[Array, Array]:
+def _unit(g: LowRank, p: Sequence[Array]) -> list[Array]:
     """``P / sqrt(⟨G, P⟩)`` for each member of a stack."""
 
     def product(a, b):
         return jnp.sum(a.astype(b.dtype) * b, axis=(-2, -1), keepdims=True)
 
-    dual = product(g.left, p[0]) + product(g.right, p[1])
-    size = jnp.sqrt(nonzero(dual))
-    return p[0] / size, p[1] / size
+    products = map(product, jax.tree.leaves(g), p)
+    size = jnp.sqrt(nonzero(functools.reduce(jnp.add, products)))
+    return [x / size for x in p]

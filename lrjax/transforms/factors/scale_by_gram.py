@@ -1,15 +1,20 @@
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Int
 
 from ..._arguments import checks_trees
-from ..._tree import check_has_nodes, check_params, like, map_nodes
+from ..._tree import check_has_nodes, check_params, like, map_nodes, sides
 from ...linalg import increment, inverse_grams, inverse_root_grams, nonzero, times
 from ...lowrank import LowRank
 from .._checks import check_extra, check_non_negative
+
+
+Phi = Callable[[LowRank], LowRank]
 
 
 class ScaleByGramState(NamedTuple):
@@ -24,7 +29,7 @@ def scale_by_gram(
     *,
     relative: bool = True,
     order: Literal["jacobi", "alternating"] = "jacobi",
-    phi: Callable[[LowRank], LowRank] | None = None,
+    phi: Phi | None = None,
     loss_power: ArrayLike | None = None,
     f_min: ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -40,6 +45,11 @@ def scale_by_gram(
     ``O((m + n) r²)`` work. Leaves that are no LowRank nodes pass unchanged. Place it
     before momentum or Adam.
 
+    Of a pair with a frozen factor, as :func:`lrjax.partition` leaves it (LoRA-FA:
+    ``LowRank(left, None)``, the right one in the other half), the factor that is trained
+    moves in every step. The frozen one is read from ``tx.update(…, frozen=frozen)``; it
+    has no state and no gradient, and the Gram matrix of the other one is not formed.
+
     Args:
         damping: ``λ``, or its ratio to the mean squared column norm ``tr(Gram)/r`` of the
             other factor, see ``relative``. A number, or an optax schedule of the step.
@@ -53,7 +63,7 @@ def scale_by_gram(
         phi: applied to the whitened gradient ``(G_l K_r, G_r K_l)``, where
             ``K Kᵀ = (Gram + λI)⁻¹``, before the second half ``Kᵀ`` of the whitening. It
             should commute with a rotation of the columns of either factor, as
-            :func:`unit_norm` or a polar factor do.
+            :func:`unit_norm` or a polar factor do. A factor that is frozen is ``None``.
         loss_power: multiplies λ by ``max(value − f_min, 0)**loss_power``, with the loss
             from the extra argument ``value``: 1 makes the damping proportional to the
             optimality gap, 0.5 to its root. ``None``: the loss is not read.
@@ -61,7 +71,8 @@ def scale_by_gram(
             overrides it for one step, for rules that estimate it on the way.
 
     Returns:
-        An optax transform; ``update`` needs ``params``, and ``value`` for ``loss_power``.
+        An optax transform; ``update`` needs ``params``, ``value`` for ``loss_power``,
+        and ``frozen`` where a factor is frozen.
 
     Raises:
         ValueError: at construction, for negative damping or an unknown order; in
@@ -99,7 +110,14 @@ def scale_by_gram(
     smallest = f_min
 
     def update(
-        updates, state, params=None, *, value: Any = None, f_min: Any = None, **extra
+        updates,
+        state,
+        params=None,
+        *,
+        value: Any = None,
+        f_min: Any = None,
+        frozen: Any = None,
+        **extra,
     ):
         del extra
         check_params("scale_by_gram", params)
@@ -109,14 +127,14 @@ def scale_by_gram(
             gap = value - (smallest if f_min is None else f_min)
             strength = strength * jnp.maximum(gap, 0) ** loss_power
 
-        def precondition(g: LowRank, x: LowRank) -> LowRank:
-            left, right = _precondition(g, x, strength, relative, phi)
-            if order == "alternating":
+        def step(g: LowRank, x: LowRank) -> LowRank:
+            moves = precondition(g, x, strength, relative, phi)
+            if order == "alternating" and len(moves) == 2:
                 turn = state.count % 2 == 0
-                left, right = jnp.where(turn, left, 0), jnp.where(turn, 0, right)
-            return like(g, left, right)
+                moves = [jnp.where(turn, moves[0], 0), jnp.where(turn, 0, moves[1])]
+            return like(g, *moves)
 
-        updates = map_nodes(precondition, updates, params)
+        updates = map_nodes(step, updates, params, frozen=frozen)
         if counts:
             state = ScaleByGramState(increment(state.count))
         return updates, state
@@ -124,19 +142,26 @@ def scale_by_gram(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _precondition(g, x, damping, relative, phi) -> tuple[Array, Array]:
+def precondition(
+    g: LowRank, x: LowRank, damping: ArrayLike, relative: bool, phi: Phi | None = None
+) -> list[Array]:
+    """The directions of the factors that move, in float32 or wider."""
+    gradients, _, partners = zip(*sides(g, x), strict=True)
     if phi is None:
-        left, right = inverse_grams(x.right, x.left, damping=damping, relative=relative)
-        return _apply(g.left, left), _apply(g.right, right)
-    root_left, root_right = inverse_root_grams(
-        x.right, x.left, damping=damping, relative=relative
-    )
-    whitened = phi(LowRank(_apply(g.left, root_left), _apply(g.right, root_right)))
-    return _apply(whitened.left, root_left.mT), _apply(whitened.right, root_right.mT)
+        inverses = inverse_grams(*partners, damping=damping, relative=relative)
+        return list(map(_apply, gradients, inverses))
+    roots = inverse_root_grams(*partners, damping=damping, relative=relative)
+    whitened = phi(_in_place_of(g, map(_apply, gradients, roots)))
+    return [_apply(w, k.mT) for w, k in zip(jax.tree.leaves(whitened), roots, strict=True)]
 
 
 def _apply(tall: Array, small: Array) -> Array:
     return times(tall.astype(small.dtype), small)
+
+
+def _in_place_of(g: LowRank, factors: Iterable[Array]) -> LowRank:
+    """A node with the factors that ``g`` has, in their own dtype."""
+    return jax.tree.structure(g).unflatten(factors)
 
 
 def unit_norm(x: LowRank) -> LowRank:
@@ -158,13 +183,10 @@ def unit_norm(x: LowRank) -> LowRank:
         >>> lrjax.unit_norm(lrjax.LowRank(jnp.array([[3.0]]), jnp.array([[4.0]]))).left
         Array([[0.6]], dtype=float32)
     """
-    largest = jnp.maximum(
-        jnp.max(jnp.abs(x.left), axis=(-2, -1), keepdims=True),
-        jnp.max(jnp.abs(x.right), axis=(-2, -1), keepdims=True),
-    )
-    scale = nonzero(largest)
-    left, right = x.left / scale, x.right / scale
-    square = jnp.sum(left**2, axis=(-2, -1), keepdims=True)
-    square = square + jnp.sum(right**2, axis=(-2, -1), keepdims=True)
-    size = jnp.sqrt(nonzero(square))
-    return LowRank(left / size, right / size)
+    over = lambda reduce, x: reduce(x, axis=(-2, -1), keepdims=True)
+    largest = [over(jnp.max, jnp.abs(factor)) for factor in jax.tree.leaves(x)]
+    scale = nonzero(functools.reduce(jnp.maximum, largest))
+    x = jax.tree.map(lambda factor: factor / scale, x)
+    squares = [over(jnp.sum, factor**2) for factor in jax.tree.leaves(x)]
+    size = jnp.sqrt(nonzero(functools.reduce(jnp.add, squares)))
+    return jax.tree.map(lambda factor: factor / size, x)

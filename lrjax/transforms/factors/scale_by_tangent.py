@@ -1,16 +1,19 @@
+from typing import Any
+
 import optax
 from jaxtyping import ArrayLike
 
 from ..._arguments import checks_trees
-from ..._tree import check_has_nodes, check_params, like, map_nodes
+from ..._tree import check_has_nodes, check_params, like, map_nodes, sides
 from ...lowrank import LowRank, project_to_tangent
 from .._checks import check_non_negative
+from .scale_by_gram import precondition
 
 
 @checks_trees
 def scale_by_tangent(
     damping: ArrayLike = 0.0, *, relative: bool = True
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Move the product of two factors along the projected full gradient.
 
     For a node ``X = left @ right.T`` with gradients ``G_l = G right`` and ``G_r = Gᵀ
@@ -26,13 +29,17 @@ def scale_by_tangent(
     does not depend on how X is split. No state, ``O((m + n) r²)``. Leaves that are no
     LowRank nodes pass unchanged. With the scale s of a LoRA pair multiply by ``1/s²``.
 
+    Of a pair with a frozen right factor the tangent space is ``{P rightᵀ}``, and
+    ``P_l = G_l (rightᵀright)⁻¹``.
+
     Args:
         damping: added to the Gram matrices as in :func:`scale_by_gram`.
         relative: if True, ``damping`` multiplies their mean diagonal; if False it is
             absolute.
 
     Returns:
-        A stateless optax transform; ``update`` needs ``params``.
+        A stateless optax transform; ``update`` needs ``params``, and ``frozen``
+        where a factor is frozen.
 
     Raises:
         ValueError: at construction, for negative damping; in ``init``, if the tree holds
@@ -58,13 +65,16 @@ def scale_by_tangent(
         check_has_nodes("scale_by_tangent", params)
         return optax.EmptyState()
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, *, frozen: Any = None, **extra):
+        del extra
         check_params("scale_by_tangent", params)
 
         def project(g: LowRank, x: LowRank) -> LowRank:
+            if len(sides(g, x)) == 1:
+                return like(g, *precondition(g, x, damping, relative))
             step = project_to_tangent(x, g, damping, relative=relative)
             return like(g, step.left, step.right)
 
-        return map_nodes(project, updates, params), state
+        return map_nodes(project, updates, params, frozen=frozen), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

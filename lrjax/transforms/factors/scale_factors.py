@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import optax
 from jaxtyping import ArrayLike
 
@@ -48,7 +49,8 @@ def scale_factors(
         del params
 
         def scale(g: LowRank) -> LowRank:
-            return like(g, left * g.left, right * g.right)
+            rates = (left, g.left), (right, g.right)
+            return like(g, *(jnp.multiply(rate, x) for rate, x in rates if x is not None))
 
         return map_nodes(scale, updates), state
 

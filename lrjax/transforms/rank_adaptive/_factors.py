@@ -4,15 +4,15 @@ import jax
 import optax
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
-from ..._tree import map_nodes
+from ..._tree import map_factors
 from ...lowrank import is_low_rank
 
 
 def only_factors(tree: PyTree) -> PyTree:
     """The same tree with nothing in it but the factors of LowRank nodes."""
     keep = lambda x: x if is_low_rank(x) else optax.MaskedNode()
-    whole = map_nodes(lambda node: node, tree)  # refuses a node without one factor
-    return jax.tree.map(keep, whole, is_leaf=is_low_rank)
+    checked = map_factors(lambda factor: factor, tree)  # refuses factors masked one by one
+    return jax.tree.map(keep, checked, is_leaf=is_low_rank)
 
 
 def put_factors(tree: PyTree, factors: PyTree) -> PyTree:

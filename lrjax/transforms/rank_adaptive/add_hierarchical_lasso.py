@@ -3,8 +3,8 @@ import optax
 from jaxtyping import Array, ArrayLike
 
 from ..._arguments import checks_trees
-from ..._tree import check_has_nodes, check_params, like, map_nodes
-from ...lowrank import LowRank, tail_squares
+from ..._tree import check_has_nodes, check_params, map_factors
+from ...lowrank import tail_squares
 from .._checks import check_non_negative
 
 
@@ -63,10 +63,6 @@ def add_hierarchical_lasso(
 
     def update(updates, state, params=None):
         check_params("add_hierarchical_lasso", params)
-
-        def penalize(g: LowRank, x: LowRank) -> LowRank:
-            return like(g, g.left + slope(x.left), g.right + slope(x.right))
-
-        return map_nodes(penalize, updates, params), state
+        return map_factors(lambda g, x: g + slope(x), updates, params), state
 
     return optax.GradientTransformation(init, update)

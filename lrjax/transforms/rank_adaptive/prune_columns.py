@@ -8,7 +8,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from ..._arguments import checks_trees
-from ..._tree import check_has_nodes, check_params, like, map_nodes
+from ..._tree import check_has_nodes, check_params, check_whole, like, map_nodes
 from ...linalg import increment
 from ...lowrank import LowRank, first_columns, is_low_rank, tail_squares
 
@@ -69,6 +69,7 @@ def prune_columns(
 
     def init(params):
         check_has_nodes("prune_columns", params)
+        check_whole("prune_columns", params)
         rank = jax.tree.map(_width, params, is_leaf=is_low_rank)
         return PruneColumnsState(jnp.zeros((), jnp.int32), rank)
 

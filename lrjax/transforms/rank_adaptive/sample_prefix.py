@@ -4,7 +4,7 @@ import jax.random as jr
 from jaxtyping import PRNGKeyArray, PyTree
 
 from ..._arguments import check_key
-from ..._tree import check_has_nodes, map_nodes
+from ..._tree import check_has_nodes, check_whole, map_nodes
 from ...lowrank import LowRank, columns_in_use, first_columns, is_low_rank
 
 
@@ -42,6 +42,7 @@ def sample_prefix(params: PyTree, *, key: PRNGKeyArray) -> PyTree:
     """
     check_key("sample_prefix", key)
     check_has_nodes("sample_prefix", params)
+    check_whole("sample_prefix", params)
     nodes = filter(is_low_rank, jax.tree.leaves(params, is_leaf=is_low_rank))
     counts = [columns_in_use(x) for x in nodes]
     ends = jnp.cumsum(jnp.concatenate([c.ravel() for c in counts]))
