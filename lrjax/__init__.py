@@ -9,6 +9,7 @@ from . import (
     flows as flows,
     linalg as linalg,
     lowrank as lowrank,
+    merging as merging,
     metrics as metrics,
     nn as nn,
     recipes as recipes,

@@ -1,0 +1,14 @@
+"""Several changes of one model made one: on trees of LowRank nodes and of arrays."""
+
+from .add_factors import add_factors as add_factors
+from .cluster_units import cluster_units as cluster_units
+from .elect_signs import elect_signs as elect_signs, ties as ties
+from .fisher_average import fisher_average as fisher_average
+from .masked_sum import concrete_mask as concrete_mask, masked_sum as masked_sum
+from .robust_mean import flag_mean as flag_mean, geometric_median as geometric_median
+from .sparsify import drop as drop, trim as trim
+from .spectral_sums import (
+    isotropic_sum as isotropic_sum,
+    orthogonalized_sum as orthogonalized_sum,
+)
+from .weighted_sum import weighted_sum as weighted_sum
