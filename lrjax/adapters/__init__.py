@@ -111,6 +111,7 @@ from .kinds.starts import (
     ZeroStart as ZeroStart,
 )
 from .loftq import loftq as loftq
+from .many import combine as combine
 from .parameterization import (
     FactorSettings as FactorSettings,
     Parameterization as Parameterization,

@@ -65,7 +65,7 @@ def as_lora(
     exact = rank is None and energy is None
     layers, refused = {}, []
     for path, (site, adapter, ready) in adapted_sites(model, adapters).items():
-        found = _factors(adapter, adapters.pools.get(adapter.pool_name() or ""))
+        found = stacked_factors(adapter, adapters.pools.get(adapter.pool_name() or ""))
         if found is None and exact:
             refused.append(f"{path} ({type(adapter).__name__})")
             continue
@@ -147,7 +147,7 @@ def _check_is_matrix(site: Site, ready: Ready) -> None:
         )
 
 
-def _factors(adapter: Adapter, pool: Pool | None) -> tuple[LowRank, Array] | None:
+def stacked_factors(adapter: Adapter, pool: Pool | None) -> tuple[LowRank, Array] | None:
     """The factors of one matrix, or of a stack, with one pool for all."""
     factors = lambda own: own.factors(pool)
     for _ in adapter.shape[:-2]:

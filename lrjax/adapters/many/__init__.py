@@ -1,0 +1,3 @@
+"""Many adapters of one model."""
+
+from .combine import combine as combine
