@@ -51,7 +51,7 @@ def summed(changes, weights):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_widths_add_up_and_products_are_summed(dtype, getkey):
     changes = trees(getkey(), dtype=dtype)
-    merged = merging.weighted_sum(changes, WEIGHTS)
+    merged = jax.jit(merging.weighted_sum)(changes, jnp.array(WEIGHTS))
     assert merged["pair"].rank == merged["svd"].rank == sum(WIDTHS)
     assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype(dtype)}
     # In units of the parts, which may cancel.
@@ -67,18 +67,23 @@ def trees_in(changes, dtype):
 
 
 def test_one_change_of_weight_one_comes_back(getkey):
-    change = tree(getkey(), 3)
-    assert_close(dense(merging.weighted_sum([change], [1.0])), dense(change))
-    assert_close(dense(merging.add_factors([change], [1.0])), dense(change))
-    assert_close(dense(merging.ties([change], density=1.0)), dense(change))
-    assert_close(dense(merging.orthogonalized_sum([change])), dense(change), condition=10)
+    change, one = tree(getkey(), 3), jnp.ones(1)
+    want = jax.jit(dense)(change)
+    for merge in (
+        lambda x: merging.weighted_sum([x], one),
+        lambda x: merging.add_factors([x], one),
+        lambda x: merging.ties([x], density=1.0),
+        lambda x: merging.orthogonalized_sum([x]),
+    ):
+        got = jax.jit(lambda x, merge=merge: dense(merge(x)))(change)
+        assert_close(got, want, condition=10)
 
 
 def test_the_default_is_the_mean_and_a_rank_the_best_approximation(getkey):
     changes = trees(getkey())
-    exact = merging.weighted_sum(changes)
+    exact = jax.jit(merging.weighted_sum)(changes)
     assert_close(dense(exact), summed([dense(c) for c in changes], [1 / 3] * 3), rtol=1e-5)
-    cut = merging.weighted_sum(changes, rank=2)
+    cut = jax.jit(lambda x: merging.weighted_sum(x, rank=2))(changes)
     for path in ("pair", "stack", "svd"):
         assert cut[path].rank == 2
         want = lrjax.truncate(exact[path].materialize(), 2)
