@@ -23,8 +23,8 @@ import lrjax
 SIDE, RANK, BATCH = 256, 32, 64
 # The recipes of pairs of factors. All others are for matrices.
 OF_PAIRS = {
-    *("levenberg_marquardt", "lora_muon", "loro", "maestro", "opsa", "prec_gd"),
-    *("scaled_gd", "scaled_subgradient", "subgm"),
+    *("levenberg_marquardt", "lora_muon", "lora_plus", "lora_pro", "loro", "maestro"),
+    *("opsa", "prec_gd", "scaled_adamw", "scaled_gd", "scaled_subgradient", "subgm"),
 }
 # And those of nodes whose bases move.
 OF_SVD_FORMS = {"cond_lr", "dlrt", "riemannian_sgd", "robust_dlrt", "sst"}

@@ -489,11 +489,19 @@ TRANSFORMS: dict[str, Entry] = {
 RECIPES: dict[str, Entry] = {
     "scaled_gd": Entry(
         lrjax.scaled_gd,
-        {"learning_rate": 0.5, "damping": 1e-6},
+        {"learning_rate": 0.5, "damping": 1e-3},
         {"learning_rate": 0.1, "damping": 0.3},
         descends=True,
         gauge="orthogonal",
         drop_in={"learning_rate": 1e-3},
+    ),
+    "scaled_adamw": Entry(
+        lrjax.scaled_adamw,
+        {"learning_rate": 0.1, "damping": 1e-2, "eps": 1e-8},
+        {"learning_rate": 0.02, "damping": 0.3, "eps": 1e-3},
+        descends=True,
+        composed_of=("scale_by_gram",),
+        drop_in={"learning_rate": 1e-2},
     ),
     "scaled_subgradient": Entry(
         lrjax.scaled_subgradient,
@@ -505,7 +513,7 @@ RECIPES: dict[str, Entry] = {
     ),
     "scaled_subgradient(polyak)": Entry(
         lrjax.scaled_subgradient,
-        {"learning_rate": 1.0, "f_min": 0.0},
+        {"learning_rate": 0.2, "f_min": 0.0},
         {"learning_rate": 0.1, "f_min": 0.1},
         extra=True,
         descends=True,
@@ -553,6 +561,24 @@ RECIPES: dict[str, Entry] = {
         gauge="any",
         composed_of=("scale_by_gram",),
         drop_in={"learning_rate": 1e-2},
+    ),
+    "lora_plus": Entry(
+        lrjax.lora_plus,
+        {"learning_rate": 0.02, "ratio": 16.0, "eps": 1e-8},
+        {"learning_rate": 0.01, "ratio": 2.0, "eps": 1e-3},
+        descends=True,
+        transposes=False,
+        composed_of=("scale_factors",),
+        drop_in={"learning_rate": 1e-2},
+    ),
+    "lora_pro": Entry(
+        lrjax.lora_pro,
+        {"learning_rate": 1.0, "scale": 1.0, "momentum": 0.5, "damping": 0.0},
+        {"learning_rate": 0.1, "scale": 2.0, "momentum": 0.9, "damping": 0.3},
+        descends=True,
+        gauge="any",
+        composed_of=("scale_by_tangent",),
+        drop_in={"learning_rate": 1e-3, "momentum": 0.0},
     ),
     "loro": Entry(
         lrjax.loro,

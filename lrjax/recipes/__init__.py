@@ -20,6 +20,8 @@ from .kl_shampoo import kl_shampoo as kl_shampoo
 from .ldadam import ldadam as ldadam
 from .levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
 from .lora_muon import lora_muon as lora_muon
+from .lora_plus import lora_plus as lora_plus
+from .lora_pro import lora_pro as lora_pro
 from .loro import loro as loro
 from .maestro import maestro as maestro
 from .mofasgd import mofasgd as mofasgd
@@ -35,6 +37,7 @@ from .q_galore import q_galore as q_galore
 from .riemannian_sgd import riemannian_sgd as riemannian_sgd
 from .robust_dlrt import robust_dlrt as robust_dlrt
 from .sara import sara as sara
+from .scaled_adamw import scaled_adamw as scaled_adamw
 from .scaled_gd import scaled_gd as scaled_gd
 from .scaled_subgradient import scaled_subgradient as scaled_subgradient
 from .snsm import snsm as snsm

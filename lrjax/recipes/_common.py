@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .._matrices import Where, decays, map_matrices
-from .._tree import has_nodes
+from .._tree import has_nodes, map_factors
 from ..lowrank import is_low_rank
 from ..transforms import scale_by_polyak, scale_by_target_level
 
@@ -22,15 +22,31 @@ def finish(
     mask: DecayMask,
 ) -> optax.GradientTransformationExtraArgs:
     """Put decoupled weight decay and the learning rate behind a direction."""
+    decay = decay_weights(weight_decay, mask)
+    return optax.chain(tx, decay, optax.scale_by_learning_rate(learning_rate))
+
+
+def decay_weights(
+    weight_decay: ArrayLike, mask: DecayMask = None
+) -> optax.GradientTransformationExtraArgs:
+    """Decoupled weight decay, by default of matrices but biases and scales of norms."""
     # Without decay no params are asked for; the structure of the state is the same.
     none = isinstance(weight_decay, int | float) and weight_decay == 0
     weight = cast(optax.ScalarOrSchedule, weight_decay)
     decay = optax.identity() if none else optax.add_decayed_weights(weight)
-    return optax.chain(
-        tx,
-        optax.masked(decay, decays if mask is None else mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    return optax.masked(decay, decays if mask is None else mask)
+
+
+def adam(b1: ArrayLike, b2: ArrayLike, eps: ArrayLike) -> optax.GradientTransformation:
+    """Adam with 0/0 = 0: where all gradients were zero so is the step, ``eps=0`` or not."""
+    inner = optax.scale_by_adam(cast(float, b1), cast(float, b2), cast(float, eps))
+
+    def update(updates, state, params=None):
+        updates, state = inner.update(updates, state, params)
+        none = lambda u, v: jnp.where((v == 0) & ~jnp.isfinite(u), 0, u)
+        return jax.tree.map(none, updates, cast(Any, state).nu), state
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def elsewhere(
@@ -116,6 +132,16 @@ def if_nodes(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
 def on_nodes(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """The transform of the LowRank nodes of a tree; the other leaves pass unchanged."""
     return if_nodes(optax.masked(tx, pairs))
+
+
+def whole_nodes() -> optax.GradientTransformation:
+    """Refuses factors masked one by one, which moments would in other words."""
+
+    def check(updates, params):
+        trees = (updates,) if params is None else (updates, params)
+        return map_factors(lambda g, *_: g, *trees)
+
+    return optax.stateless(check)
 
 
 def pairs(tree: PyTree) -> PyTree:

@@ -3,11 +3,10 @@ import optax
 from jaxtyping import ArrayLike
 
 from .._arguments import checks_trees
-from .._tree import map_factors
 from ..linalg import polar
 from ..lowrank import LowRank
 from ..transforms import scale_by_gram
-from ._common import on_nodes, others
+from ._common import on_nodes, others, whole_nodes
 
 
 @checks_trees
@@ -61,8 +60,7 @@ def lora_muon(
         :func:`lrjax.scaled_gd`.
     """
     direction = optax.chain(
-        # The momentum would refuse factors masked one by one in other words.
-        optax.stateless(lambda u, params: map_factors(lambda g, _: g, u, params)),
+        whole_nodes(),
         optax.trace(momentum),
         scale_by_gram(damping, phi=_half_polar),
     )

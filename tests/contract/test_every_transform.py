@@ -6,6 +6,7 @@ compare with is computed once (``tests/contract/conftest.py`` sorts the tests by
 """
 
 import functools
+import inspect
 
 import chex
 import equinox as eqx
@@ -17,8 +18,8 @@ import optax
 import pytest
 
 import lrjax
-from tests.helpers import assert_close, split_factors
-from tests.registry import ENTRIES, PARAMS, PLUGINS, loss
+from tests.helpers import assert_close, random_low_rank, relative_error, split_factors
+from tests.registry import ENTRIES, PARAMS, PLUGINS, RECIPES, loss
 
 
 ALL = {**ENTRIES, **PLUGINS}
@@ -261,6 +262,24 @@ def test_zero_gradients_give_finite_numbers(entry):
         chex.assert_tree_all_finite(update(zeros, zeros))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@those(lambda e: e.params == "pairs", RECIPES)
+def test_the_zero_start_of_lora_is_left_whatever_keeps_divisions_safe(entry, dtype):
+    """With one factor zero, for every eps and every damping, none included."""
+    takes = inspect.signature(entry.factory).parameters
+    sizes = jnp.array([0.0, 1e-30, 1e-8, 1.0])
+    names = [name for name in ("eps", "damping") if name in takes]
+    grid = dict(zip(names, jnp.meshgrid(*[sizes] * len(names)), strict=True))
+    grid = jax.tree.map(jnp.ravel, grid) or {"learning_rate": jnp.full(1, 0.01)}
+    x = problem(entry, dtype)[0]["pair"]
+    start = {"pair": lrjax.LowRank(jnp.zeros_like(x.left), x.right)}
+    train = jax.jit(jax.vmap(lambda point: run(entry.make(**point), start, steps=5)))
+    (params, state), updates = train(grid)
+    chex.assert_tree_all_finite((params, state, updates))
+    moved = np.any(np.asarray(params["pair"].left, np.float32), axis=(-2, -1))
+    assert np.all(moved) or entry.factory is lrjax.subgm  # which moves by its own length
+
+
 @those(lambda e: e.params == "pairs" and has_kernels(e))
 def test_one_bad_member_of_a_sweep_stays_alone(entry):
     params, tx = small(entry), entry.make()
@@ -302,6 +321,40 @@ def test_the_step_of_the_product_ignores_how_it_is_factored(entry, x64):
         return optax.apply_updates(params, updates)["w"].materialize()
 
     assert_close(step_of_product(y), step_of_product(x), condition=1e6)
+
+
+@those(lambda e: e.params == "pairs", RECIPES)
+def test_training_ignores_the_split_into_factors_as_far_as_it_claims(entry, x64, getkey):
+    """Twenty steps of one product that starts in three splits, towards one nearby."""
+    x, off = (random_low_rank(getkey(), 8, 5, 2, dtype=jnp.float64) for _ in "xo")
+    truth = lrjax.LowRank(x.left + off.left / 2, x.right + off.right / 2).materialize()
+    # Far from a swap of the columns, which the norms of columns do not see.
+    angle = jr.uniform(getkey(), minval=0.5, maxval=1.0)
+    c, s = jnp.cos(angle), jnp.sin(angle)
+    turn = jnp.array([[c, -s], [s, c]])
+    splits = jnp.stack([jnp.eye(2), turn, turn @ jnp.diag(jnp.array([2.0, 0.3])) @ turn])
+
+    @jax.jit
+    @jax.vmap
+    def products(q):
+        distance = lambda x: jnp.mean((x.materialize() - truth) ** 2)
+        start, tx = lrjax.LowRank(x.left @ q, x.right @ jnp.linalg.inv(q).T), entry.make()
+
+        def body(carry, _):
+            x, state = carry
+            value, grad = jax.value_and_grad(distance)(x)
+            updates, state = tx.update(grad, state, x, value=value, grad=grad)
+            x = optax.apply_updates(x, updates)
+            return (x, state), x.materialize()
+
+        return jax.lax.scan(body, (start, tx.init(start)), length=20)[1]
+
+    same, turned, stretched = np.asarray(products(splits))
+    apart = {"orthogonal": relative_error(turned, same)}
+    apart["any"] = relative_error(stretched, same)
+    for gauge, error in apart.items():
+        claimed = entry.gauge in (gauge, "any")
+        assert (error < 1e-9) if claimed else (error > 1e-6), (gauge, error)
 
 
 @those(lambda e: e.descends)

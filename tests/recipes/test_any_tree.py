@@ -25,7 +25,11 @@ RECIPES = {
     "subgm": lrjax.subgm,
     "loro": lrjax.loro,
     "lora_muon": lrjax.lora_muon,
+    "lora_plus": lrjax.lora_plus,
+    "lora_pro": lrjax.lora_pro,
+    "scaled_adamw": lrjax.scaled_adamw,
 }
+ADAM = (lrjax.loro, lrjax.lora_muon, lrjax.lora_plus, lrjax.scaled_adamw)
 every = pytest.mark.parametrize("make", RECIPES.values(), ids=RECIPES.keys())
 
 
@@ -40,9 +44,10 @@ def test_without_a_node_it_is_the_plain_gradient_step(make, getkey):
     """Or Adam's, where that is the fallback; no params, value or grad are needed."""
     params, grads = tree(getkey()), tree(getkey())
     tx = make(0.1)
-    plain = optax.sgd(0.1)
-    if make in (lrjax.loro, lrjax.lora_muon):
-        plain = optax.adam(0.1)
+    numbers = {"b1": 0.7, "b2": 0.8} if make is lrjax.scaled_adamw else {}
+    plain = optax.sgd(0.1, 0.9 if make is lrjax.lora_pro else None)
+    if make in ADAM:
+        plain = optax.adam(0.1, **numbers)
     state, plain_state = tx.init(params), plain.init(params)
     for _ in range(2):
         step, state = tx.update(grads, state)
@@ -89,6 +94,9 @@ def test_states_can_be_mapped(make, getkey):
         lrjax.subgm,
         lrjax.loro,
         lrjax.lora_muon,
+        lrjax.lora_plus,
+        lrjax.lora_pro,
+        lrjax.scaled_adamw,
     ],
 )
 def test_hyperparameters_can_be_injected(recipe, getkey):

@@ -105,18 +105,45 @@ class LoraMuon:
 
 
 class AdamOfFactors:
-    """Adam of each factor as it comes."""
+    """Adam of each factor, of what ``first`` makes of the gradients; then decay."""
 
-    def __init__(self):
-        self.left, self.right = (
-            [dense.Adam(0.9, 0.999, 1e-8) for _ in "abc"] for _ in "lr"
-        )
-        self.bias = dense.Adam(0.9, 0.999, 1e-8)
+    def __init__(
+        self, b1=0.9, b2=0.999, eps=1e-8, *, first=None, ratio=1.0, weight_decay=0.0
+    ):
+        new = lambda: dense.Adam(b1, b2, eps)
+        self.left, self.right = ([new() for _ in "abc"] for _ in "lr")
+        self.bias, self.first = new(), first
+        self.ratio, self.weight_decay = ratio, weight_decay
 
     def __call__(self, pairs, slopes, bias, value, t):
-        states = zip(self.left, self.right, slopes, strict=True)
-        steps = [(left.step(a), right.step(b)) for left, right, (a, b) in states]
+        slopes = slopes if self.first is None else self.first(pairs, slopes, value)
+        steps = []
+        for i, ((left, right), (a, b)) in enumerate(zip(pairs, slopes, strict=True)):
+            p_left = self.left[i].step(a) + self.weight_decay * left
+            p_right = self.right[i].step(b) + self.weight_decay * right
+            steps.append((self.ratio * p_left, p_right))
         return steps, self.bias.step(bias)
+
+
+class TangentMomentum:
+    """Momentum of the steps along the projected gradient, in units of the scale."""
+
+    def __init__(self, decay, scale):
+        self.decay, self.scale = decay, scale
+        self.steps, self.bias = None, 0.0
+
+    def __call__(self, pairs, slopes, bias, value, t):
+        new = [
+            (a / self.scale**2, b / self.scale**2)
+            for a, b in map(ref.along_tangent, pairs, slopes)
+        ]
+        old = self.steps or [(0.0, 0.0)] * len(new)
+        self.steps = [
+            tuple(self.decay * m + p for m, p in zip(ms, ps, strict=True))
+            for ms, ps in zip(old, new, strict=True)
+        ]
+        self.bias = self.decay * self.bias + bias
+        return self.steps, self.bias
 
 
 def plainly(pair, step, t):
@@ -233,6 +260,32 @@ CASES = {
     "lora_muon(damped)": Case(
         lambda: lrjax.lora_muon(0.1, momentum=0.5, damping=0.3),
         lambda: LoraMuon(0.5, 0.3),
+        0.1,
+    ),
+    "lora_plus": Case(
+        lambda: lrjax.lora_plus(0.01), lambda: AdamOfFactors(ratio=16.0), 0.01
+    ),
+    "lora_plus(decay)": Case(
+        lambda: lrjax.lora_plus(0.1, ratio=3.0, b1=0.8, b2=0.98, eps=0.1, weight_decay=0.2),
+        lambda: AdamOfFactors(0.8, 0.98, 0.1, ratio=3.0, weight_decay=0.2),
+        0.1,
+    ),
+    "lora_pro": Case(lambda: lrjax.lora_pro(0.05), lambda: TangentMomentum(0.9, 1.0), 0.05),
+    "lora_pro(scale)": Case(
+        lambda: lrjax.lora_pro(0.3, scale=2.0, momentum=0.5),
+        lambda: TangentMomentum(0.5, 2.0),
+        0.3,
+    ),
+    "scaled_adamw": Case(
+        lambda: lrjax.scaled_adamw(0.01),
+        lambda: AdamOfFactors(0.7, 0.8, first=scaled(1e-2, False)),
+        0.01,
+    ),
+    "scaled_adamw(decay)": Case(
+        lambda: lrjax.scaled_adamw(
+            0.1, b1=0.9, b2=0.9, eps=0.1, damping=0.3, relative=True, weight_decay=0.2
+        ),
+        lambda: AdamOfFactors(0.9, 0.9, 0.1, first=scaled(0.3), weight_decay=0.2),
         0.1,
     ),
     "loro": Case(lambda: lrjax.loro(1e-3), AdamOfFactors, 1e-3, riemannian(500), steps=502),

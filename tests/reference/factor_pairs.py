@@ -6,7 +6,7 @@ list of directions (P_l, P_r), before the learning rate and its sign.
 
 import numpy as np
 
-from .dense import polar
+from .dense import Adam, polar
 
 
 def damped_gram(x, damping, relative):
@@ -95,6 +95,61 @@ def whitened_polar(pairs, momenta, *, damping):
         (half(m_left, right), half(m_right, left))
         for (left, right), (m_left, m_right) in zip(pairs, momenta, strict=True)
     ]
+
+
+def projections(left, right):
+    """Onto the columns of the two factors."""
+    return left @ np.linalg.pinv(left), right @ np.linalg.pinv(right)
+
+
+def tangent(pair, slopes):
+    """``Π_l G + G Π_r − Π_l G Π_r`` from ``G R`` and ``Gᵀ L``."""
+    (left, right), (g_left, g_right) = pair, slopes
+    onto_left, _ = projections(left, right)
+    from_left = np.linalg.pinv(left).T @ g_right.T
+    return from_left + (np.eye(len(left)) - onto_left) @ g_left @ np.linalg.pinv(right)
+
+
+def along_tangent(pair, slopes):
+    """The step of the factors that halves what both can do."""
+    (left, right), along = pair, tangent(pair, slopes)
+    onto_left, onto_right = projections(left, right)
+    half = lambda projection: np.eye(len(projection)) - projection / 2
+    p_left = half(onto_left) @ along @ np.linalg.pinv(right).T
+    p_right = half(onto_right) @ along.T @ np.linalg.pinv(left).T
+    return p_left, p_right
+
+
+def least_along_tangent(pair, slopes, scale):
+    """LoRA-Pro's: of all steps with this product the shortest, by a Sylvester equation.
+
+    ``P_r = (Gᵀ L)(LᵀL)⁻¹/s² + R Xᵀ`` and ``P_l = (I − Π_l)(G R)(RᵀR)⁻¹/s² − L X``.
+    """
+    (left, right), (g_left, g_right) = pair, slopes
+    onto_left, _ = projections(left, right)
+    gram_left, gram_right = left.T @ left, right.T @ right
+    p_right = g_right @ np.linalg.inv(gram_left) / scale**2
+    outside = (np.eye(len(left)) - onto_left) @ g_left
+    p_left = outside @ np.linalg.inv(gram_right) / scale**2
+    identity = np.eye(len(gram_left))
+    # gram_left X + X gram_right = −P_rᵀ R, with X written out as a vector row by row.
+    matrix = np.kron(gram_left, identity) + np.kron(identity, gram_right)
+    x = np.linalg.solve(matrix, -(p_right.T @ right).ravel()).reshape(identity.shape)
+    return p_left - left @ x, p_right + right @ x.T
+
+
+class FullSizeAdam:
+    """LoRA-Pro as published: Adam's moments of the projected gradient, ``m × n`` each."""
+
+    def __init__(self, b1, b2, eps, scale):
+        self.adam, self.scale = Adam(b1, b2, eps), scale
+
+    def step(self, pair, slopes):
+        left, right = pair
+        # The slopes are s G R and s Gᵀ L.
+        full = self.adam.step(tangent(pair, slopes) / self.scale)
+        pulled = self.scale * full @ right, self.scale * full.T @ left
+        return least_along_tangent(pair, pulled, self.scale)
 
 
 def balanced(left, right):
