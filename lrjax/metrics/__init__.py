@@ -27,3 +27,10 @@ from .rank import (
     stable_rank as stable_rank,
 )
 from .settled_ranks import SettledRanks as SettledRanks
+from .tangent_kernel import (
+    KernelChange as KernelChange,
+    kernel_alignment as kernel_alignment,
+    kernel_change as kernel_change,
+    relative_change as relative_change,
+    tangent_kernel as tangent_kernel,
+)

@@ -96,6 +96,12 @@ WITH_KEY = {
     "adapters.loftq": lambda key: lrjax.adapters.loftq(
         MODEL, lrjax.LoRA(1), lrjax.adapters.NF4(), key=key
     ),
+    "flows.attention_task": lambda key: flows.attention_task(
+        flows.Attention(*[lrjax.LowRank(jnp.eye(2), jnp.eye(2))] * 2),
+        examples=1,
+        length=2,
+        key=key,
+    ),
     "flows.lora_task": lambda key: flows.lora_task(
         jnp.ones(3), jnp.ones(1), shape=(4, 3), aligned=True, key=key
     ),

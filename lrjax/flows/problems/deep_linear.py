@@ -1,38 +1,16 @@
-"""The losses that the theory of low-rank training is about; data are arguments."""
+"""Products of weights, trained whole or by adapters."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from .._arguments import check_key
-from .._sharding import einsum
-from ..linalg import orthonormalize, times
-from ..lowrank import LowRank
-
-
-def approximation_loss(
-    x: LowRank, target: Float[Array, "m n"], scale: ArrayLike = 1.0
-) -> Scalar:
-    """Low-rank approximation, ``½‖M − s·left rightᵀ‖²``: LoRA on a single weight.
-
-    Args:
-        x: the factors.
-        target: ``M``, for LoRA what the frozen weight lacks.
-        scale: ``s``, for LoRA ``alpha/r``.
-
-    Returns:
-        The loss.
-
-    Example:
-        >>> import jax.numpy as jnp, lrjax
-        >>> x = lrjax.LowRank(jnp.ones((1, 1)), jnp.ones((1, 1)))
-        >>> float(lrjax.flows.approximation_loss(x, jnp.array([[3.0]])))
-        2.0
-    """
-    return 0.5 * jnp.sum((target - scale * x.materialize()) ** 2)
+from ..._arguments import check_key
+from ..._sharding import einsum
+from ...linalg import orthonormalize, times
+from ...lowrank import LowRank
 
 
 class TwoLayers(NamedTuple):
@@ -63,30 +41,7 @@ def two_layer_loss(
         >>> float(lrjax.flows.two_layer_loss(none, base, 3 * jnp.eye(2)))
         4.0
     """
-    first, second = (
-        weight if adapter is None else weight + adapter.materialize()
-        for weight, adapter in zip(base, adapters, strict=True)
-    )
-    return 0.5 * jnp.sum((target - times(second, first)) ** 2)
-
-
-def trace_squared_loss(x: LowRank, base: Float[Array, "n n"]) -> Scalar:
-    """``½ tr(W + left rightᵀ)²``, which every rank can bring to zero.
-
-    Args:
-        x: square factors.
-        base: the frozen ``W``.
-
-    Returns:
-        The loss; its flow is :func:`lrjax.flows.trace_squared`.
-
-    Example:
-        >>> import jax.numpy as jnp, lrjax
-        >>> x = lrjax.LowRank(jnp.ones((2, 1)), jnp.ones((2, 1)))
-        >>> float(lrjax.flows.trace_squared_loss(x, jnp.eye(2)))
-        8.0
-    """
-    return 0.5 * (jnp.trace(base) + jnp.sum(x.left * x.right)) ** 2
+    return deep_lora_loss(adapters, base, target)
 
 
 def deep_linear_loss(
@@ -113,43 +68,36 @@ def deep_linear_loss(
     return 0.5 * jnp.sum((target - product) ** 2)
 
 
-def linearized_loss(
-    x: LowRank,
-    jacobian: Float[Array, "k m n"],
-    residual: Float[Array, " k"],
-    nuclear_weight: ArrayLike = 0.0,
+def deep_lora_loss(
+    adapters: Sequence[LowRank | None],
+    base: Sequence[Float[Array, "_ _"]],
+    target: Float[Array, "m n"],
 ) -> Scalar:
-    """LoRA in the kernel regime, ``½Σ(⟨J_k, X⟩ − y_k)² + ½λ(‖left‖² + ‖right‖²)``.
+    """LoRA in every layer of a deep linear network, ``½‖M − (W_L + X_L) ⋯ (W_1 + X_1)‖²``.
 
-    The network is replaced by its linearization at the frozen weight. The last term is,
-    by its smallest value over all factorizations, ``λ`` times the nuclear norm. Once
-    ``r(r + 1)/2`` exceeds the number k of numbers to fit, a generic problem has no
-    spurious local minimum.
+    How low it gets is :func:`deep_lora_floor`, and where :func:`deep_lora_optimum`.
 
     Args:
-        x: the factors.
-        jacobian: of each of the k outputs (all examples and classes) with respect to the
-            weight.
-        residual: ``y``, what the outputs lack.
-        nuclear_weight: ``λ``, the weight decay of the factors.
+        adapters: ``X_1`` to ``X_L``, the first layer first; ``None`` for a layer that is
+            not adapted.
+        base: the frozen ``W_1`` to ``W_L``.
+        target: ``M``.
 
     Returns:
         The loss.
 
     Example:
         >>> import jax.numpy as jnp, lrjax
-        >>> x = lrjax.LowRank(jnp.ones((1, 1)), jnp.ones((1, 1)))
-        >>> jacobian, residual = jnp.ones((1, 1, 1)), jnp.array([3.0])
-        >>> float(lrjax.flows.linearized_loss(x, jacobian, residual, 1.0))
-        3.0
-
-    Reference:
-        U. Jang, J. Lee, E. Ryu, "LoRA training in the NTK regime has no spurious local
-        minima" (2024), arXiv 2402.11867.
+        >>> one = lrjax.LowRank(jnp.ones((1, 1)), jnp.ones((1, 1)))
+        >>> weights = [jnp.ones((1, 1)), jnp.ones((1, 1))]
+        >>> float(lrjax.flows.deep_lora_loss([one, None], weights, 4 * weights[0]))
+        2.0
     """
-    outputs = einsum("kmn,mr,nr->k", jacobian, x.left, x.right)
-    squares = jnp.sum(x.left**2) + jnp.sum(x.right**2)
-    return 0.5 * jnp.sum((outputs - residual) ** 2) + 0.5 * nuclear_weight * squares
+    weights = [
+        weight if adapter is None else weight + adapter.materialize()
+        for weight, adapter in zip(base, adapters, strict=True)
+    ]
+    return deep_linear_loss(weights, target)
 
 
 class LoraTask(NamedTuple):
