@@ -102,9 +102,7 @@ def test_kernels_of_aligned_factors_are_known(aligned):
 
 
 @pytest.mark.parametrize("aligned_with_task", [False, True])
-def test_starts_of_low_rank_are_rich_unless_aligned_with_the_task(
-    aligned_with_task, getkey
-):
+def test_starts_of_low_rank_are_rich_unless_aligned(aligned_with_task, getkey):
     """Of one norm: the kernel of factors of a higher rank turns less, on average."""
     n, ranks, draws = 6, (1, 3, 6), 24
 

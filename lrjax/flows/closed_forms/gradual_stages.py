@@ -76,7 +76,7 @@ def gradual_stages(
         signs = jnp.where(wakes, jnp.sign(push), signs)
         start = jnp.where(wakes, 1e-3, roots)
         end = gradient_flow(
-            along, start, signs, args, t1=1e5, rtol=1e-10, until=stationary(1e-8)
+            along, start, signs, args, t1=1e5, rtol=rtol, until=stationary(100 * rtol)
         ).params
         roots = jnp.where(jnp.isfinite(wait), end, roots)
         weights = signs * roots**2
@@ -84,4 +84,5 @@ def gradual_stages(
         return (now + wait, signs, charge, roots), out
 
     zeros = jnp.zeros(size)
+    rtol = max(1e-10, 20 * float(jnp.finfo(zeros.dtype).eps))
     return lax.scan(stage, (zeros[0], zeros, zeros, zeros), length=stages)[1]
