@@ -86,7 +86,7 @@ def test_a_diagonal_layer_of_attention_learns_in_the_stages_of_the_limit():
         pair = lambda x, y: LowRank(*(z[:, None, None] * jnp.exp(-log) for z in (x, y)))
         us, vs = jnp.split(ones, 2), jnp.split(ones[::-1], 2)
         start = flows.Attention(pair(us[0], vs[0]), pair(us[1], vs[1]))
-        ts = jnp.linspace(0, 1, 4000) * (limit.times[-1] * log + 20)
+        ts = jnp.linspace(0, 1, 4000) * (limit.times[-1] * log + 60)
 
         def weights(state):
             return jnp.concatenate([x.materialize().ravel() for x in state.params])

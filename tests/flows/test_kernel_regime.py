@@ -36,17 +36,17 @@ def test_the_lazy_limit_is_the_flow_of_the_kernel(getkey):
     @jax.jit
     def distances(scale):
         end = gradient_flow(
-            LAZY, params, params, inputs, targets, scale, t1=t1, rtol=1e-10, atol=1e-13
+            LAZY, params, params, inputs, targets, scale, t1=t1, rtol=1e-12, atol=1e-15
         ).params
         outputs = scale * (network(end, inputs) - network(params, inputs))
         change = metrics.kernel_change(network, end, params, inputs)
         return jnp.stack([jnp.linalg.norm(outputs - limit), *change])
 
-    scales = jnp.array([3e3, 3e4])
+    scales = jnp.array([1e3, 1e4])
     found = np.log10(np.stack([distances(s) for s in scales]))
     np.testing.assert_allclose(found[0] - found[1], [1, 1, 2, 1], atol=0.02)
     rich = distances(jnp.array(0.03))
-    assert rich[1] > 0.5  # the kernel is another one
+    assert rich[1] > 0.1  # the kernel is another one
     assert np.all(10 ** found[0, 1] < 1e-2 * rich[1])
 
 
