@@ -27,6 +27,7 @@ from .adapters import (
     bind as bind,
     detach as detach,
     equivalent_hyperparameters as equivalent_hyperparameters,
+    fold as fold,
     load_peft as load_peft,
     materialize as materialize,
     merge as merge,

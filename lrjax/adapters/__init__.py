@@ -24,6 +24,21 @@ from .bind import (
     materialize as materialize,
     merge as merge,
 )
+from .folds import (
+    Continue as Continue,
+    FoldRule as FoldRule,
+    KeepMoments as KeepMoments,
+    MomentRule as MomentRule,
+    PruneMoments as PruneMoments,
+    ResetMoments as ResetMoments,
+    Restart as Restart,
+    RotateMoments as RotateMoments,
+    fold as fold,
+    merge_heads as merge_heads,
+    relora_schedule as relora_schedule,
+    rewarm as rewarm,
+    start_here as start_here,
+)
 from .inits_from_data import (
     gradient_statistics as gradient_statistics,
     ranks_by_variance as ranks_by_variance,

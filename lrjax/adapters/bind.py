@@ -27,7 +27,7 @@ from .protocol import Adapter, Ready, is_partial, with_stopped_gradients
 from .tree import Adapters
 
 
-def _map_adapted(
+def map_adapted(
     f: Callable[[Site, Adapter], Any], model: PyTree, adapters: Adapters
 ) -> PyTree:
     """``f(site, adapter)`` in place of every adapted site."""
@@ -181,7 +181,7 @@ def bind(model: PyTree, adapters: Adapters, *, key: PRNGKeyArray | None = None) 
             own = jr.split(own, site.stack) if site.stack else own
         return Bound(site.layer, adapter, ready, held, own, path, dense)
 
-    return _map_adapted(attach, model, adapters)
+    return map_adapted(attach, model, adapters)
 
 
 def merge(model: PyTree, adapters: Adapters) -> PyTree:
@@ -224,7 +224,7 @@ def merge(model: PyTree, adapters: Adapters) -> PyTree:
 def _dense_everywhere(model: PyTree, adapters: Adapters, *, frozen: bool) -> PyTree:
     pools = held_pools(adapters.pools)
     put = lambda site, own: adapted(site, _ready(site, own, pools)[0], frozen=frozen)
-    return _map_adapted(put, model, adapters)
+    return map_adapted(put, model, adapters)
 
 
 def adapted_sites(
@@ -237,7 +237,7 @@ def adapted_sites(
         found[site.path] = (site, own, lambda: _ready(site, own, pools)[0])
         return site.layer
 
-    _map_adapted(note, model, adapters)
+    map_adapted(note, model, adapters)
     return found
 
 

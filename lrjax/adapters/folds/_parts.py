@@ -1,0 +1,49 @@
+"""Adapters taken apart: what a fold begins anew, and what stands in the weight's place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import PyTree
+
+from ..kinds.full import FullCopy
+from ..kinds.fused import Fused
+from ..protocol import Adapter, Around, innermost
+
+
+def over_parts(
+    f: Callable[..., Any], beside: Callable[..., Any], *adapters: Adapter
+) -> Any:
+    """``f`` of the innermost adapters, ``beside`` of what is around them and of copies.
+
+    Args:
+        f: of adapters that are around no other.
+        beside: of copies, and of those around others, whose ``inner`` is then replaced.
+        *adapters: of one structure.
+    """
+    first = adapters[0]
+    if isinstance(first, FullCopy):
+        return beside(*adapters)
+    if isinstance(first, Around):
+        inner = over_parts(f, beside, *(own.inner for own in adapters))
+        return eqx.tree_at(lambda own: own.inner, beside(*adapters), inner)
+    if isinstance(first, Fused):
+        parts = zip(*(own.parts for own in adapters), strict=True)
+        each = (None if own[0] is None else over_parts(f, beside, *own) for own in parts)
+        return Fused(tuple(each), first.sizes)
+    return f(*adapters)
+
+
+def begun_anew(adapter: Adapter) -> PyTree:
+    """Which leaves a restart draws anew: all but copies, biases and lengths of rows.
+
+    These are numbers of the weight itself, and stay what they are.
+    """
+    mark = lambda value: lambda own: jax.tree.map(lambda _: value, own)
+    return over_parts(mark(True), mark(False), adapter)
+
+
+def named(adapter: Adapter) -> str:
+    """The class of the adapter that others are around."""
+    return type(innermost(adapter)).__name__

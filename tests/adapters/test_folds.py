@@ -1,0 +1,302 @@
+"""Adapters folded into the weights: the function stays, the rank adds up, one program."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import lrjax
+from lrjax import adapters as room
+from tests.adapters.models import OneAndStack, moved
+from tests.helpers import all_finite, assert_close, tol
+
+
+R, LAYERS = 2, 3
+MODEL = OneAndStack(jr.key(0), LAYERS)
+TX = optax.adam(1e-2)
+
+
+@eqx.filter_jit
+def trained(model, kind, key):
+    """Adapters whose numbers have moved, and a state with moments of them."""
+    adapters = lrjax.adapt(model, kind, where=["one", "stack"], key=key)
+    params, frozen = lrjax.partition(adapters)
+    state = TX.init(params)
+    state = TX.update(moved(params, jr.fold_in(key, 1)), state, params)[1]
+    return eqx.combine(moved(params, jr.fold_in(key, 2)), frozen), state
+
+
+@eqx.filter_jit
+def folded(rule, step, model, adapters, state, key):
+    return lrjax.fold(5, rule, key=key)(step, model, adapters, state)
+
+
+def weights(model, adapters):
+    merged = lrjax.merge(model, adapters)
+    return {"one": merged.one.weight, "stack": merged.stack.weight}
+
+
+def as_dtype(model, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype) if eqx.is_array(x) else x, model)
+
+
+RULES = {
+    "LoRA": room.Restart(lrjax.LoRA(R, 3.0)),
+    "left alone": room.Restart(lrjax.LoRA(R, train="left")),
+    "a start from the weight": room.Restart(lrjax.LoRA(R, init="pissa")),
+    "a start that is no zero change": room.Restart(lrjax.LoRA(R, init="small")),
+    "a random core": room.Restart(lrjax.LoRAXS(R, std=0.5)),
+    "lengths": room.Restart(lrjax.DoRA(R)),
+    "a copy": room.Restart(room.Full()),
+    "biases": room.Restart(room.WithBias(lrjax.LoRA(R))),
+    "entries": room.Restart(room.HiRA(R)),
+    "a pool": room.Restart(lrjax.TiedLoRA(R)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_fold_keeps_the_function_and_all_train_on(name, getkey):
+    rule = RULES[name]
+    adapters, state = trained(MODEL, rule.kind, getkey())
+    want = weights(MODEL, adapters)
+    model, new, kept = folded(rule, 10, MODEL, adapters, state, getkey())
+    assert_close(weights(model, new), want, condition=10)
+    assert jax.tree.structure(new) == jax.tree.structure(adapters)
+    assert eqx.tree_equal(kept, state)
+    params, frozen = lrjax.partition(new)
+
+    @jax.jit
+    def slopes(params):
+        loss = lambda p: sum(
+            jnp.sum(jnp.sin(w) ** 2)
+            for w in weights(model, eqx.combine(p, frozen)).values()
+        )
+        return jax.grad(loss)(params)
+
+    slopes = slopes(params)
+    for path, own in slopes.layers.items():
+        shared = slopes.pools  # without any, or of all layers
+        assert any(np.any(g) for g in jax.tree.leaves((own, shared))), f"{path} is dead"
+    model, same, kept = folded(rule, 9, MODEL, adapters, state, getkey())
+    assert eqx.tree_equal((model, same, kept), (MODEL, adapters, state))
+    model, same, kept = folded(rule, 0, MODEL, adapters, state, getkey())
+    assert eqx.tree_equal((model, same), (MODEL, adapters))
+
+
+@pytest.mark.parametrize("name", ["LoRA", "a start that is no zero change"])
+def test_in_float64_to_its_rounding(name, getkey, x64):
+    rule, model = RULES[name], as_dtype(MODEL, jnp.float64)
+    adapters, state = trained(model, rule.kind, getkey())
+    assert adapters["one"].pair.dtype == jnp.float64
+    want = weights(model, adapters)
+    model, new, _ = folded(rule, 5, model, adapters, state, getkey())
+    assert_close(weights(model, new), want, condition=10)
+
+
+def test_bfloat16_loses_what_is_below_half_a_spacing_and_no_more(getkey):
+    half = as_dtype(MODEL, jnp.bfloat16)
+    rule = room.Restart(lrjax.LoRA(R, dtype=jnp.float32))
+    adapters, state = trained(half, rule.kind, getkey())
+    small = lambda a: jax.tree.map(lambda p: p * 1e-3, lrjax.partition(a)[0])
+    for shrink in (lambda a: a, lambda a: eqx.combine(small(a), lrjax.partition(a)[1])):
+        own = shrink(adapters)
+        model, new, _ = folded(rule, 5, half, own, state, getkey())
+        for path in ("one", "stack"):
+            site = lambda model, path=path: getattr(model, path).weight
+            pair, scale = own[path].factors()
+            change = np.asarray(pair.materialize(), np.float64)
+            want = np.asarray(site(half), np.float64) + float(np.ravel(scale)[0]) * change
+            got = np.asarray(site(model), np.float64)
+            # Eight bits, of which one is not stored: half a spacing is 2^-8 at most.
+            assert np.all(np.abs(got - want) <= 2.0**-8 * np.abs(want) + 1e-6)
+            assert site(model).dtype == jnp.bfloat16
+            assert not np.any(new[path].pair.left)
+    # Changes of a millionth of the weights are gone as a whole.
+    assert eqx.tree_equal(model.one.weight, half.one.weight) or np.any(
+        np.abs(np.asarray(half.one.weight, np.float32)) < 1e-3
+    )
+
+
+def test_a_copy_loses_nothing_in_bfloat16(getkey):
+    half = as_dtype(MODEL, jnp.bfloat16)
+    rule = room.Restart(room.WithBias(room.Full(dtype=jnp.float32)))
+    adapters, state = trained(half, rule.kind, getkey())
+    _, new, _ = folded(rule, 5, half, adapters, state, getkey())
+    assert eqx.tree_equal(new, adapters)
+
+
+@pytest.mark.parametrize("train", ["both", "left", "right"])
+def test_ranks_add_up(train, getkey, x64):
+    """On generic data each update of rank r is a new one: the bound is met."""
+    layer = eqx.nn.Linear(9, 8, use_bias=False, key=getkey())
+    target = jr.normal(getkey(), (8, 9))
+    kind, tx = lrjax.LoRA(R, train=train), optax.sgd(0.05)
+    folds = lrjax.fold(4, room.Restart(kind), key=getkey())
+    traces = []
+
+    @jax.jit
+    def run(weight, adapters):
+        traces.append(1)
+
+        def step(carry, count):
+            weight, adapters, state = carry
+            model = eqx.tree_at(lambda m: m.weight, layer, weight)
+            params, frozen = lrjax.partition(adapters)
+
+            def loss(params):
+                merged = lrjax.merge(model, eqx.combine(params, frozen))
+                return jnp.sum((merged.weight - target) ** 2) / 2
+
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            params = optax.apply_updates(params, updates)
+            model, adapters, state = folds(
+                count, model, eqx.combine(params, frozen), state
+            )
+            now = lrjax.merge(model, adapters).weight
+            return (model.weight, adapters, state), now
+
+        state = tx.init(lrjax.partition(adapters)[0])
+        return jax.lax.scan(step, (weight, adapters, state), jnp.arange(1, 15))[1]
+
+    adapters = lrjax.adapt(layer, kind, key=getkey())
+    path = np.asarray(run(layer.weight, adapters)) - np.asarray(layer.weight)
+    assert len(traces) == 1
+    values = np.linalg.svd(path, compute_uv=False)
+    ranks = np.sum(values > 1e-9 * values[:, :1], axis=1)
+    folds_before = np.arange(14) // 4
+    np.testing.assert_array_equal(ranks, np.minimum(R * (folds_before + 1), 8))
+
+
+def test_members_of_a_vmap_fold_when_they_are_due_and_share_the_cond(getkey):
+    rule = RULES["LoRA"]
+    adapters, state = trained(MODEL, rule.kind, getkey())
+    key, periods = getkey(), jnp.array([2, 3, 4])
+    dynamic, static = eqx.partition(MODEL, eqx.is_array)
+
+    def one(k, step, dynamic, adapters, state):
+        model = eqx.combine(dynamic, static)
+        model, *rest = lrjax.fold(k, rule, key=key)(step, model, adapters, state)
+        return eqx.filter(model, eqx.is_array), *rest
+
+    many = jax.vmap(one, (0, None, None, None, None))
+    program = str(jax.make_jaxpr(many)(periods, 4, dynamic, adapters, state))
+    assert program.count(" cond[") == 1
+    got = jax.jit(many)(periods, 4, dynamic, adapters, state)
+    single = jax.jit(one)
+    for member, k in enumerate(periods):
+        want = single(k, 4, dynamic, adapters, state)
+        assert_close(jax.tree.map(lambda x, m=member: x[m], got), want, condition=10)
+    assert eqx.tree_equal(jax.tree.map(lambda x: x[1], got[1]), adapters)
+
+
+def test_a_stack_folds_as_its_layers(getkey):
+    rule = RULES["LoRA"]
+    adapters, state = trained(MODEL, rule.kind, getkey())
+    model, new, _ = folded(rule, 5, MODEL, adapters, state, getkey())
+    pair = adapters["stack"].pair
+    for layer in range(LAYERS):
+        change = 1.5 * np.asarray(pair.left[layer]) @ np.asarray(pair.right[layer]).T
+        want = np.asarray(MODEL.stack.weight[layer]) + change
+        assert_close(model.stack.weight[layer], jnp.asarray(want), condition=10)
+    rights = np.asarray(new["stack"].pair.right)
+    assert len({row.tobytes() for row in rights}) == LAYERS, "layers begin alike"
+    assert eqx.tree_equal(model.stack.bias, MODEL.stack.bias)
+
+
+def test_masks_of_ranks_go_on(getkey):
+    kind = lrjax.LoRA(R)
+    adapters = room.with_ranks(lrjax.adapt(MODEL, kind, key=getkey()), 1)
+    state = TX.init(lrjax.partition(adapters)[0])
+    _, new, _ = folded(room.Restart(kind), 5, MODEL, adapters, state, getkey())
+    assert new["one"].mask.tolist() == [1.0, 0.0]
+
+
+def test_each_fold_begins_with_other_numbers(getkey):
+    rule, key = RULES["LoRA"], getkey()
+    adapters, state = trained(MODEL, rule.kind, getkey())
+    ends = [folded(rule, step, MODEL, adapters, state, key)[1] for step in (5, 10, 10)]
+    assert not np.allclose(ends[0]["one"].pair.right, ends[1]["one"].pair.right)
+    assert eqx.tree_equal(ends[1], ends[2])
+
+
+def test_ranks_may_step_down_outside_of_jit(getkey):
+    adapters, state = trained(MODEL, lrjax.LoRA(4), getkey())
+    rule = room.Restart(lrjax.LoRA(1), room.ResetMoments(TX))
+    model, new, state = rule(MODEL, adapters, state, key=getkey())
+    assert new["one"].pair.rank == 1
+    assert_close(weights(model, new), weights(MODEL, adapters), condition=10)
+    assert jax.tree.leaves(state[0].mu)[0].shape[-1] == 1
+
+
+def test_continuing_moves_no_number(getkey):
+    adapters, state = trained(MODEL, room.WithBias(lrjax.LoRA(R)), getkey())
+    want = weights(MODEL, adapters)
+    begun = room.start_here(adapters)
+    numbers = lambda own: jax.tree.leaves(lrjax.partition(own)[0])
+    assert eqx.tree_equal(numbers(begun), numbers(adapters))
+    assert_close(weights(MODEL, begun)["one"], MODEL.one.weight, condition=10)
+    model, new, kept = room.Continue()(MODEL, adapters, state, key=getkey())
+    assert_close(weights(model, new), want, condition=10)
+    assert eqx.tree_equal((new, kept), (begun, state))
+    # What is added from here on is what the factors move by.
+    more = moved(lrjax.partition(new)[0], getkey())
+    got = weights(model, eqx.combine(more, lrjax.partition(new)[1]))
+    params, frozen = lrjax.partition(adapters)
+    same = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(more))
+    plain = eqx.combine(same, frozen)
+    assert_close(got, weights(MODEL, plain), condition=100)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [room.IncreLoRA(R), room.SoRA(R), lrjax.LoRAXS(R, std=0.5), room.StelLA(R, core=0.5)],
+    ids=lambda kind: type(kind).__name__,
+)
+def test_all_with_a_frozen_start_continue(kind, getkey):
+    adapters, _ = trained(MODEL, kind, getkey())
+    begun = room.start_here(adapters)
+    assert_close(weights(MODEL, begun)["one"], MODEL.one.weight, condition=100)
+    assert all_finite(begun)
+
+
+def test_refusals(getkey):
+    adapters, state = trained(MODEL, lrjax.LoRA(R), getkey())
+    with pytest.raises(ValueError, match="period of at least one step, got 0"):
+        lrjax.fold(0, RULES["LoRA"], key=getkey())
+    with pytest.raises(TypeError, match="rule"):
+        lrjax.fold(3, lrjax.LoRA(R), key=getkey())
+    with pytest.raises(TypeError, match="key"):
+        lrjax.fold(3, RULES["LoRA"], key=0)
+    with pytest.raises(TypeError, match="Restart takes a kind"):
+        room.Restart(lrjax.LoRA)
+    with pytest.raises(ValueError, match=r"LoRA, which starts from data \(GradientStart\)"):
+        room.Restart(lrjax.LoRA(R, init="lora_ga"))
+    other = room.Restart(lrjax.LoRA(R + 1))
+    with pytest.raises(ValueError, match="'one' was a Factors of .* and came back"):
+        folded(other, 5, MODEL, adapters, state, getkey())
+    params, _ = lrjax.partition(adapters)
+    with pytest.raises(ValueError, match="only a part of one"):
+        RULES["LoRA"](MODEL, params, state, key=getkey())
+    quantized = room.quantize(MODEL, room.Int8(), where=["one"])
+    with pytest.raises(ValueError, match="are quantized"):
+        RULES["LoRA"](quantized, adapters, state, key=getkey())
+    for kind in (lrjax.DoRA(R), room.HiRA(R), room.CapaBoost(R)):
+        own = lrjax.adapt(MODEL, kind, where=["one"], key=getkey())
+        with pytest.raises(ValueError, match="'one' is a .* no frozen start"):
+            room.start_here(own)
+
+
+def test_the_first_factors_of_a_merged_weight_are_its_own(getkey):
+    """A start from the weight is one from the merged weight."""
+    rule = RULES["a start from the weight"]
+    adapters, state = trained(MODEL, rule.kind, getkey())
+    merged = np.asarray(lrjax.merge(MODEL, adapters).one.weight, np.float64)
+    _, new, _ = folded(rule, 5, MODEL, adapters, state, getkey())
+    u, s, v = np.linalg.svd(merged)
+    want = (u[:, :R] * s[:R]) @ v[:R]
+    got = new["one"].pair.materialize()
+    gap = (s[R - 1] - s[R]) / s[0]
+    assert_close(got, jnp.asarray(want, jnp.float32), rtol=tol(got, condition=10 / gap))
