@@ -91,7 +91,9 @@ def test_fractions_of_nothing_and_of_all(getkey):
     _, kept = carried(room.KeepMoments(), adapters, state, getkey())
     assert eqx.tree_equal(kept, state)
     _, all_gone = carried(room.PruneMoments(tx, 1.0), adapters, state, getkey())
-    assert not any(np.any(x) for x in arrays_of(all_gone, LEFT) + arrays_of(all_gone, RIGHT))
+    assert not any(
+        np.any(x) for x in arrays_of(all_gone, LEFT) + arrays_of(all_gone, RIGHT)
+    )
     assert eqx.tree_equal(arrays_of(all_gone, COPY), arrays_of(state, COPY))
     assert int(all_gone[0].count) == 3
 
@@ -129,11 +131,11 @@ WRAPPED = {
     ),
     "in steps": optax.MultiSteps(optax.adam(SCHEDULE), 2).gradient_transformation(),
     "whitened": optax.chain(lrjax.scale_by_gram(1e-2), optax.adam(SCHEDULE)),
-    "eight bits": lrjax.quantize_state(optax.adam(SCHEDULE)),
+    "eight bits": lrjax.quantize_state(optax.adam(SCHEDULE), min_size=1),
 }
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("name", [name for name in WRAPPED if name != "eight bits"])
 def test_a_reset_is_a_new_state_but_for_the_schedule(name, getkey):
     tx = WRAPPED[name]
     adapters, state = trained(tx, rule_of, getkey(), 4)
@@ -160,7 +162,9 @@ def test_a_reset_is_a_new_state_but_for_the_schedule(name, getkey):
     assert abs(size(step) / size(first) - part) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["a chain", "injected", "by label", "in steps", "eight bits"])
+@pytest.mark.parametrize(
+    "name", ["a chain", "injected", "by label", "in steps", "eight bits"]
+)
 def test_pruned_within_others(name, getkey):
     tx = WRAPPED[name]
     adapters, state = trained(tx, rule_of, getkey())
@@ -273,7 +277,7 @@ def test_refusals(getkey):
         room.PruneMoments(tx, 0.5, by="size")
     for kind in (room.HiRA(R), room.AdaLoRA(R)):
         adapters, state = trained(tx, kind, getkey())
-        with pytest.raises(ValueError, match="'one' is a .* RotateMoments cannot carry"):
+        with pytest.raises(ValueError, match=r"'one' is a .* RotateMoments cannot carry"):
             carried(room.RotateMoments(), adapters, state, getkey(), kind)
     adapters, state = trained(tx, lrjax.TiedLoRA(R), getkey())
     with pytest.raises(ValueError, match=r"pools \['TiedLoRA'\] are trained"):
@@ -281,12 +285,22 @@ def test_refusals(getkey):
     other = lrjax.LoRA(R + 1)
     adapters, state = trained(tx, KIND, getkey())
     for rule in (room.RotateMoments(), room.PruneMoments(tx)):
-        with pytest.raises(ValueError, match="'one' was a Factors of .* and came back"):
+        with pytest.raises(ValueError, match=r"'one' was a Factors of .* and came back"):
             carried(rule, adapters, state, getkey(), other)
     eight = WRAPPED["eight bits"]
     adapters, state = trained(eight, KIND, getkey())
     with pytest.raises(ValueError, match="whose size cannot be read"):
         carried(room.PruneMoments(eight, by="magnitude"), adapters, state, getkey(), KIND)
+
+
+def test_moments_of_other_shapes_are_refused(getkey):
+    four = lrjax.quantize_state(optax.adam(1e-2), min_size=1, bits=4)
+    adapters, state = trained(four, KIND, getkey())
+    with pytest.raises(ValueError, match="nothing of its shape to forget"):
+        carried(room.PruneMoments(four), adapters, state, getkey(), KIND)
+    plain = optax.sgd(1e-2)
+    adapters, state = trained(plain, KIND, getkey())
+    assert carried(room.PruneMoments(plain), adapters, state, getkey(), KIND)[1] == state
 
 
 def test_the_schedule_is_cosines_joined(getkey):

@@ -152,9 +152,7 @@ def test_ranks_add_up(train, getkey, x64):
 
             updates, state = tx.update(jax.grad(loss)(params), state, params)
             params = optax.apply_updates(params, updates)
-            model, adapters, state = folds(
-                count, model, eqx.combine(params, frozen), state
-            )
+            model, adapters, state = folds(count, model, eqx.combine(params, frozen), state)
             now = lrjax.merge(model, adapters).weight
             return (model.weight, adapters, state), now
 
@@ -275,7 +273,7 @@ def test_refusals(getkey):
     with pytest.raises(ValueError, match=r"LoRA, which starts from data \(GradientStart\)"):
         room.Restart(lrjax.LoRA(R, init="lora_ga"))
     other = room.Restart(lrjax.LoRA(R + 1))
-    with pytest.raises(ValueError, match="'one' was a Factors of .* and came back"):
+    with pytest.raises(ValueError, match=r"'one' was a Factors of .* and came back"):
         folded(other, 5, MODEL, adapters, state, getkey())
     params, _ = lrjax.partition(adapters)
     with pytest.raises(ValueError, match="only a part of one"):
@@ -285,7 +283,7 @@ def test_refusals(getkey):
         RULES["LoRA"](quantized, adapters, state, key=getkey())
     for kind in (lrjax.DoRA(R), room.HiRA(R), room.CapaBoost(R)):
         own = lrjax.adapt(MODEL, kind, where=["one"], key=getkey())
-        with pytest.raises(ValueError, match="'one' is a .* no frozen start"):
+        with pytest.raises(ValueError, match=r"'one' is a .* no frozen start"):
             room.start_here(own)
 
 

@@ -103,6 +103,6 @@ def _change(old: Float[Array, "*b n r"], new: Float[Array, "*b n r"]) -> Frame:
     seen = jnp.sum(times(old, overlap.mT) ** 2, axis=-2)
     entering = jnp.maximum(jnp.sum(new**2, axis=-2) - seen, 0)
     sizes = jnp.sum(old**2, axis=-2)
-    there = sizes > 0
-    weights = jnp.where(there, 1 / nonzero(sizes), 0)
-    return Frame(overlap, entering, weights / nonzero(jnp.sum(there * 1.0, -1, keepdims=True)))
+    there = jnp.where(sizes > 0, 1.0, 0.0)
+    count = nonzero(jnp.sum(there, axis=-1, keepdims=True))
+    return Frame(overlap, entering, there / nonzero(sizes) / count)

@@ -5,16 +5,16 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ..kinds.full import FullCopy
 from ..kinds.fused import Fused
-from ..protocol import Adapter, Around, innermost
+from ..protocol import Adapter, Around
+from ..tree import Adapters
 
 
-def over_parts(
-    f: Callable[..., Any], beside: Callable[..., Any], *adapters: Adapter
-) -> Any:
+def over_parts(f: Callable[..., Any], beside: Callable[..., Any], *adapters: Any) -> Any:
     """``f`` of the innermost adapters, ``beside`` of what is around them and of copies.
 
     Args:
@@ -44,6 +44,23 @@ def begun_anew(adapter: Adapter) -> PyTree:
     return over_parts(mark(True), mark(False), adapter)
 
 
-def named(adapter: Adapter) -> str:
-    """The class of the adapter that others are around."""
-    return type(innermost(adapter)).__name__
+def check_alike(old: Adapters, new: Adapters) -> None:
+    """Refuse adapters that came back with other arrays than they had."""
+    shapes = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
+    for path in sorted(old.layers.keys() | new.layers.keys()):
+        was, now = (own.layers.get(path) for own in (old, new))
+        if jax.tree.structure(was) != jax.tree.structure(now) or (
+            jax.tree.leaves(shapes(was)) != jax.tree.leaves(shapes(now))
+        ):
+            raise ValueError(
+                f"The adapter at {path!r} was a {_described(was)} and came back as a "
+                f"{_described(now)}: fold with the kind and the settings that it was made "
+                "with, or reset the moments and fold outside of jit."
+            )
+
+
+def _described(adapter: Any) -> str:
+    if adapter is None:
+        return "layer without one"
+    arrays = [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(adapter)]
+    return f"{type(adapter).__name__} of {', '.join(arrays)}"

@@ -56,10 +56,11 @@ def merge_heads(model: PyTree, heads: Adapters, *, axis_name: str | None = None)
 
     def put(site: Site, _: Adapter) -> Any:
         own, pool = part_of(heads, site.path)
-        bias = _mean_bias_change(site, own, pool)
+        weight = site.read() + mean_change(site, own, pool, axis_name)
+        bias = site.bias
         if bias is not None:
-            bias = site.bias + _mean_over(bias, axis_name)
-        return site.put(site.read() + mean_change(site, own, pool, axis_name), bias)
+            bias = bias + _mean_over(_mean_bias_change(site, own, pool), axis_name)
+        return site.put(weight, bias)
 
     return map_adapted(put, model, jax.tree.map(lambda x: x[0], heads))
 
@@ -75,7 +76,7 @@ def head_count(heads: Adapters) -> int:
     return counts.pop()[0]
 
 
-def head_keys(key: PRNGKeyArray, count: int, axis_name: str | None) -> PRNGKeyArray:
+def head_keys(key: PRNGKeyArray, count: int, axis_name: str | None) -> Array:
     """A key for each head: the same ones, wherever the heads are."""
     if axis_name is None:
         return jr.split(key, count)
@@ -117,10 +118,8 @@ def _mean_over(x: Array, axis_name: str | None) -> Array:
     return x if axis_name is None else lax.pmean(x, axis_name)
 
 
-def _mean_bias_change(site: Site, heads: Adapter, pool: Pool | None) -> Array | None:
+def _mean_bias_change(site: Site, heads: Adapter, pool: Pool | None) -> Array:
     """The mean of what heads add to the bias."""
-    if site.bias is None:
-        return None
 
     def one(own: Adapter, pool: Pool | None) -> Array:
         ready = prepared(site, own, None if pool is None else Held(pool))

@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, PRNGKeyArray, PyTree
 from ..._moments import check_moments_known, read_moments, write_moments
 from ..tree import Adapters, map_adapters, partition
 from ._frames import frames_of
-from ._parts import begun_anew
+from ._parts import begun_anew, check_alike
 
 
 class MomentRule(eqx.Module):
@@ -72,7 +72,8 @@ class ResetMoments(MomentRule):
 
     def __call__(self, state, old, new, *, key):
         """That of ``tx.init``, with the rates of the old one."""
-        return _with_rates_of(state, self.tx.init(partition(new)[0]))
+        params: Any = partition(new)[0]
+        return _with_rates_of(state, self.tx.init(params))
 
 
 class PruneMoments(MomentRule):
@@ -96,8 +97,8 @@ class PruneMoments(MomentRule):
 
     Raises:
         ValueError: for a fraction outside [0, 1] or an unknown ``by``; when it folds, by
-            path, if an adapter came back with another structure, or moments are stored as
-            integers and ``by="magnitude"``.
+            path, if an adapter came back with another structure; if all that the state
+            holds of a parameter has other shapes; by magnitude, for integers.
 
     Example:
         >>> import lrjax, optax
@@ -135,7 +136,7 @@ class PruneMoments(MomentRule):
     def __call__(self, state, old, new, *, key):
         """The same entries of each parameter, in all of the state."""
         check_alike(old, new)
-        params = partition(new)[0]
+        params: Any = partition(new)[0]
         marks = partition(_marks(new))[0]
         leaves, treedef = jax.tree.flatten(params)
         keys = jr.split(key, len(leaves))
@@ -216,28 +217,6 @@ def _marks(adapters: Adapters) -> Adapters:
     return Adapters(marked.layers, pools, adapters.axes)
 
 
-def check_alike(old: Adapters, new: Adapters) -> None:
-    """Refuse adapters that came back with other arrays than they had."""
-    shapes = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
-    for path in sorted(old.layers.keys() | new.layers.keys()):
-        was, now = (own.layers.get(path) for own in (old, new))
-        if jax.tree.structure(was) != jax.tree.structure(now) or (
-            jax.tree.leaves(shapes(was)) != jax.tree.leaves(shapes(now))
-        ):
-            raise ValueError(
-                f"The adapter at {path!r} was a {_described(was)} and came back as a "
-                f"{_described(now)}: fold with the kind and the settings that it was made "
-                "with, or reset the moments and fold outside of jit."
-            )
-
-
-def _described(adapter: Any) -> str:
-    if adapter is None:
-        return "layer without one"
-    arrays = [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(adapter)]
-    return f"{type(adapter).__name__} of {', '.join(arrays)}"
-
-
 class _Parameter:
     """What a state holds of one parameter, and what a new state would."""
 
@@ -248,8 +227,14 @@ class _Parameter:
     def prune(self, shape: tuple[int, ...], kept: Callable[[Array], Array]) -> None:
         """Entries that are not kept become those of the new state."""
         alike = [jnp.shape(x) == shape for x in self.held]
-        if True not in alike:
+        if not self.held:
             return
+        if True not in alike:
+            raise ValueError(
+                f"PruneMoments found {[jnp.shape(x) for x in self.held]} in the state for "
+                f"a parameter {shape}, and nothing of its shape to forget entries of: use "
+                "ResetMoments."
+            )
         mask = kept(self.held[alike.index(True)])
         self.held = [
             jnp.where(mask, x, new) if same else x
@@ -271,11 +256,11 @@ def _over_params(tx: Any, f: Callable, state: PyTree, of: PyTree) -> PyTree:
 _RATES = (optax.ScaleByScheduleState, optax.contrib.ReduceLROnPlateauState)
 
 
-def _with_rates_of(old: PyTree, new: PyTree) -> PyTree:
+def _with_rates_of(old: Any, new: Any) -> Any:
     """The new state, but for schedules and injected rates, which are the old ones."""
     if isinstance(new, _RATES):
         return old
-    if isinstance(new, tuple) and "hyperparams" in getattr(new, "_fields", ()):
+    if hasattr(new, "hyperparams"):
         return old._replace(inner_state=_with_rates_of(old.inner_state, new.inner_state))
     if isinstance(new, dict):
         return type(new)({name: _with_rates_of(old[name], new[name]) for name in new})

@@ -232,13 +232,9 @@ def agreed(rule: Restart | Continue, adapters: Adapters) -> Adapters:
 def _carried(old: Adapter, new: Adapter) -> Adapter:
     """The new adapter, but for masks of ranks, copies and biases."""
 
-    def inner(was: Adapter, now: Adapter) -> Adapter:
+    def inner(was: Any, now: Any) -> Any:
         both = isinstance(was, Factors) and isinstance(now, Factors)
-        if (
-            both
-            and was.mask is not None
-            and was.mask.shape[-1] == now.pair.rank
-        ):
+        if both and was.mask is not None and was.mask.shape[-1] == now.pair.rank:
             return dataclasses.replace(now, mask=was.mask)
         return now
 
