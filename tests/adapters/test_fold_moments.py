@@ -287,17 +287,18 @@ def test_refusals(getkey):
     for rule in (room.RotateMoments(), room.PruneMoments(tx)):
         with pytest.raises(ValueError, match=r"'one' was a Factors of .* and came back"):
             carried(rule, adapters, state, getkey(), other)
-    eight = WRAPPED["eight bits"]
-    adapters, state = trained(eight, KIND, getkey())
-    with pytest.raises(ValueError, match="whose size cannot be read"):
-        carried(room.PruneMoments(eight, by="magnitude"), adapters, state, getkey(), KIND)
 
 
-def test_moments_of_other_shapes_are_refused(getkey):
-    four = lrjax.quantize_state(optax.adam(1e-2), min_size=1, bits=4)
-    adapters, state = trained(four, KIND, getkey())
-    with pytest.raises(ValueError, match="nothing of its shape to forget"):
-        carried(room.PruneMoments(four), adapters, state, getkey(), KIND)
+def test_moments_in_codes_are_refused(getkey):
+    """Bytes have no size to go by, and two numbers in one no place of their own."""
+    for bits, by, message in (
+        (8, "magnitude", "whose size cannot be read"),
+        (4, "random", "nothing of its shape to forget"),
+    ):
+        tx = lrjax.quantize_state(optax.adam(1e-2), min_size=1, bits=bits)
+        adapters, state = trained(tx, KIND, getkey(), 0)
+        with pytest.raises(ValueError, match=message):
+            room.PruneMoments(tx, by=by)(state, adapters, adapters, key=getkey())
     plain = optax.sgd(1e-2)
     adapters, state = trained(plain, KIND, getkey())
     assert carried(room.PruneMoments(plain), adapters, state, getkey(), KIND)[1] == state

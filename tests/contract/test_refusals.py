@@ -80,6 +80,9 @@ WITH_KEY = {
     ),
     "subspaces.random_subspace": lambda key: lrjax.random_subspace(MODEL, 2, key=key),
     "adapters.adapt": lambda key: lrjax.adapt(MODEL, lrjax.LoRA(1), key=key),
+    "adapters.fold": lambda key: lrjax.fold(
+        2, lrjax.adapters.Restart(lrjax.LoRA(1)), key=key
+    ),
     "adapters.bind": lambda key: lrjax.bind(
         MODEL, lrjax.adapt(MODEL, lrjax.LoRA(1), key=KEY), key=key
     ),
