@@ -68,7 +68,7 @@ def map_arrays(
 ) -> Any:
     """``f(stacked, weights)`` of arrays, and of the factors of nodes each for itself.
 
-    The weight of a product is shared by both factors, ``sign(w) √|w|`` and ``√|w|``.
+    The weight of a product is shared by both factors, ``√|w|`` and ``sign(w) √|w|``.
 
     Raises:
         ValueError: for arrays beside nodes, or nodes of several widths.
@@ -84,8 +84,9 @@ def map_arrays(
             "lrjax.merging.weighted_sum, or materialize them first."
         )
     root = jnp.sqrt(jnp.abs(weights))
-    left = stacked(f, [leaf.left for leaf in leaves], jnp.sign(weights) * root)
-    return LowRank(left, stacked(f, [leaf.right for leaf in leaves], root))
+    left = stacked(f, [leaf.left for leaf in leaves], root)
+    signed = jnp.sign(weights) * root
+    return LowRank(left, stacked(f, [leaf.right for leaf in leaves], signed))
 
 
 def stacked(f: Callable, arrays: list[Array], weights: Array) -> Array:

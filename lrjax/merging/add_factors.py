@@ -10,7 +10,7 @@ from ._changes import Weights, checked_weights, map_arrays, map_changes, over_st
 def add_factors(changes: Sequence[PyTree], weights: Weights) -> PyTree:
     """The factors added, each for itself: a merge of the width of one, with cross terms.
 
-        left = Σ_k sign(w_k) √|w_k| left_k,   right = Σ_k √|w_k| right_k
+        left = Σ_k √|w_k| left_k,   right = Σ_k sign(w_k) √|w_k| right_k
 
     The product is not ``Σ_k w_k left_k right_kᵀ``: it has every ``left_j right_kᵀ`` as
     well, and depends on how each product is split. It is what PEFT calls ``linear``, and of

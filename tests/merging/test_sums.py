@@ -109,7 +109,7 @@ def test_weights_are_traced_mapped_and_differentiated_at_zero(getkey):
 def test_factors_added_have_cross_terms(getkey):
     x, y = (random_low_rank(k, 6, 5, 2) for k in jr.split(getkey()))
     merged = merging.add_factors([x, y], [4.0, -9.0])
-    want = (2 * x.left - 3 * y.left) @ (2 * x.right + 3 * y.right).T
+    want = (2 * x.left + 3 * y.left) @ (2 * x.right - 3 * y.right).T
     assert_close(merged.materialize(), want, rtol=1e-5)
 
 

@@ -114,8 +114,8 @@ def _merged(path: str, row: list[_Own], rule: Rule, rank: int | None) -> Adapter
 def _split(pair: LowRank, scale: Array) -> LowRank:
     """The product with its scale on both factors alike."""
     root = jnp.sqrt(jnp.abs(scale))[..., None, None]
-    left = jnp.sign(scale)[..., None, None] * root * pair.left
-    return LowRank(left.astype(pair.dtype), (root * pair.right).astype(pair.dtype))
+    right = jnp.sign(scale)[..., None, None] * root * pair.right
+    return LowRank((root * pair.left).astype(pair.dtype), right.astype(pair.dtype))
 
 
 def _factors(change: Any, site: Site, rank: int | None) -> Factors:
