@@ -25,6 +25,7 @@ SIDE, RANK, BATCH = 256, 32, 64
 OF_PAIRS = {
     *("levenberg_marquardt", "lora_muon", "lora_plus", "lora_pro", "loro", "maestro"),
     *("opsa", "prec_gd", "scaled_adamw", "scaled_gd", "scaled_subgradient", "subgm"),
+    *("aflora", "allora", "balora", "ilora", "lora_mgpo"),
 }
 # And those of nodes whose bases move.
 OF_SVD_FORMS = {"cond_lr", "dlrt", "riemannian_sgd", "robust_dlrt", "sst"}
@@ -82,9 +83,8 @@ def recipes() -> dict[str, Callable[..., optax.GradientTransformation]]:
 
 
 def optimizer(name: str) -> optax.GradientTransformationExtraArgs:
-    """A recipe with its defaults at this rank, or one of optax."""
-    of_optax = {"adam": optax.adam, "muon": optax.contrib.muon}
-    factory = of_optax[name] if name in of_optax else recipes()[name]
+    """A recipe with its defaults at this rank, or Adam."""
+    factory = optax.adam if name == "adam" else recipes()[name]
     taken = inspect.signature(factory).parameters
     # The rank of psgd is that of one preconditioner of all parameters.
     own = {"rank": RANK} if "rank" in taken and name != "psgd" else {}
@@ -216,8 +216,7 @@ def of_matrix(function: Callable, *shape: int) -> Program:
 def programs() -> dict[str, Program]:
     """All of them, by name."""
     steps = {
-        name: train_step(optimizer(name), start_of(name))
-        for name in ("adam", "muon", *recipes())
+        name: train_step(optimizer(name), start_of(name)) for name in ("adam", *recipes())
     }
     linalg = lrjax.linalg
     one, tall = {"layer": (SIDE, SIDE)}, {"layer": (SIDE, SIDE // 2)}

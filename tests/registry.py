@@ -165,6 +165,13 @@ def _sample_directions(learning, warmup, key=None):
     )
 
 
+def _perturb_along_momentum(radius, smoothing, most, scale):
+    adam = optax.scale_by_adam()
+    return lrjax.perturb_along_momentum(
+        adam, radius, smoothing=smoothing, most=most, scale=scale
+    )
+
+
 def _freeze_factors(fraction, b1):
     return lrjax.freeze_factors(optax.sgd(0.1), fraction, window=2, b1=b1)
 
@@ -230,6 +237,27 @@ TRANSFORMS: dict[str, Entry] = {
         {"weight_decay": 0.1},
         {"weight_decay": 0.3},
         gauge="orthogonal",
+    ),
+    "add_imbalance_penalty": Entry(
+        lrjax.add_imbalance_penalty,
+        {"strength": 0.1},
+        {"strength": 0.3},
+        gauge="orthogonal",
+        transposes=False,
+    ),
+    "add_imbalance_penalty(ratio)": Entry(
+        lrjax.add_imbalance_penalty,
+        {"strength": 0.1, "ratio": 1.0},
+        {"ratio": 0.5},
+        gauge="orthogonal",
+    ),
+    "scale_by_row_norms": Entry(
+        lrjax.scale_by_row_norms, {"most": 2.0}, {"most": 0.5}, transposes=False
+    ),
+    "perturb_along_momentum": Entry(
+        _perturb_along_momentum,
+        {"radius": 0.1, "smoothing": 0.9, "most": 10.0, "scale": 1.0},
+        {"radius": 0.3, "smoothing": 0.5, "most": 1.0, "scale": 2.0},
     ),
     "scale_factors": Entry(
         lrjax.scale_factors,
@@ -324,6 +352,7 @@ TRANSFORMS: dict[str, Entry] = {
         lrjax.landing_field, {"pull": 0.5}, {"pull": 2.0}, gauge="orthogonal"
     ),
     "rebalance": Entry(lrjax.rebalance, gauge="orthogonal"),
+    "rebalance(nearest)": Entry(lrjax.rebalance, {"mode": "nearest"}, gauge="orthogonal"),
     "on_pairs": Entry(_on_pairs, {"damping": 0.1}, {"damping": 0.3}, gauge="orthogonal"),
     "compress_momentum": Entry(
         lrjax.compress_momentum,
@@ -580,6 +609,66 @@ RECIPES: dict[str, Entry] = {
         composed_of=("scale_by_tangent",),
         drop_in={"learning_rate": 1e-3, "momentum": 0.0},
     ),
+    "ilora": Entry(
+        lrjax.ilora,
+        {"learning_rate": 0.1, "strength": 0.1},
+        {"learning_rate": 0.02, "strength": 0.3},
+        descends=True,
+        transposes=False,
+        composed_of=("add_imbalance_penalty", "scale_by_gram"),
+        drop_in={"learning_rate": 1e-2},
+    ),
+    "ilora(preconditioned)": Entry(
+        lrjax.ilora,
+        {"learning_rate": 0.1, "strength": 0.1, "damping": 1e-2, "ratio": 1.0},
+        {"learning_rate": 0.02, "damping": 0.3, "ratio": 0.5},
+        descends=True,
+        composed_of=("add_imbalance_penalty", "scale_by_gram"),
+    ),
+    "balora": Entry(
+        lrjax.balora,
+        {"learning_rate": 0.1, "period": 1},
+        {"learning_rate": 0.02},
+        descends=True,
+        composed_of=("every", "rebalance"),
+        drop_in={"learning_rate": 1e-2},
+    ),
+    "balora(descent)": Entry(
+        lrjax.balora,
+        {"learning_rate": 0.5, "period": 1, "inner": optax.identity()},
+        {"learning_rate": 0.1},
+        descends=True,
+        gauge="orthogonal",
+        static=("inner",),
+        composed_of=("every", "rebalance"),
+    ),
+    "allora": Entry(
+        lrjax.allora,
+        {"learning_rate": 0.1, "most": 2.0},
+        {"learning_rate": 0.02, "most": 0.5},
+        descends=True,
+        transposes=False,
+        composed_of=("scale_by_row_norms",),
+        drop_in={"learning_rate": 1e-2},
+    ),
+    "lora_mgpo": Entry(
+        lrjax.lora_mgpo,
+        {"learning_rate": 0.1, "radius": 0.05, "scale": 1.0},
+        {"learning_rate": 0.02, "radius": 0.1, "scale": 2.0},
+        descends=True,
+        composed_of=("perturb_along_momentum",),
+        drop_in={"learning_rate": 1e-2},
+    ),
+    "aflora": Entry(
+        lrjax.aflora,
+        {"learning_rate": 0.1, "begin": 60, "end": 80, "window": 2, "weight_decay": 0.0},
+        {"learning_rate": 0.02, "begin": 1},
+        descends=True,
+        stacks=False,
+        couples=True,
+        composed_of=("freeze_factors",),
+        drop_in={"learning_rate": 1e-2, "weight_decay": 0.0},
+    ),
     "loro": Entry(
         lrjax.loro,
         {
@@ -805,6 +894,7 @@ RECIPES |= {
         of=_looped("Power", "SVD", "Always", "RotateVariance", "ErrorFeedback"),
     ),
     "mofasgd": _in_subspace(lrjax.mofasgd, of=("factored_momentum",)),
+    "muon": _of_matrices(lrjax.muon, of=("orthogonalize_updates",)),
     "normuon": _of_matrices(lrjax.normuon, of=("normalize_rows", "orthogonalize_updates")),
     "online_subspace_descent": _in_subspace(
         lrjax.online_subspace_descent, of=_looped("Oja", "Always")
@@ -921,6 +1011,7 @@ NOT_TRANSFORMS = {
     "on_matrices",
     "on_mesh",
     "pairs_by_name",
+    "perturbed_params",
     "quantize",
     "random_subspace",
     "register_moments",

@@ -9,7 +9,9 @@ from ..linalg import (
     identity_like,
     orthonormalize,
     outer,
+    procrustes,
     product_svd,
+    times,
     working_dtype,
 )
 from .nodes import LowRank, Matrix, SVDForm, factors_of
@@ -69,13 +71,15 @@ def balance(x: Matrix) -> LowRank:
 
 def refactor(
     x: Matrix,
-    mode: Literal["balanced", "left", "right"] = "balanced",
+    mode: Literal["balanced", "nearest", "left", "right"] = "balanced",
     *,
     scale: ArrayLike = 1.0,
 ) -> LowRank:
     """The same value with other factors: balanced, or all of the spectrum on one side.
 
     - ``"balanced"``: ``left = c U Σ^½``, ``right = V Σ^½ / c``, with ``c = scale``;
+    - ``"nearest"``: ``left = c U Σ^½ Q``, ``right = V Σ^½ Q / c`` with the rotation that
+      brings the balanced factors nearest to the old ones;
     - ``"left"``: ``left = c Q`` with orthonormal columns Q that span those of the old
       left factor; the right factor takes the rest;
     - ``"right"``: the other way around.
@@ -106,13 +110,17 @@ def refactor(
         matrix sensing" (2024), arXiv 2310.01769.
     """
     x = factors_of("refactor", x)
-    if mode == "balanced":
+    if mode in ("balanced", "nearest"):
         even = balance(x)
+        if mode == "nearest":
+            even = turned_to(even, x)
         return LowRank(even.left * scale, even.right / scale)
     if mode == "right":
         return refactor(x.T, "left", scale=scale).T
     if mode != "left":
-        raise ValueError(f"mode must be 'balanced', 'left' or 'right', got {mode!r}.")
+        raise ValueError(
+            f"mode must be 'balanced', 'nearest', 'left' or 'right', got {mode!r}."
+        )
     if x.rank > x.shape[-2]:
         raise ValueError(
             f"refactor needs a {mode} factor with no more columns than rows, got "
@@ -123,6 +131,15 @@ def refactor(
     basis = orthonormalize(left)
     right = outer(right, cross(basis, left)) / scale
     return LowRank((basis * scale).astype(x.dtype), right.astype(x.dtype))
+
+
+def turned_to(x: LowRank, old: LowRank) -> LowRank:
+    """Balanced factors, rotated within their freedom towards old ones."""
+    dtype = working_dtype(x.dtype)
+    share = lambda a, b: cross(a.astype(dtype), b.astype(dtype))
+    turn = procrustes(share(x.left, old.left) + share(x.right, old.right))
+    turned = lambda factor: times(factor.astype(dtype), turn).astype(x.dtype)
+    return LowRank(turned(x.left), turned(x.right))
 
 
 def inner(x: Matrix, y: Matrix) -> Float[Array, "*batch"]:

@@ -14,12 +14,12 @@ from ..linalg import (
     identity_like,
     inverse_grams,
     nonzero,
-    procrustes,
     product_svd,
     svd,
     times,
     working_dtype,
 )
+from .algebra import turned_to
 from .nodes import LowRank, SVDForm
 from .truncation import check_not_wider, diagonal_form
 
@@ -248,8 +248,4 @@ def transport(x: SVDForm, step: LowRank, new: SVDForm) -> LowRank:
 def _nearest_factors(new: TruncatedSVD, old: LowRank) -> LowRank:
     """Balanced factors of an SVD, turned within their freedom towards old ones."""
     root = jnp.sqrt(new.values)[..., None, :]
-    left, right = new.left * root, new.right * root
-    overlap = cross(left, old.left.astype(left.dtype))
-    overlap = overlap + cross(right, old.right.astype(right.dtype))
-    turn = procrustes(overlap)
-    return LowRank(times(left, turn), times(right, turn))
+    return turned_to(LowRank(new.left * root, new.right * root), old)

@@ -1,7 +1,11 @@
 """Numbers that say how a low-rank model is doing."""
 
 from .alignment import misalignment as misalignment
-from .balance import balance_drift as balance_drift, imbalance as imbalance
+from .balance import (
+    balance_drift as balance_drift,
+    imbalance as imbalance,
+    relative_imbalance as relative_imbalance,
+)
 from .hessian import HessianOverlap as HessianOverlap, hessian_overlap as hessian_overlap
 from .intruders import intruder_dimensions as intruder_dimensions
 from .latent_volume import latent_volume as latent_volume

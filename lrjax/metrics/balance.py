@@ -1,7 +1,7 @@
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
-from ..linalg import cross
+from ..linalg import cross, gram, nonzero
 from ..lowrank import LowRank
 
 
@@ -31,6 +31,36 @@ def imbalance(x: LowRank) -> Float[Array, "*batch r r"]:
         are automatically balanced" (2018), arXiv 1806.00900.
     """
     return cross(x.left, x.left) - cross(x.right, x.right)
+
+
+def relative_imbalance(x: LowRank, *, ratio: ArrayLike = 1.0) -> Float[Array, "*batch"]:
+    """How far the Gram matrices of two factors are from a ratio, between zero and one.
+
+    ``‖rightᵀright − ρ leftᵀleft‖_F / (‖rightᵀright‖_F + ρ ‖leftᵀleft‖_F)``: zero for
+    balanced factors, one if one of them is zero, whatever the size of both. Of a LoRA pair,
+    ``left = B (m, r)`` and ``rightᵀ = A``, activations keep their variance through widths
+    where it is small at ``ρ = r/m``.
+
+    Args:
+        x: factors ``(*batch, m, r)`` and ``(*batch, n, r)``.
+        ratio: ρ, positive.
+
+    Returns:
+        ``(*batch,)``; zero where both factors are.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> x = lrjax.LowRank(jnp.full((2, 1), 2.0), jnp.ones((3, 1)))
+        >>> print(lrjax.metrics.relative_imbalance(x).round(3))  # |3 − 8| / (3 + 8)
+        0.455
+
+    Reference:
+        Z. Zhu, Y. Wu, Q. Gu, V. Cevher, "Imbalance-regularized LoRA: a plug-and-play method
+        for improving fine-tuning of foundation models" (2024), NeurIPS workshop.
+    """
+    right, left = gram(x.right), ratio * gram(x.left)
+    size = lambda matrix: jnp.linalg.norm(matrix, axis=(-2, -1))
+    return size(right - left) / nonzero(size(right) + size(left))
 
 
 def balance_drift(x: LowRank, start: LowRank) -> Float[Array, "*batch"]:

@@ -1,7 +1,10 @@
 """Named optimizers: each is one short chain of transforms, named as in its paper."""
 
 from .adam_sn import adam_sn as adam_sn
+from .aflora import aflora as aflora
+from .allora import allora as allora
 from .apollo import apollo as apollo
+from .balora import balora as balora
 from .coap import coap as coap
 from .cond_lr import cond_lr as cond_lr
 from .dion import dion as dion
@@ -16,15 +19,18 @@ from .galore_plus import galore_plus as galore_plus
 from .golore import golore as golore
 from .grass import grass as grass
 from .grassmann_sgd import grassmann_sgd as grassmann_sgd
+from .ilora import ilora as ilora
 from .kl_shampoo import kl_shampoo as kl_shampoo
 from .ldadam import ldadam as ldadam
 from .levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
+from .lora_mgpo import lora_mgpo as lora_mgpo
 from .lora_muon import lora_muon as lora_muon
 from .lora_plus import lora_plus as lora_plus
 from .lora_pro import lora_pro as lora_pro
 from .loro import loro as loro
 from .maestro import maestro as maestro
 from .mofasgd import mofasgd as mofasgd
+from .muon import muon as muon
 from .normuon import normuon as normuon
 from .online_subspace_descent import online_subspace_descent as online_subspace_descent
 from .opsa import opsa as opsa

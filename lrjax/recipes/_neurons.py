@@ -13,9 +13,12 @@ def outputs_as_rows(where: Where | None) -> Where:
     """The same choice of matrices, each seen with its outputs as rows.
 
     They are the columns of leaves called ``kernel``, which Flax stores ``(inputs,
-    outputs)``. A ``MatrixSpec`` that a user's rule answers is taken at its word.
+    outputs)``, and of those called ``right``: a :class:`lrjax.LowRank` holds the second
+    factor ``A (r, n)``, whose ``r`` outputs are the inputs of the first, as ``Aᵀ (n, r)``.
+    A ``MatrixSpec`` that a user's rule answers is taken at its word.
     """
     rule = is_hidden_matrix if where is None else where
+    is_default = where is None or isinstance(where, DefaultRule)
 
     def oriented(path: str, shape: tuple[int, ...]) -> bool | MatrixSpec:
         answer = rule(path, shape)
@@ -23,16 +26,26 @@ def outputs_as_rows(where: Where | None) -> Where:
         if not told and not answer:
             return False
         spec = answer if told else MatrixSpec()
-        if is_input_first(path) and (where is None or not told):
+        input_first = is_input_first(path) or is_factor(path, "right")
+        if input_first and (is_default or not told):
             return MatrixSpec(spec.cols, spec.rows)
         return spec
 
-    is_default = where is None or isinstance(where, DefaultRule)
     return DefaultRule(oriented) if is_default else oriented
 
 
-def outputs_over_inputs(where: Where) -> optax.GradientTransformation:
-    """``√(m/n) U`` for a matrix of ``m`` outputs and ``n`` inputs.
+def is_factor(path: str, *sides: str) -> bool:
+    """Whether a leaf is called as the factors of a node are."""
+    return path.split(".")[-1] in (sides or ("left", "right"))
+
+
+def matrices_and_factors(path: str, shape: tuple[int, ...]) -> bool | MatrixSpec:
+    """Hidden matrices, and factors of any width."""
+    return is_hidden_matrix(path, shape) or (len(shape) > 1 and is_factor(path))
+
+
+def outputs_over_inputs(where: Where, least: float = 0.0) -> optax.GradientTransformation:
+    """``√(m/n) U`` for a matrix of ``m`` outputs, ``n`` inputs; ``m/n`` not below a least.
 
     An ``U`` with singular values one then changes typical activations by their own size.
     """
@@ -42,7 +55,7 @@ def outputs_over_inputs(where: Where) -> optax.GradientTransformation:
 
         def one(leaf, u):
             outputs, inputs = leaf.sides
-            return (u * (outputs / inputs) ** 0.5,)
+            return (u * max(outputs / inputs, least) ** 0.5,)
 
         return map_matrices("The recipe", where, one, updates)[0]
 

@@ -28,8 +28,10 @@ def dion(
 
     ``U = √(m/n) · P Qᵀ`` for a matrix of ``m`` outputs and ``n`` inputs, with ``P`` and
     ``Q`` as in :func:`lrjax.compress_momentum`. The rows are the outputs, as in Equinox,
-    but for leaves called ``kernel``, which Flax stores ``(inputs, outputs)``; other layouts
-    are told by ``where``, whose :class:`~lrjax.subspaces.MatrixSpec` names the rows.
+    but for leaves called ``kernel``, which Flax stores ``(inputs, outputs)``, and the right
+    factor of a :class:`lrjax.LowRank`; other layouts are told by ``where``, whose
+    :class:`~lrjax.subspaces.MatrixSpec` names the rows. On factors the rank is theirs, and
+    this is :func:`lrjax.muon` in the end: a full rank compresses nothing.
     It saves computation and communication, not memory: the momentum has the size of the
     parameters.
 

@@ -30,9 +30,9 @@ def dion2(
     and with columns in the place of rows where ``m > n``. A step orthogonalizes a quarter
     of the matrix; what waits in the other rows grows until it is chosen. The rows are the
     outputs, as in Equinox, but for leaves called ``kernel``, which Flax stores ``(inputs,
-    outputs)``; other layouts are told by ``where``, whose
-    :class:`~lrjax.subspaces.MatrixSpec` names the rows. It saves computation, not memory:
-    the momentum has the size of the parameters.
+    outputs)``, and the right factor of a :class:`lrjax.LowRank`; other layouts are told by
+    ``where``, whose :class:`~lrjax.subspaces.MatrixSpec` names the rows. It saves
+    computation, not memory: the momentum has the size of the parameters.
 
     Departure from the official code: the polar factor is exact to rounding, not that of
     five steps in bfloat16.

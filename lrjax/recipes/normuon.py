@@ -27,8 +27,9 @@ def normuon(
     ``M ← momentum · M + G``, ``N`` its polar factor after :func:`lrjax.normalize_rows`,
     and ``U = scale · N √(mn) / ‖N‖_F``, so that entries of ``U`` have the root mean square
     ``scale``, about that of Adam's updates. The rows are the outputs, as in Equinox, but
-    for leaves called ``kernel``, which Flax stores ``(inputs, outputs)``; other layouts are
-    told by ``where``, whose :class:`~lrjax.subspaces.MatrixSpec` names the rows.
+    for leaves called ``kernel``, which Flax stores ``(inputs, outputs)``, and the right
+    factor of a :class:`lrjax.LowRank`; other layouts are told by ``where``, whose
+    :class:`~lrjax.subspaces.MatrixSpec` names the rows.
 
     Departure from the paper: the polar factor is exact to rounding.
 

@@ -1,18 +1,23 @@
 """Optax gradient transformations beyond the subspace loop; one public name a file."""
 
 from .factors import (
+    PerturbAlongMomentumState as PerturbAlongMomentumState,
     RebalanceState as RebalanceState,
     ScaleByGramState as ScaleByGramState,
     ScaleByTargetLevelState as ScaleByTargetLevelState,
     add_frobenius_decay as add_frobenius_decay,
+    add_imbalance_penalty as add_imbalance_penalty,
     add_nuclear_norm as add_nuclear_norm,
     keep_orthonormal as keep_orthonormal,
     landing_field as landing_field,
+    perturb_along_momentum as perturb_along_momentum,
+    perturbed_params as perturbed_params,
     rebalance as rebalance,
     retract as retract,
     scale_by_gauss_newton as scale_by_gauss_newton,
     scale_by_gram as scale_by_gram,
     scale_by_polyak as scale_by_polyak,
+    scale_by_row_norms as scale_by_row_norms,
     scale_by_tangent as scale_by_tangent,
     scale_by_target_level as scale_by_target_level,
     scale_factors as scale_factors,

@@ -322,6 +322,14 @@ def dion3(x, fraction=0.25, b2=0.95, eps=1e-8):
     return momenta.dion2(x.grads, count=count, over_rows=True, **numbers)
 
 
+def muon(x, decay=0.95, nesterov=True):
+    ahead = dense.momentum(x.grads, decay=decay, nesterov=False)
+    if nesterov:
+        ahead = x.grads + decay * ahead
+    m, n = x.sides
+    return np.stack([max(1, m / n) ** 0.5 * dense.polar(a) for a in ahead])
+
+
 def normuon(x, decay=0.95, b2=0.95, eps=1e-8, rms=0.2):
     return momenta.normuon(x.grads, decay=decay, b2=b2, eps=eps, rms=rms)
 
@@ -589,6 +597,14 @@ CASES = {
         decay=DECAY,
         **POWER_SGD,
     ),
+    "muon": Case(lambda: lrjax.muon(RATE), muon, sided=False),
+    "muon(numbers)": Case(
+        lambda: lrjax.muon(RATE, momentum=0.8, nesterov=False, weight_decay=DECAY),
+        lambda x: muon(x, decay=0.8, nesterov=False),
+        decay=DECAY,
+        sided=False,
+        tree="pair",
+    ),
     "mofasgd": Case(lambda: lrjax.mofasgd(RATE), mofasgd, sided=False),
     "mofasgd(rank)": Case(
         lambda: lrjax.mofasgd(RATE, 2, weight_decay=DECAY),
@@ -716,6 +732,7 @@ def test_psgd_equals_the_reference(make, rank, clip, decay, x64):
 # Recipes for weights whose rank moves are tested beside their transforms.
 ELSEWHERE = {
     "nn/test_grassmann_head.py": ("grassmann_sgd",),
+    "recipes/test_lora_mgpo.py": ("lora_mgpo",),
     "transforms/test_ordered_columns.py": ("maestro",),
     "transforms/test_riemannian.py": ("cond_lr", "dlrt", "riemannian_sgd", "robust_dlrt"),
     "transforms/test_sample_directions.py": ("sst",),

@@ -28,8 +28,16 @@ RECIPES = {
     "lora_plus": lrjax.lora_plus,
     "lora_pro": lrjax.lora_pro,
     "scaled_adamw": lrjax.scaled_adamw,
+    "ilora": lrjax.ilora,
+    "ilora(preconditioned)": lambda rate: lrjax.ilora(rate, damping=0.1),
+    "balora": lrjax.balora,
+    "allora": lrjax.allora,
+    "lora_mgpo": lrjax.lora_mgpo,
+    "aflora": lambda rate: lrjax.aflora(rate, begin=1, end=9, weight_decay=0.0),
 }
-ADAM = (lrjax.loro, lrjax.lora_muon, lrjax.lora_plus, lrjax.scaled_adamw)
+OF_ADAM = ("loro", "lora_muon", "lora_plus", "scaled_adamw", "lora_mgpo")
+OF_ADAM += ("aflora", "allora", "balora", "ilora", "ilora(preconditioned)")
+ADAM = [RECIPES[name] for name in OF_ADAM]
 every = pytest.mark.parametrize("make", RECIPES.values(), ids=RECIPES.keys())
 
 
@@ -97,6 +105,12 @@ def test_states_can_be_mapped(make, getkey):
         lrjax.lora_plus,
         lrjax.lora_pro,
         lrjax.scaled_adamw,
+        lrjax.ilora,
+        lrjax.balora,
+        lrjax.allora,
+        lrjax.lora_mgpo,
+        lrjax.aflora,
+        lrjax.muon,
     ],
 )
 def test_hyperparameters_can_be_injected(recipe, getkey):
@@ -119,6 +133,9 @@ def test_transforms_refuse_a_tree_without_nodes_and_complex_leaves(getkey):
         lrjax.scale_factors(),
         lrjax.rebalance(),
         lrjax.retract(),
+        lrjax.add_imbalance_penalty(0.1),
+        lrjax.scale_by_row_norms(),
+        lrjax.perturb_along_momentum(optax.scale_by_adam()),
     )
     x = random_low_rank(getkey(), 6, 5, 2)
     wrong = jax.tree.map(lambda a: a + 0j, x)

@@ -18,6 +18,7 @@ import lrjax
 
 from ..helpers import relative_error
 from ..reference import dense, factor_pairs as ref
+from ..reference.rank_adaptive import AFLoRA
 
 
 STEPS, TOLERANCE = 20, 1e-9
@@ -146,12 +147,69 @@ class TangentMomentum:
         return self.steps, self.bias
 
 
+class AdamAndMore:
+    """Adam of each factor, and what is made of its directions at a pair."""
+
+    def __init__(self, more, first=None):
+        self.adam, self.more = AdamOfFactors(first=first), more
+
+    def __call__(self, pairs, slopes, bias, value, t):
+        steps, bias_step = self.adam(pairs, slopes, bias, value, t)
+        steps = [self.more(*x, p) for x, p in zip(pairs, steps, strict=True)]
+        return steps, bias_step
+
+
+def pulled(strength, ratio=None):
+    def more(left, right, step):
+        pull = ref.imbalance_pull(left, right, strength, ratio)
+        return step[0] + pull[0], step[1] + pull[1]
+
+    return more
+
+
+def by_rows(most):
+    return lambda left, right, step: ref.by_row_norms(left, right, step, most)
+
+
+class Freezing:
+    """Adam with decay, until the factors stop, each at its time."""
+
+    def __init__(self, rate, decay, begin, end, window):
+        self.adam, self.rate, self.decay = AdamOfFactors(), rate, decay
+        self.begin, self.end = begin, end
+        self.pruner = AFLoRA(6, window=window)
+
+    def __call__(self, pairs, slopes, bias, value, t):
+        steps, bias_step = self.adam(pairs, slopes, bias, value, t)
+        flat = lambda both: [x for pair in both for x in pair]
+        moves = [
+            (p + self.decay * x) * (not frozen)
+            for p, x, frozen in zip(
+                flat(steps), flat(pairs), self.pruner.frozen, strict=True
+            )
+        ]
+        new = [x - self.rate * p for x, p in zip(flat(pairs), moves, strict=True)]
+        done = np.clip((t - self.begin) / (self.end - self.begin), 0, 1)
+        self.pruner.step(t, new, flat(slopes), (1 - done) ** 3)
+        return list(zip(moves[::2], moves[1::2], strict=True)), bias_step
+
+
 def plainly(pair, step, t):
     return pair[0] + step[0], pair[1] + step[1]
 
 
 def balancing(pair, step, t):
     return ref.balanced(*plainly(pair, step, t))
+
+
+def nearest(every):
+    """Balanced at the end of each period."""
+
+    def move(pair, step, t):
+        moved = plainly(pair, step, t)
+        return moved if (t + 1) % every else ref.nearest_balanced(*moved)
+
+    return move
 
 
 def riemannian(every):
@@ -291,6 +349,26 @@ CASES = {
     "loro": Case(lambda: lrjax.loro(1e-3), AdamOfFactors, 1e-3, riemannian(500), steps=502),
     "loro(period)": Case(
         lambda: lrjax.loro(1e-2, exact_every=4), AdamOfFactors, 1e-2, riemannian(4)
+    ),
+    "ilora": Case(lambda: lrjax.ilora(1e-2), lambda: AdamAndMore(pulled(0.1)), 1e-2),
+    "ilora(preconditioned)": Case(
+        lambda: lrjax.ilora(1e-2, 0.3, ratio=0.7, damping=0.1),
+        lambda: AdamAndMore(pulled(0.3, 0.7), scaled(0.1)),
+        1e-2,
+    ),
+    "balora": Case(lambda: lrjax.balora(1e-2), AdamOfFactors, 1e-2, nearest(1)),
+    "balora(period)": Case(
+        lambda: lrjax.balora(1e-2, period=3), AdamOfFactors, 1e-2, nearest(3)
+    ),
+    "allora": Case(lambda: lrjax.allora(1e-2), lambda: AdamAndMore(by_rows(2.0)), 1e-2),
+    "allora(most)": Case(
+        lambda: lrjax.allora(1e-2, most=0.5), lambda: AdamAndMore(by_rows(0.5)), 1e-2
+    ),
+    "aflora": Case(
+        lambda: lrjax.aflora(1e-2, begin=10, end=50),
+        lambda: Freezing(1e-2, 0.1, 10, 50, window=10),
+        1e-2,
+        steps=60,
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Optimizers that tell outputs from inputs: Dion, Dion2, Dion3, NorMuon."""
+"""Optimizers that tell outputs from inputs: Dion, Dion2, Dion3, NorMuon, Muon."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 
 import lrjax
 from lrjax import subspaces as sub
-from tests.helpers import assert_close
+from tests.helpers import assert_close, random_low_rank
 
 
 every_matrix = lambda path, shape: len(shape) >= 2
@@ -17,6 +17,7 @@ RECIPES = {
     "dion2": lambda **more: lrjax.dion2(-1.0, 0.3, weight_decay=0.0, **more),
     "dion3": lambda **more: lrjax.dion3(-1.0, 0.3, weight_decay=0.0, **more),
     "normuon": lambda **more: lrjax.normuon(-1.0, weight_decay=0.0, **more),
+    "muon": lambda **more: lrjax.muon(-1.0, weight_decay=0.0, **more),
 }
 every = pytest.mark.parametrize("make", RECIPES.values(), ids=RECIPES)
 
@@ -47,6 +48,71 @@ def test_a_kernel_of_flax_moves_as_its_transpose(make, getkey):
     for name, kernel in kernels.items():  # each alone: Dion's first Q is that of its place
         (got,) = jax.tree.leaves(updates_of(make(), {name: kernel})[0])
         assert_close(got.reshape(3, 8, 12).mT, flat["weight"], condition=1e3)
+
+
+@every
+def test_the_right_factor_moves_as_the_matrix_that_it_stands_for(make, getkey):
+    """``A (r, n)`` has r outputs, and a node holds ``Aᵀ``."""
+    b, a = jr.normal(getkey(), (3, 64, 8)), jr.normal(getkey(), (3, 8, 32))
+    # Each alone: Dion's first Q is that of the place of a leaf.
+    got, _ = updates_of(make(), {"left": b})
+    assert_close(got["left"], updates_of(make(), {"b": b})[0]["b"], condition=1e3)
+    got, _ = updates_of(make(), {"right": a.mT})
+    assert_close(got["right"].mT, updates_of(make(), {"a": a})[0]["a"], condition=1e3)
+
+
+def test_muon_on_factors_has_the_scales_of_their_own_layout(getkey):
+    """``√max(1, outputs/inputs)``: 4 for B (64, 4), and 1 for A (4, 32)."""
+    node = random_low_rank(getkey(), 64, 32, 4)
+    tx = lrjax.muon(-1.0)
+    step, _ = tx.update({"a": node}, tx.init({"a": node}), {"a": node})
+    ones = jnp.ones(4)
+    values = lambda x: jnp.linalg.svd(x, compute_uv=False)
+    assert_close(values(step["a"].left), 4 * ones, condition=100)
+    assert_close(values(step["a"].right), ones, condition=100)
+
+
+def test_muon_on_factors_is_that_of_optax_with_its_axes_named(getkey):
+    """Without them optax takes B and A for ``(in, out)``: scales 1 and 2.83.
+
+    Its look-ahead corrects the bias of momentum and gradient apart, as Nadam does; that of
+    Muon's authors, and ours, does not.
+    """
+    b, a = jr.normal(getkey(), (3, 64, 4)), jr.normal(getkey(), (3, 4, 32))
+    bias = jr.normal(getkey(), (3, 5))
+    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
+    exact = {"ns_steps": 30, "ns_coeffs": (2.0, -1.5, 0.5), "nesterov": False}
+
+    def theirs(grads, **more):
+        return updates_of(optax.contrib.muon(-1.0, **exact, **more), grads)[0]
+
+    factors = {"left": b, "right": a.mT}
+    ours = lrjax.muon(-1.0, nesterov=False)
+    got, _ = updates_of(ours, {**factors, "bias": bias})
+    named = {"left": numbers, "right": numbers, "bias": None}
+    plain = {"left": b, "right": a, "bias": bias}
+    want = theirs(plain, muon_weight_dimension_numbers=named)
+    assert_close(got["left"], want["left"], rtol=1e-3)
+    assert_close(got["right"].mT, want["right"], rtol=1e-3)
+    assert_close(got["bias"], want["bias"], rtol=1e-5)
+    trapped = theirs({"left": b, "right": a})
+    assert_close(4 * trapped["left"], got["left"], rtol=1e-3)
+    assert_close(trapped["right"], 8**0.5 * got["right"].mT, rtol=1e-3)
+
+
+def test_dion_on_factors_comes_to_muon(getkey):
+    """At full rank nothing is compressed: a constant momentum has one polar factor."""
+    left, right = jr.normal(getkey(), (64, 8)), jr.normal(getkey(), (32, 8))
+    grads = {"left": left, "right": right}
+    steps = jax.tree.map(lambda g: jnp.broadcast_to(g, (60, *g.shape)), grads)
+    for normalize in ("columns", "qr"):
+        dion = lrjax.dion(-1.0, 8, momentum=1.0, weight_decay=0.0, normalize=normalize)
+        got, _ = updates_of(dion, steps)
+        muon, _ = updates_of(lrjax.muon(-1.0), steps)
+        last = jax.tree.map(lambda x: x[-1], (got, muon))
+        assert_close(last[0]["left"], last[1]["left"], rtol=1e-2)
+        # Dion has √(r/n) where Muon has √max(1, r/n).
+        assert_close(last[0]["right"], (8 / 32) ** 0.5 * last[1]["right"], rtol=1e-2)
 
 
 @every

@@ -209,3 +209,59 @@ class LevelSearch:
         distance = value - (self.base - self.gap)
         self.path += distance / self.gap
         return distance
+
+
+def imbalance_pull(left, right, strength, ratio=None):
+    """The gradient of ``λ ‖A Aᵀ − ρ BᵀB‖²`` by ``B = left`` and ``Aᵀ = right``.
+
+    Neither factor is pulled by more than itself.
+    """
+    b, a = left, right.T
+    rho = left.shape[1] / left.shape[0] if ratio is None else ratio
+    off = a @ a.T - rho * b.T @ b
+    rate = 4 * strength / max(1, 4 * strength * max(1, rho) * np.linalg.norm(off))
+    return -rate * rho * b @ off, (rate * off @ a).T
+
+
+def by_row_norms(left, right, step, most):
+    """Each row of ``B`` and of ``A = rightᵀ`` times ``1/√(‖row‖ + 1/most²)``."""
+
+    def scaled(rows, moves):
+        return np.stack(
+            [
+                move / np.sqrt(np.sqrt(np.sum(row**2)) + 1 / most**2)
+                for row, move in zip(rows, moves, strict=True)
+            ]
+        )
+
+    return scaled(left, step[0]), scaled(right.T, step[1].T).T
+
+
+def nearest_balanced(left, right):
+    """Of the balanced factors of the product those nearest to the factors."""
+    u, v = balanced(left, right)
+    turn = polar(u.T @ left + v.T @ right)
+    return u @ turn, v @ turn
+
+
+class MomentumAhead:
+    """How far, and along which dense matrix, LoRA-MGPO looks ahead."""
+
+    def __init__(self, radius, smoothing, most, scale):
+        self.radius, self.smoothing, self.most = radius, smoothing, most
+        self.scale, self.size = scale, None
+
+    def perturbation(self, b, a, m_b, m_a):
+        """Of the weight, for a momentum of its factors."""
+        direction = self.scale * (m_b @ a + b @ m_a)
+        norm = np.linalg.norm(direction)
+        if norm == 0:
+            return np.zeros_like(direction)
+        kappa = 1.0 if self.size is None else min(self.most, 1 / (self.size + 1e-12))
+        return -self.radius * kappa * direction / norm
+
+    def see(self, b, a, g_b, g_a):
+        """One more gradient."""
+        size = np.linalg.norm(self.scale * (g_b @ a + b @ g_a))
+        old = size if self.size is None else self.size
+        self.size = self.smoothing * old + (1 - self.smoothing) * size

@@ -20,7 +20,7 @@ class RebalanceState(NamedTuple):
 
 @checks_trees
 def rebalance(
-    mode: Literal["balanced", "left", "right"] = "balanced",
+    mode: Literal["balanced", "nearest", "left", "right"] = "balanced",
     *,
     scale: ArrayLike = 1.0,
     once_below: ArrayLike | None = None,
@@ -30,7 +30,10 @@ def rebalance(
     The update ``U`` is replaced by ``refactor(X + U, mode, scale) − X``. By default the
     factors become balanced, ``leftᵀleft = rightᵀright`` diagonal, after every step.
     Place it last in the chain, after the learning rate. Costs two QR decompositions and
-    an ``r × r`` SVD a node.
+    an ``r × r`` SVD a node. Moments of the factors keep their meaning best with
+    ``"nearest"``, which turns balanced factors back towards ``X + U``. Factors whose
+    product is zero become zero both, and have no gradient ever after: a first step that is
+    zero, from ``left = 0``, would do that.
 
     ``rebalance("left", scale=β, once_below=…)`` is the one-step remedy for plain gradient
     descent on factors that are wider than the rank: done once, when the loss has become

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from ..._arguments import checks_trees
@@ -37,7 +38,7 @@ def freeze_factors(
     inner: optax.GradientTransformation,
     fraction: optax.ScalarOrSchedule,
     *,
-    window: int = 10,
+    window: int | Array = 10,
     b1: ArrayLike = 0.85,
     b2: ArrayLike = 0.95,
 ) -> optax.GradientTransformationExtraArgs:
@@ -56,7 +57,7 @@ def freeze_factors(
         inner: an optimizer, with its learning rate.
         fraction: of numbers that are kept, falling from 1 to 0, a schedule as
             ``cubic_schedule(1.0, 0.0, begin=…, end=…)``. At 0 it is acted on in every step.
-        window: how many steps are averaged.
+        window: how many steps are averaged; may be traced.
         b1: of the running average of windows.
         b2: of the running average of their deviations.
 
@@ -83,7 +84,7 @@ def freeze_factors(
         Z. Liu et al., "AFLoRA: adaptive freezing of low rank adaptation in parameter
         efficient fine-tuning of large models" (2024), arXiv:2403.13269.
     """
-    if window < 1:
+    if not isinstance(window, Tracer) and window < 1:
         raise ValueError(f"freeze_factors needs a window of at least 1, got {window}.")
     inner = optax.with_extra_args_support(inner)
 
