@@ -162,6 +162,7 @@ from .transforms import (
     scale_by_kl_shampoo as scale_by_kl_shampoo,
     scale_by_layer_trust as scale_by_layer_trust,
     scale_by_lion_k as scale_by_lion_k,
+    scale_by_matrix_adam as scale_by_matrix_adam,
     scale_by_polyak as scale_by_polyak,
     scale_by_psgd as scale_by_psgd,
     scale_by_psgd_kron as scale_by_psgd_kron,

@@ -54,6 +54,32 @@ def map_nodes(
     return jtu.tree_map_with_path(apply, *trees, is_leaf=is_low_rank)
 
 
+def map_nodes_together(
+    f: Callable, updates: PyTree, *rest: PyTree, frozen: PyTree | None = None
+) -> PyTree:
+    """As :func:`map_nodes`, but ``f`` gets a list of all nodes of each tree, and gives one.
+
+    So the small matrices of many layers can be one batch.
+    """
+    found: list[tuple[LowRank, ...]] = []
+
+    def collect(*nodes: LowRank) -> _Slot:
+        found.append(nodes)
+        return _Slot(len(found) - 1)
+
+    slots = map_nodes(collect, updates, *rest, frozen=frozen)
+    results = f(*map(list, zip(*found, strict=True))) if found else []
+    is_slot = lambda x: isinstance(x, _Slot)
+    fill = lambda x: results[x.index] if is_slot(x) else x
+    return jax.tree.map(fill, slots, is_leaf=is_slot)
+
+
+class _Slot(NamedTuple):
+    """The place of a node."""
+
+    index: int
+
+
 def map_factors(f: Callable, updates: PyTree, *rest: PyTree) -> PyTree:
     """Map ``f`` over the factors of LowRank nodes, each by itself, but the frozen ones.
 
@@ -122,6 +148,26 @@ def sides(g: LowRank, x: LowRank) -> list[Side]:
     return [side for side in both if side.gradient is not None]
 
 
+def node_of(left: Any, right: Any) -> LowRank:
+    """A node of any two things, unchecked."""
+    node = object.__new__(LowRank)
+    object.__setattr__(node, "left", left)
+    object.__setattr__(node, "right", right)
+    return node
+
+
+def only_factors(tree: PyTree) -> PyTree:
+    """The same tree with nothing in it but the factors of LowRank nodes."""
+    keep = lambda x: x if is_low_rank(x) else optax.MaskedNode()
+    return jax.tree.map(keep, tree, is_leaf=is_low_rank)
+
+
+def put_factors(tree: PyTree, factors: PyTree) -> PyTree:
+    """A tree with other factors in its LowRank nodes."""
+    put = lambda x, new: new if is_low_rank(x) else x
+    return jax.tree.map(put, tree, factors, is_leaf=is_low_rank)
+
+
 def like(node: LowRank, *factors: Array) -> LowRank:
     """A node of new factors for those that ``node`` has, cast to its dtype."""
     leaves, structure = jax.tree.flatten(node)
@@ -160,6 +206,11 @@ def check_whole(name: str, params: PyTree) -> None:
                 f"at {path_name(path) or 'the root'} is frozen: adapt with train='both' or "
                 "leave it out."
             )
+
+
+def check_alike(updates: PyTree, params: PyTree) -> None:
+    """Refuse nodes with factors masked one by one, before others do in other words."""
+    map_factors(lambda u, _: u, updates, params)
 
 
 def check_params(name: str, params: PyTree | None) -> None:

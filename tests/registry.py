@@ -155,6 +155,14 @@ def _on_pairs(damping):
     return lrjax.on_pairs(lrjax.scale_by_gram(damping), pair_rule)
 
 
+def _gram_with_momentum(damping, decay, order):
+    return lrjax.scale_by_gram(damping, order=order, phi=optax.ema(decay))
+
+
+def _gram_with_moments(damping, b1, b2, eps):
+    return lrjax.scale_by_gram(damping, phi=lrjax.scale_by_matrix_adam(b1, b2, eps))
+
+
 def _prune_entries(fraction):
     return lrjax.prune_entries(optax.sgd(0.1), fraction)
 
@@ -199,6 +207,32 @@ TRANSFORMS: dict[str, Entry] = {
         {"damping": 0.3},
         gauge="orthogonal",
         static=("phi",),
+    ),
+    "scale_by_gram(greedy)": Entry(
+        lrjax.scale_by_gram,
+        {"damping": 1e-3, "order": "greedy"},
+        {"damping": 0.3},
+        gauge="orthogonal",
+    ),
+    "scale_by_gram(momentum)": Entry(
+        _gram_with_momentum,
+        {"damping": 1e-3, "decay": 0.9, "order": "alternating"},
+        {"damping": 0.3, "decay": 0.5},
+        gauge="orthogonal",
+        transposes=False,
+        static=("order",),
+    ),
+    "scale_by_gram(moments)": Entry(
+        _gram_with_moments,
+        {"damping": 0.0, "b1": 0.9, "b2": 0.99, "eps": 1e-8},
+        {"damping": 0.3, "b1": 0.5, "b2": 0.9, "eps": 1e-3},
+        gauge="any",
+    ),
+    "scale_by_matrix_adam": Entry(
+        lrjax.scale_by_matrix_adam,
+        {"b1": 0.9, "b2": 0.99, "eps": 1e-8},
+        {"b1": 0.5, "b2": 0.9, "eps": 1e-3},
+        gauge="orthogonal",
     ),
     "scale_by_gram(loss_power)": Entry(
         lrjax.scale_by_gram,

@@ -11,6 +11,7 @@ from ._numerics import (
     products_at as products_at,
     rounding as rounding,
     times as times,
+    together as together,
     unit_columns as unit_columns,
     working_dtype as working_dtype,
 )
@@ -34,6 +35,7 @@ from .gram import (
     inverse_grams as inverse_grams,
     inverse_root_gram as inverse_root_gram,
     inverse_root_grams as inverse_root_grams,
+    orthonormalizers as orthonormalizers,
 )
 from .nystrom import nystrom as nystrom
 from .optimal_shrinkage import optimal_shrinkage as optimal_shrinkage

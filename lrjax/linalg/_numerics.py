@@ -41,16 +41,25 @@ def unit_columns(x: Float[Array, "*b n r"]) -> Float[Array, "*b n r"]:
 def together(
     f: Callable[..., Array], *columns: Sequence[Float[Array, "..."]]
 ) -> list[Array]:
-    """``map(f, *columns)``, as one batch where the matrices are alike.
+    """``map(f, *columns)``, those that are alike as one batch.
 
-    A small factorization takes an accelerator the time that starting it takes. Large
-    ones, and those of other shapes, types or shardings, are taken one by one.
+    A small factorization takes an accelerator the time that starting it takes, and a
+    compiler as long as a batch of them. Large ones, and those that no other is like in
+    shape, type and sharding, are taken one by one.
     """
     rows = list(zip(*columns, strict=True))
-    alike = len({tuple(map(jax.typeof, row)) for row in rows}) == 1
-    if len(rows) == 1 or not alike or max(rows[0][0].shape[-2:]) > SMALL:
-        return [f(*row) for row in rows]
-    return list(f(*map(jnp.stack, columns)))
+    groups: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        small = max(row[0].shape[-2:]) <= SMALL
+        groups.setdefault(tuple(map(jax.typeof, row)) if small else i, []).append(i)
+    found: dict[int, Array] = {}
+    for members in groups.values():
+        if len(members) == 1:
+            found[members[0]] = f(*rows[members[0]])
+        else:
+            batch = map(jnp.stack, zip(*(rows[i] for i in members), strict=True))
+            found.update(zip(members, f(*batch), strict=True))
+    return [found[i] for i in range(len(rows))]
 
 
 def check_rank(rank: int, shape: tuple[int, ...]) -> None:

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from ._numerics import cross, identity_like, together, working_dtype
+from ._numerics import cross, identity_like, times, together, working_dtype
 
 
 def cholesky(g: Float[Array, "*b r r"]) -> Float[Array, "*b r r"]:
@@ -35,10 +35,13 @@ def gram(x: Float[Array, "*b n r"]) -> Float[Array, "*b r r"]:
     return cross(x, x)
 
 
-def _inverse_factor(
+def _damped_factor(
     g: Float[Array, "*b r r"], damping: ArrayLike, relative: bool
 ) -> Float[Array, "*b r r"]:
-    """``C⁻¹`` of ``C Cᵀ = xᵀx + λI``, λ never below the rounding error of ``g = xᵀx``."""
+    """``C`` of ``C Cᵀ = xᵀx + λI``, λ never below the rounding error of ``g = xᵀx``.
+
+    In the lower triangle; what is above it is undefined.
+    """
     identity = identity_like(g)
     trace = jnp.sum(g * identity, axis=(-2, -1))  # compiles faster than jnp.trace
     damping = jnp.asarray(damping, g.dtype)
@@ -49,7 +52,18 @@ def _inverse_factor(
     damping = jnp.maximum(damping, 8 * jnp.finfo(g.dtype).eps * trace)
     # A zero factor has the pseudo-inverse zero: an infinite damping, short of overflow.
     damping = jnp.where(trace + damping > 0, damping, jnp.finfo(g.dtype).max)
-    lower = cholesky(g + damping[..., None, None] * identity)
+    return cholesky(g + damping[..., None, None] * identity)
+
+
+def _inverse_factor(
+    g: Float[Array, "*b r r"], damping: ArrayLike, relative: bool
+) -> Float[Array, "*b r r"]:
+    """``C⁻¹``."""
+    return _inverse_triangle(_damped_factor(g, damping, relative))
+
+
+def _inverse_triangle(lower: Array) -> Array:
+    identity = identity_like(lower)
     return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
 
 
@@ -125,3 +139,42 @@ def inverse_root_grams(
 ) -> list[Float[Array, "..."]]:
     """:func:`inverse_root_gram` of several factors, whose small matrices are one batch."""
     return together(lambda g: _inverse_factor(g, damping, relative).mT, list(map(gram, xs)))
+
+
+def orthonormalizers(
+    *xs: Float[Array, "..."], damping: ArrayLike = 0.0, relative: bool = True
+) -> list[tuple[Float[Array, "..."], Float[Array, "..."]]]:
+    """For each x two factors ``K B = (xᵀx + λI)⁻¹``; the first one orthonormalizes.
+
+    The columns of ``x K`` are orthonormal whatever λ is, up to the floor under it, which
+    shortens those of a rank-deficient ``x``; so ``K`` gives coordinates in a frame of the
+    span, and ``B = K⁻¹ (xᵀx + λI)⁻¹`` brings them back, damped: what ``λ = 0`` makes of it
+    is ``Kᵀ``. Of ``x = 0`` both are zero to rounding.
+
+    Args:
+        *xs: tall matrices ``(*b, n, r)``.
+        damping: as for :func:`inverse_gram`.
+        relative: as for :func:`inverse_gram`.
+
+    Returns:
+        For each ``x`` the pair ``K``, upper triangular, and ``B``, ``(*b, r, r)``, in
+        float32 or wider.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> x = jnp.array([[3.0], [4.0]])
+        >>> ((k, b),) = lrjax.linalg.orthonormalizers(x, damping=3.0)
+        >>> print((x @ k).round(4).ravel(), (k @ b).round(4))  # 1 / (25 + 3 · 25)
+        [0.6 0.8] [[0.01]]
+    """
+
+    def maps(g: Array) -> Array:
+        lower = _damped_factor(g, 0.0, True)
+        there = jnp.any(g != 0, axis=(-2, -1), keepdims=True)
+        back = times(
+            jnp.where(there, jnp.tril(lower), 0).mT, _inverse(g, damping, relative)
+        )
+        return jnp.concatenate([_inverse_triangle(lower).mT, back], axis=-1)
+
+    both = together(maps, list(map(gram, xs)))
+    return [(x[..., : x.shape[-2]], x[..., x.shape[-2] :]) for x in both]

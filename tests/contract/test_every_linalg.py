@@ -215,6 +215,16 @@ TABLE = {
         ("thin", "columns"),
         lambda x, y, out: whitened_error(x, out[0]) + whitened_error(y, out[1]),
     ),
+    "orthonormalizers": Row(
+        lambda x: linalg.orthonormalizers(x)[0],
+        ("thin",),
+        lambda x, out: whitened_error(x, out[0]) + off(out[1], out[0].T),
+    ),
+    "together": Row(
+        lambda x, y: linalg.together(linalg.gram, [x, y, x]),
+        ("thin", "columns"),
+        lambda x, y, out: off(out[0], x.T @ x) + off(out[1], y.T @ y),
+    ),
     "orthonormalize": Row(
         linalg.orthonormalize,
         ("thin",),

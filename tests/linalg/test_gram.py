@@ -10,6 +10,8 @@ from lrjax.linalg import (
     inverse_grams,
     inverse_root_gram,
     inverse_root_grams,
+    orthonormalizers,
+    together,
 )
 from tests.helpers import all_finite, assert_close, relative_error, tol
 
@@ -84,6 +86,42 @@ def test_batch_is_a_loop(getkey):
         for j in range(3):
             assert_close(out[i, j], inverse_gram(x[i, j], 0.01), condition=10)
     assert_close(jax.vmap(jax.vmap(lambda a: inverse_gram(a, 0.01)))(x), out)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-3, 10.0])
+def test_orthonormalizers_are_undamped_on_the_way_in_and_damped_back(getkey, x64, damping):
+    x, y = jr.normal(getkey(), (2, 30, 5), jnp.float64)
+    y = y * jnp.logspace(0, -3, 5)[None]
+    for z, (k, b) in zip((x, y), orthonormalizers(x, y, damping=damping), strict=True):
+        white = z @ k
+        assert_close(white.T @ white, jnp.eye(5), condition=1e8)
+        assert_close(k @ b, inverse_gram(z, damping), condition=1e8)
+
+
+def test_orthonormalizers_are_finite_for_every_matrix(getkey):
+    for name, x in matrices(getkey()).items():
+        for damping in (0.0, 1e-2):
+            ((k, b),) = orthonormalizers(x, damping=damping)
+            white = x @ k
+            assert all_finite((k, b, white)), name
+            # Columns are at most shortened, where the matrix is deficient in rank.
+            assert np.linalg.norm(white, 2) < 1 + 1e-2, name
+        if not x.any():
+            assert not np.abs(np.asarray(b)).max() > 1e-10
+
+
+def test_together_takes_batches_of_what_is_alike(getkey):
+    small, large = jr.normal(getkey(), (3, 2, 2)), jr.normal(getkey(), (2, 3, 3))
+    calls = []
+
+    def double(x):
+        calls.append(x.shape)
+        return 2 * x
+
+    mixed = [small[0], large[0], small[1], small[2], large[1], jnp.ones((200, 200))]
+    for got, x in zip(together(double, mixed), mixed, strict=True):
+        assert_close(got, 2 * x)
+    assert sorted(calls) == [(2, 3, 3), (3, 2, 2), (200, 200)]
 
 
 def test_gradient_is_finite_at_repeated_columns(getkey):

@@ -18,6 +18,10 @@ from .scale_by_gram import (
     scale_by_gram as scale_by_gram,
     unit_norm as unit_norm,
 )
+from .scale_by_matrix_adam import (
+    ScaleByMatrixAdamState as ScaleByMatrixAdamState,
+    scale_by_matrix_adam as scale_by_matrix_adam,
+)
 from .scale_by_polyak import scale_by_polyak as scale_by_polyak
 from .scale_by_row_norms import scale_by_row_norms as scale_by_row_norms
 from .scale_by_tangent import scale_by_tangent as scale_by_tangent

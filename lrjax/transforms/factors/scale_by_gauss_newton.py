@@ -12,7 +12,8 @@ from ..._tree import check_has_nodes, check_params, like, map_nodes, sides
 from ...linalg import cross, eigh, gram, identity_like, increment, nonzero, times
 from ...lowrank import LowRank
 from .._checks import check_extra, check_non_negative
-from .scale_by_gram import ScaleByGramState, precondition
+from ._precondition import precondition
+from .scale_by_gram import ScaleByGramState
 
 
 @checks_trees
@@ -107,8 +108,10 @@ def scale_by_gauss_newton(
             strength = strength * jnp.maximum(gap, 0) ** loss_power
 
         def solve(g: LowRank, x: LowRank) -> LowRank:
-            whole = len(sides(g, x)) == 2
-            p = (_solve if whole else precondition)(g, x, strength, relative)
+            if len(sides(g, x)) == 2:
+                p = _solve(g, x, strength, relative)
+            else:
+                p = jax.tree.leaves(precondition([g], [x], strength, relative))
             return like(g, *(_unit(g, p) if normalize else p))
 
         updates = map_nodes(solve, updates, params, frozen=frozen)

@@ -1,6 +1,5 @@
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +7,25 @@ import optax
 from jaxtyping import Array, ArrayLike, Int
 
 from ..._arguments import checks_trees
-from ..._tree import check_has_nodes, check_params, like, map_nodes, sides
-from ...linalg import increment, inverse_grams, inverse_root_grams, nonzero, times
+from ..._tree import check_has_nodes, check_params, like, map_nodes_together
+from ...linalg import increment, nonzero
 from ...lowrank import LowRank
 from .._checks import check_extra, check_non_negative
-
-
-Phi = Callable[[LowRank], LowRank]
+from ._precondition import Order, Phi, PhiState, Whitened, in_turn, precondition
 
 
 class ScaleByGramState(NamedTuple):
-    """The number of updates made; kept only if the update rule depends on it."""
+    """The state of :func:`scale_by_gram`, where its rule depends on one.
+
+    Attributes:
+        count: the number of updates made.
+        phi: what a ``phi`` with a state remembers, for all factors together; for those
+            of the left, those of the right and those whose partner is frozen apart if
+            the order is alternating.
+    """
 
     count: Int[Array, ""]
+    phi: tuple[PhiState, ...] = ()
 
 
 @checks_trees
@@ -28,8 +33,8 @@ def scale_by_gram(
     damping: ArrayLike | optax.Schedule = 0.0,
     *,
     relative: bool = True,
-    order: Literal["jacobi", "alternating"] = "jacobi",
-    phi: Phi | None = None,
+    order: Order = "jacobi",
+    phi: Phi | optax.GradientTransformation | None = None,
     loss_power: ArrayLike | None = None,
     f_min: ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -58,12 +63,30 @@ def scale_by_gram(
         order: ``"jacobi"`` updates both factors from the old pair. ``"alternating"``
             updates ``left`` in the steps 0, 2, …, ``right`` in the steps 1, 3, …, each
             with a gradient taken after the other's update (Gauss-Seidel), and gives
-            zeros to the other factor. With a squared loss, an identity operator and
-            learning rate 1 that is alternating least squares.
+            zeros to the other factor. Without damping, of a loss that is L-smooth in the
+            product ``X``, such a step with a learning rate ``η ≤ 1/L`` lowers the loss by
+            ``η/2 ‖G Q‖²`` at least, with ``Q`` an orthonormal basis of the partner's
+            columns: for any rank and condition, and for a partner that is deficient in
+            rank as well. ``η = 1`` for a squared loss of an identity operator is
+            alternating least squares. ``"greedy"`` moves the factor of which the step
+            promises more, ``⟨G_l, P_l⟩`` or ``⟨G_r, P_r⟩`` (of ``phi=None`` the squared
+            norms of the whitened gradients), for each node and each member of a stack;
+            the same bound holds.
         phi: applied to the whitened gradient ``(G_l K_r, G_r K_l)``, where
             ``K Kᵀ = (Gram + λI)⁻¹``, before the second half ``Kᵀ`` of the whitening. It
             should commute with a rotation of the columns of either factor, as
             :func:`unit_norm` or a polar factor do. A factor that is frozen is ``None``.
+
+            Or an optax transform, for what has a memory: momentum (``optax.trace``,
+            ``optax.ema``), :func:`scale_by_matrix_adam`, a chain of these and of
+            functions (``optax.clip_by_global_norm``). It sees the tree of the gradients in
+            orthonormal frames of the partners, ``G_l K_r = G Q_r`` with ``Q_r = right
+            K_r`` and undamped ``K``, and its moments follow the frames, ``M ← M Pᵀ`` with
+            ``P = Q_newᵀ Q_old``: that projects the moment ``M Q_oldᵀ`` of the product on
+            the new span. The way back is ``K⁻¹ (Gram + λI)⁻¹``. So momentum keeps its
+            meaning when the partner moves, and without damping the trajectory of the
+            product does not depend on how it is split. Momentum before this transform
+            would average gradients that are taken along different partners.
         loss_power: multiplies λ by ``max(value − f_min, 0)**loss_power``, with the loss
             from the extra argument ``value``: 1 makes the damping proportional to the
             optimality gap, 0.5 to its root. ``None``: the loss is not read.
@@ -76,17 +99,23 @@ def scale_by_gram(
 
     Raises:
         ValueError: at construction, for negative damping or an unknown order; in
-            ``init``, if the tree holds no LowRank node; in ``update``, if ``params`` or
-            ``value`` is missing or a node was torn apart by a leaf-wise mask.
+            ``init``, if the tree holds no LowRank node, or ``phi`` keeps moments that
+            cannot follow a frame (the elementwise ones of Adam); in ``update``, if
+            ``params`` or ``value`` is missing, or a factor is in none of the trees.
 
     Example:
-        >>> import jax.numpy as jnp, lrjax
+        >>> import jax.numpy as jnp, lrjax, optax
         >>> x = lrjax.LowRank(jnp.array([[3.0], [4.0]]), jnp.array([[2.0]]))
         >>> grad = lrjax.LowRank(jnp.array([[4.0], [8.0]]), jnp.array([[50.0]]))
         >>> tx = lrjax.scale_by_gram()
         >>> step, _ = tx.update(grad, tx.init(x), x)
         >>> print(step.left.ravel().round(4), step.right.round(4))
         [1. 2.] [[2.]]
+
+        Momentum of the product rather than of the factors, and a matrix Adam:
+
+        >>> tx = lrjax.scale_by_gram(phi=optax.trace(0.9))
+        >>> tx = lrjax.scale_by_gram(1e-6, phi=lrjax.scale_by_matrix_adam(0.9, 0.999))
 
     Reference:
         T. Tong, C. Ma, Y. Chi, "Accelerating ill-conditioned low-rank matrix estimation
@@ -96,16 +125,26 @@ def scale_by_gram(
         "Riemannian preconditioned LoRA for fine-tuning foundation models" (2024), arXiv
         2402.02347; root-of-the-loss damping: J. Zhang, S. Fattahi, R. Zhang,
         "Preconditioned gradient descent for over-parameterized nonconvex matrix
-        factorization" (2021), arXiv 2504.09708.
+        factorization" (2021), arXiv 2504.09708; moments that follow the partner: X. Yu
+        et al., "AltLoRA: towards better gradient approximation in low-rank adaptation with
+        alternating projections" (2025), arXiv 2505.12455; the bound of the alternating
+        order is the majorization of J. W. Lavington et al., "Target-based surrogates for
+        stochastic optimization" (2023), arXiv 2302.02607, with ``X`` as the target.
     """
     check_non_negative("scale_by_gram", "damping", damping)
-    if order not in ("jacobi", "alternating"):
-        raise ValueError(f"order must be 'jacobi' or 'alternating', got {order!r}.")
-    counts = callable(damping) or order == "alternating"
+    if order not in get_args(Order):
+        raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}.")
+    whitened = None
+    if isinstance(phi, optax.GradientTransformation):
+        whitened, phi = Whitened(optax.with_extra_args_support(phi), order), None
+    counts = callable(damping) or order == "alternating" or whitened is not None
 
     def init(params):
         check_has_nodes("scale_by_gram", params)
-        return ScaleByGramState(jnp.zeros([], jnp.int32)) if counts else optax.EmptyState()
+        if not counts:
+            return optax.EmptyState()
+        moments = () if whitened is None else whitened.init(params)
+        return ScaleByGramState(jnp.zeros([], jnp.int32), moments)
 
     smallest = f_min
 
@@ -126,42 +165,31 @@ def scale_by_gram(
             check_extra("scale_by_gram(loss_power=…)", value=value)
             gap = value - (smallest if f_min is None else f_min)
             strength = strength * jnp.maximum(gap, 0) ** loss_power
+        count: Any = state.count if counts else None
+        moments = ()
 
-        def step(g: LowRank, x: LowRank) -> LowRank:
-            moves = precondition(g, x, strength, relative, phi)
-            if order == "alternating" and len(moves) == 2:
-                turn = state.count % 2 == 0
-                moves = [jnp.where(turn, moves[0], 0), jnp.where(turn, 0, moves[1])]
-            return like(g, *moves)
+        def directions(gs: list[LowRank], xs: list[LowRank]) -> list[LowRank]:
+            moves = precondition(gs, xs, strength, relative, phi)
+            moves = map(functools.partial(in_turn, order, count), gs, moves)
+            return [like(g, *jax.tree.leaves(m)) for g, m in zip(gs, moves, strict=True)]
 
-        updates = map_nodes(step, updates, params, frozen=frozen)
+        if whitened is None:
+            updates = map_nodes_together(directions, updates, params, frozen=frozen)
+        else:
+            updates, moments = whitened.update(
+                updates,
+                state.phi,
+                params,
+                frozen=frozen,
+                damping=strength,
+                relative=relative,
+                count=count,
+            )
         if counts:
-            state = ScaleByGramState(increment(state.count))
+            state = ScaleByGramState(increment(count), moments)
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def precondition(
-    g: LowRank, x: LowRank, damping: ArrayLike, relative: bool, phi: Phi | None = None
-) -> list[Array]:
-    """The directions of the factors that move, in float32 or wider."""
-    gradients, _, partners = zip(*sides(g, x), strict=True)
-    if phi is None:
-        inverses = inverse_grams(*partners, damping=damping, relative=relative)
-        return list(map(_apply, gradients, inverses))
-    roots = inverse_root_grams(*partners, damping=damping, relative=relative)
-    whitened = phi(_in_place_of(g, map(_apply, gradients, roots)))
-    return [_apply(w, k.mT) for w, k in zip(jax.tree.leaves(whitened), roots, strict=True)]
-
-
-def _apply(tall: Array, small: Array) -> Array:
-    return times(tall.astype(small.dtype), small)
-
-
-def _in_place_of(g: LowRank, factors: Iterable[Array]) -> LowRank:
-    """A node with the factors that ``g`` has, in their own dtype."""
-    return jax.tree.structure(g).unflatten(factors)
 
 
 def unit_norm(x: LowRank) -> LowRank:

@@ -1,5 +1,6 @@
 from typing import Any
 
+import jax
 import optax
 from jaxtyping import ArrayLike
 
@@ -7,7 +8,7 @@ from ..._arguments import checks_trees
 from ..._tree import check_has_nodes, check_params, like, map_nodes, sides
 from ...lowrank import LowRank, project_to_tangent
 from .._checks import check_non_negative
-from .scale_by_gram import precondition
+from ._precondition import precondition
 
 
 @checks_trees
@@ -71,7 +72,8 @@ def scale_by_tangent(
 
         def project(g: LowRank, x: LowRank) -> LowRank:
             if len(sides(g, x)) == 1:
-                return like(g, *precondition(g, x, damping, relative))
+                (step,) = precondition([g], [x], damping, relative)
+                return like(g, *jax.tree.leaves(step))
             step = project_to_tangent(x, g, damping, relative=relative)
             return like(g, step.left, step.right)
 

@@ -9,9 +9,9 @@ from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from ..._arguments import checks_trees
 from ..._batching import any_member
-from ..._tree import check_has_nodes, check_params
+from ..._tree import check_alike, check_has_nodes, check_params, only_factors, put_factors
 from ...linalg import increment, order_statistic, working_dtype
-from ._factors import at, only_factors, put_factors
+from ._factors import at
 from .sensitivity import Sensitivity
 
 
@@ -98,6 +98,7 @@ def freeze_factors(
 
     def update(updates, state, params=None, **extra):
         check_params("freeze_factors", params)
+        check_alike(updates, params)
         gradient, before = only_factors(updates), only_factors(params)
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
         stop = lambda u, frozen: jnp.where(frozen[..., None, None], 0, u)

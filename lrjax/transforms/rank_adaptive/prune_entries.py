@@ -6,9 +6,9 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from ..._arguments import checks_trees
-from ..._tree import check_has_nodes, check_params
+from ..._tree import check_alike, check_has_nodes, check_params, only_factors, put_factors
 from ...linalg import increment, order_statistic, working_dtype
-from ._factors import at, only_factors, put_factors
+from ._factors import at
 
 
 class PruneEntriesState(NamedTuple):
@@ -78,6 +78,7 @@ def prune_entries(
 
     def update(updates, state, params=None, **extra):
         check_params("prune_entries", params)
+        check_alike(updates, params)
         gradient, factors = only_factors(updates), only_factors(params)
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
         share = at(fraction, state.count)
