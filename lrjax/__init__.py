@@ -125,6 +125,7 @@ from .subspaces import (
 from .sweep import sweep as sweep
 from .transforms import (
     Pair as Pair,
+    add_anchor as add_anchor,
     add_condition_penalty as add_condition_penalty,
     add_frobenius_decay as add_frobenius_decay,
     add_hierarchical_lasso as add_hierarchical_lasso,

@@ -244,6 +244,13 @@ TRANSFORMS: dict[str, Entry] = {
     "scale_by_polyak": Entry(
         lrjax.scale_by_polyak, {"f_min": 0.0}, {"f_min": 0.1}, extra=True, stacks=False
     ),
+    "scale_by_polyak(cap)": Entry(
+        lrjax.scale_by_polyak,
+        {"f_min": 0.0, "cap": 0.05},
+        {"cap": 0.5},
+        extra=True,
+        stacks=False,
+    ),
     "scale_by_target_level": Entry(
         lrjax.scale_by_target_level,
         {"fraction": 0.1, "patience": 3.0, "shrink": 0.5, "grow": 1.2},
@@ -255,6 +262,13 @@ TRANSFORMS: dict[str, Entry] = {
         lrjax.scale_by_gauss_newton,
         {"damping": 0.1, "normalize": True},
         {"damping": 0.3},
+        gauge="orthogonal",
+    ),
+    "add_anchor": Entry(lrjax.add_anchor, {"weight": 0.1}, {"weight": 0.3}, params="dense"),
+    "add_anchor(product)": Entry(
+        lrjax.add_anchor,
+        {"weight": 0.1, "of": "product"},
+        {"weight": 0.3},
         gauge="orthogonal",
     ),
     "add_nuclear_norm": Entry(

@@ -19,6 +19,7 @@ ARGUMENTS = {
         "nuclear_weight (of a nuclear norm) or sparse_weight (of a sparse part)",
         (
             "transforms.add_nuclear_norm",  # fixed
+            "transforms.add_anchor",  # of the pull to any point
             "transforms.amplify_slow",  # of the amplified part
             "subspaces.Residual",  # of what a lift adds
             "subspaces.SignResidual",

@@ -2,10 +2,12 @@
 
 from .factors import (
     PerturbAlongMomentumState as PerturbAlongMomentumState,
+    AddAnchorState as AddAnchorState,
     RebalanceState as RebalanceState,
     ScaleByGramState as ScaleByGramState,
     ScaleByMatrixAdamState as ScaleByMatrixAdamState,
     ScaleByTargetLevelState as ScaleByTargetLevelState,
+    add_anchor as add_anchor,
     add_frobenius_decay as add_frobenius_decay,
     add_imbalance_penalty as add_imbalance_penalty,
     add_nuclear_norm as add_nuclear_norm,
