@@ -36,7 +36,7 @@ def test_of_least_squares_it_is_squared_residuals_times_inputs(data, getkey, bat
 
 
 def test_with_drawn_labels_it_estimates_the_fisher_information(data, getkey):
-    """Of a Gaussian of variance one: the mean squares of the inputs, whatever the labels."""
+    """Of a Gaussian of variance one: mean squares of the inputs, whatever the labels."""
     x, _ = data
     draws = 4000
     params = {"w": jr.normal(getkey(), (SIZE,), jnp.float64), "b": jnp.zeros((), x.dtype)}

@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_refused(trees):
         lrjax.add_anchor(1.0, {**x0, "bias": None}).init(x)
     with pytest.raises(ValueError, match=r"importance .* it has an array of shape \(4,\)"):
         lrjax.add_anchor(1.0, x0, {**f, "bias": jnp.ones(4)}).init(x)
-    with pytest.raises(ValueError, match="no lrjax.LowRank node"):
+    with pytest.raises(ValueError, match=r"no lrjax\.LowRank node"):
         lrjax.add_anchor(1.0, of="product").init(jnp.ones(3))
     tx = lrjax.add_anchor(1.0)
     with pytest.raises(ValueError, match="params"):

@@ -36,7 +36,7 @@ LOSSES = {
 }
 
 
-def distances(loss, tx, rows, truth, key, metric=1.0):
+def distances(loss, tx, rows, truth, key, metric):
     """Squared distances to the truth along single random batches."""
     targets = rows @ truth
 
@@ -63,18 +63,20 @@ def test_no_cap_is_too_large_where_one_point_fits_all(problem, getkey, name):
 
     def run(cap):
         tx = optax.chain(
-            optax.stateless(lambda g, _: scales * g),  # any fixed preconditioner
+            optax.stateless(
+                lambda g, _: jax.tree.map(lambda a: scales * a, g)
+            ),  # any fixed preconditioner
             lrjax.scale_by_polyak(cap=cap),
             optax.scale_by_learning_rate(1.0),
         )
-        return distances(LOSSES[name], tx, rows, truth, key, metric=1 / scales)
+        return distances(LOSSES[name], tx, rows, truth, key, 1 / scales)
 
     far = np.asarray(jax.jit(jax.vmap(run))(CAPS))
     # Near the end the loss is rounding, and so is what the step is made of.
     bound = far[:, :-1] + tol(far) * far[:, :1]
     assert np.all(far[:, 1:] <= bound)
     assert np.all(far[CAPS >= 1, -1] < 1e-2 * far[CAPS >= 1, 0])
-    plain = lambda rate: distances(LOSSES[name], optax.sgd(rate), rows, truth, key)
+    plain = lambda rate: distances(LOSSES[name], optax.sgd(rate), rows, truth, key, 1.0)
     worst = jax.jit(plain)(CAPS[-1])[-1]
     assert not worst <= far[-1, 0]
 
@@ -88,7 +90,7 @@ def test_of_all_lengths_up_to_the_cap_it_has_the_best_guarantee(problem, getkey)
     for cap in CAPS:
         tx = lrjax.scale_by_polyak(f_min, cap=cap)
         step, _ = tx.update(grad, tx.init(grad), value=value, grad=grad)
-        length = (step @ grad) / (grad @ grad)
+        length = optax.tree.vdot(step, grad) / (grad @ grad)
         best = jnp.min(bound(cap * lengths))
         assert bound(length) <= best + tol(grad) * abs(best)
 
@@ -103,7 +105,7 @@ def test_below_the_cap_it_is_polyak_and_above_it_the_cap(problem, getkey):
 
 
 def test_a_wrong_minimum_does_limited_harm():
-    """Too small: steps of the cap at the most. Too large: the loss falls to it and stays."""
+    """Too small: steps up to the cap. Too large: the loss falls to it and stays."""
     loss = lambda x: jnp.sum(x**2) / 2
 
     def run(f_min, cap):
