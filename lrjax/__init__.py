@@ -138,6 +138,7 @@ from .transforms import (
     every as every,
     factored_momentum as factored_momentum,
     follow_geodesics as follow_geodesics,
+    frank_wolfe as frank_wolfe,
     freeze_factors as freeze_factors,
     keep_orthonormal as keep_orthonormal,
     landing_field as landing_field,

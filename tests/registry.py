@@ -513,6 +513,27 @@ TRANSFORMS: dict[str, Entry] = {
         {"where": lambda path, shape: len(shape) >= 2},
         params="dense",
     ),
+    "frank_wolfe": Entry(
+        lrjax.frank_wolfe,
+        {"lmo": "spectral", "radius": 2.0, "where": lambda path, shape: len(shape) >= 2},
+        {"radius": 0.5},
+        params="dense",
+        static=("lmo",),
+    ),
+    "frank_wolfe(nuclear)": Entry(
+        lrjax.frank_wolfe,
+        {"lmo": "nuclear", "radius": 2.0, "where": lambda path, shape: len(shape) >= 2},
+        {"radius": 0.5},
+        params="stack",
+        static=("lmo",),
+    ),
+    "frank_wolfe(frobenius)": Entry(
+        lrjax.frank_wolfe,
+        {"lmo": "frobenius", "radius": 2.0, "where": lambda path, shape: len(shape) >= 2},
+        {"radius": 0.5},
+        params="stack",
+        static=("lmo",),
+    ),
     "project_out": Entry(_project_out, {"side": "left"}, params="dense", stacks=False),
     "quantize_state": Entry(
         lrjax.quantize_state,

@@ -15,6 +15,7 @@ from .factored_momentum import (
     factored_momentum as factored_momentum,
 )
 from .follow_geodesics import follow_geodesics as follow_geodesics
+from .frank_wolfe import FrankWolfeState as FrankWolfeState, frank_wolfe as frank_wolfe
 from .limit_norm_growth import (
     LimitNormGrowthState as LimitNormGrowthState,
     limit_norm_growth as limit_norm_growth,
