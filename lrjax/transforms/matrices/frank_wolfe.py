@@ -9,6 +9,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ..._arguments import checks_trees
 from ..._matrices import Where, choose, map_matrices
+from ..._sharding import placed_like
 from ..._tree import check_params
 from ...linalg import nonzero, outer, polar, products_at, truncated_svd, working_dtype
 from .._checks import check_non_negative
@@ -118,7 +119,8 @@ def frank_wolfe(
             a = leaf.view(g)
             a, w = (x.astype(working_dtype(g.dtype)) for x in (a, leaf.view(w)))
             with products_at(None, g.dtype):
-                direction = w + radius * oracle(a)
+                vertex = placed_like(oracle(a), a)
+            direction = placed_like(w, a) + radius * vertex
             gap = jnp.sum(a * direction).astype(state.gap.dtype)
             return leaf.restore(direction.astype(g.dtype), g), gap
 
