@@ -6,7 +6,6 @@ from .balance import (
     imbalance as imbalance,
     relative_imbalance as relative_imbalance,
 )
-from .balance import balance_drift as balance_drift, imbalance as imbalance
 from .fisher import diagonal_fisher as diagonal_fisher
 from .hessian import HessianOverlap as HessianOverlap, hessian_overlap as hessian_overlap
 from .intruders import intruder_dimensions as intruder_dimensions

@@ -1,8 +1,8 @@
 """Optax gradient transformations beyond the subspace loop; one public name a file."""
 
 from .factors import (
-    PerturbAlongMomentumState as PerturbAlongMomentumState,
     AddAnchorState as AddAnchorState,
+    PerturbAlongMomentumState as PerturbAlongMomentumState,
     RebalanceState as RebalanceState,
     ScaleByGramState as ScaleByGramState,
     ScaleByMatrixAdamState as ScaleByMatrixAdamState,

@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -164,6 +165,21 @@ def test_half_of_a_frozen_pair_is_anchored(getkey):
     got = updated(lrjax.add_anchor(0.5), g, x)
     assert got.right is None
     assert_close(got.left, g.left)
+
+
+def test_a_frozen_factor_belongs_to_the_anchor_too(x64, getkey):
+    """The pull of the trained one is that of the whole pair with one frozen factor."""
+    x, g, x0 = (random_low_rank(getkey(), 6, 5, 2, dtype=jnp.float64) for _ in range(3))
+    x0 = lrjax.LowRank(x0.left, x.right)
+    split = lambda node: eqx.partition(node, jax.tree.map(lambda a: a is node.left, node))
+    whole = updated(lrjax.add_anchor(0.7, x0, of="product"), g, x)
+    (half, frozen), (slope, _), (start, _) = map(split, (x, g, x0))
+    tx = lrjax.add_anchor(0.7, start, of="product")
+    got, _ = tx.update(slope, tx.init(half), half, frozen=frozen)
+    assert got.right is None
+    assert_close(got.left, whole.left)
+    with pytest.raises(ValueError, match=r"frozen=frozen"):
+        tx.update(slope, tx.init(half), half)
 
 
 def test_narrow_numbers_stay_narrow(getkey):

@@ -8,7 +8,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from ..._arguments import checks_trees
 from ..._matrices import check_real, path_name
-from ..._tree import check_has_nodes, check_params, like, map_nodes
+from ..._tree import Side, check_has_nodes, check_params, like, map_nodes, sides
 from ...linalg import cross, gram, times
 from ...lowrank import LowRank, is_low_rank
 from .._checks import check_non_negative
@@ -56,7 +56,8 @@ def add_anchor(
         G_r ← G_r + weight · (right (leftᵀleft) − right₀ (left₀ᵀleft))
 
     in ``O((m + n) r²)``, the product never formed; the anchor may be of another width. Of
-    other leaves it is the pull of their numbers.
+    other leaves it is the pull of their numbers. Of a pair with a frozen factor, which
+    ``update(…, frozen=frozen)`` reads, that factor is the anchor's as well.
 
     The anchor and the importances are part of the state. After a task,
     ``optax.tree.set(state, anchor=…, importance=…)`` puts new ones in their place. Online
@@ -121,13 +122,10 @@ def add_anchor(
         return (g + jnp.asarray(weight, wide) * f * away).astype(g.dtype)
 
     def pull_product(g: LowRank, x: LowRank, x0: LowRank) -> LowRank:
-        return like(
-            g,
-            g.left + weight * _slope(x.left, x.right, x0.left, x0.right),
-            g.right + weight * _slope(x.right, x.left, x0.right, x0.left),
-        )
+        both = zip(sides(g, x), sides(g, x0), strict=True)
+        return like(g, *(own.gradient + weight * _slope(own, to) for own, to in both))
 
-    def update(updates, state, params=None, **extra):
+    def update(updates, state, params=None, *, frozen: Any = None, **extra):
         del extra
         check_params("add_anchor", params)
         if of == "factors":
@@ -137,16 +135,18 @@ def add_anchor(
         others = lambda g, *x: g if is_low_rank(g) else pull_number(g, *x)
         trees = (updates, params, state.anchor)
         updates = jax.tree.map(others, *trees, is_leaf=is_low_rank)
-        return map_nodes(pull_product, updates, params, state.anchor), state
+        pulled = map_nodes(pull_product, updates, params, state.anchor, frozen=frozen)
+        return pulled, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _slope(own: Array, partner: Array, own0: Array, partner0: Array) -> Array:
-    """``(own partnerᵀ − own0 partner0ᵀ) partner``."""
-    wide = gram(partner).dtype
-    own, partner, own0, partner0 = (x.astype(wide) for x in (own, partner, own0, partner0))
-    return times(own, gram(partner)) - times(own0, cross(partner0, partner))
+def _slope(own: Side, anchor: Side) -> Array:
+    """``(own partnerᵀ − own₀ partner₀ᵀ) partner`` of one factor."""
+    among = gram(own.partner)
+    wide = lambda x: x.astype(among.dtype)
+    between = cross(wide(anchor.partner), wide(own.partner))
+    return times(wide(own.factor), among) - times(wide(anchor.factor), between)
 
 
 def _matched(name: str, tree: PyTree, params: PyTree, any_width: bool) -> Any:
