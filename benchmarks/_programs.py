@@ -23,8 +23,9 @@ import lrjax
 SIDE, RANK, BATCH = 256, 32, 64
 # The recipes of pairs of factors. All others are for matrices.
 OF_PAIRS = {
-    *("levenberg_marquardt", "lora_muon", "lora_plus", "lora_pro", "loro", "maestro"),
-    *("opsa", "prec_gd", "scaled_adamw", "scaled_gd", "scaled_subgradient", "subgm"),
+    *("alt_lora", "alt_lora_plus", "levenberg_marquardt", "lora_muon", "lora_plus"),
+    *("lora_pro", "lora_rite", "loro", "maestro", "opsa", "prec_gd"),
+    *("scaled_adamw", "scaled_gd", "scaled_subgradient", "subgm"),
     *("aflora", "allora", "balora", "ilora", "lora_mgpo"),
 }
 # And those of nodes whose bases move.

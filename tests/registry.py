@@ -180,6 +180,11 @@ def _perturb_along_momentum(radius, smoothing, most, scale):
     )
 
 
+def _alternate_factors(b1, carry_moments):
+    moments = optax.chain(lrjax.scale_by_gram(), optax.ema(b1))
+    return lrjax.alternate_factors(moments, carry_moments=carry_moments)
+
+
 def _freeze_factors(fraction, b1):
     return lrjax.freeze_factors(optax.sgd(0.1), fraction, window=2, b1=b1)
 
@@ -482,6 +487,13 @@ TRANSFORMS: dict[str, Entry] = {
         },
         params="stack",
     ),
+    "alternate_factors": Entry(
+        _alternate_factors,
+        {"b1": 0.9, "carry_moments": True},
+        {"b1": 0.5},
+        gauge="any",
+        transposes=False,
+    ),
     "amplify_slow": Entry(
         lrjax.amplify_slow,
         {"weight": 2.0, "decay": 0.98},
@@ -598,7 +610,34 @@ RECIPES: dict[str, Entry] = {
         {"learning_rate": 0.1, "damping": 1e-2, "eps": 1e-8},
         {"learning_rate": 0.02, "damping": 0.3, "eps": 1e-3},
         descends=True,
-        composed_of=("scale_by_gram",),
+        composed_of=("alternate_factors", "scale_by_gram"),
+        drop_in={"learning_rate": 1e-2},
+    ),
+    "scaled_adamw(alternating)": Entry(
+        lrjax.scaled_adamw,
+        {"learning_rate": 0.1, "order": "alternating"},
+        {"learning_rate": 0.02},
+        descends=True,
+        transposes=False,
+        composed_of=("alternate_factors", "scale_by_gram"),
+    ),
+    "alt_lora": Entry(
+        lrjax.alt_lora,
+        {"learning_rate": 1.0, "scale": 1.0, "b1": 0.5, "damping": 0.0},
+        {"learning_rate": 0.3, "scale": 2.0, "b1": 0.9, "damping": 0.3},
+        descends=True,
+        gauge="any",
+        transposes=False,
+        composed_of=("alternate_factors", "scale_by_gram"),
+        drop_in={"learning_rate": 1e-3, "b1": 0.0},
+    ),
+    "alt_lora_plus": Entry(
+        lrjax.alt_lora_plus,
+        {"learning_rate": 0.1, "eps": 1e-8},
+        {"learning_rate": 0.02, "eps": 1e-3},
+        descends=True,
+        transposes=False,
+        composed_of=("alternate_factors", "scale_by_gram"),
         drop_in={"learning_rate": 1e-2},
     ),
     "scaled_subgradient": Entry(
@@ -737,6 +776,16 @@ RECIPES: dict[str, Entry] = {
         couples=True,
         composed_of=("freeze_factors",),
         drop_in={"learning_rate": 1e-2, "weight_decay": 0.0},
+    ),
+    "lora_rite": Entry(
+        lrjax.lora_rite,
+        {"learning_rate": 0.1, "b1": 0.9, "b2": 0.999, "eps": 1e-6, "max_norm": 1.0},
+        {"learning_rate": 0.02, "b1": 0.5, "b2": 0.9, "eps": 1e-2, "max_norm": 0.1},
+        descends=True,
+        gauge="any",
+        stacks=False,
+        composed_of=("scale_by_gram", "scale_by_matrix_adam"),
+        drop_in={"learning_rate": 1e-2},
     ),
     "loro": Entry(
         lrjax.loro,

@@ -3,6 +3,8 @@
 from .adam_sn import adam_sn as adam_sn
 from .aflora import aflora as aflora
 from .allora import allora as allora
+from .alt_lora import alt_lora as alt_lora
+from .alt_lora_plus import alt_lora_plus as alt_lora_plus
 from .apollo import apollo as apollo
 from .balora import balora as balora
 from .coap import coap as coap
@@ -27,6 +29,7 @@ from .lora_mgpo import lora_mgpo as lora_mgpo
 from .lora_muon import lora_muon as lora_muon
 from .lora_plus import lora_plus as lora_plus
 from .lora_pro import lora_pro as lora_pro
+from .lora_rite import lora_rite as lora_rite
 from .loro import loro as loro
 from .maestro import maestro as maestro
 from .mofasgd import mofasgd as mofasgd

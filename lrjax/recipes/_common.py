@@ -37,16 +37,13 @@ def decay_weights(
     return optax.masked(decay, decays if mask is None else mask)
 
 
+UNDERFLOW = 1e-19  # the square of a smaller number is zero in float32 and in bfloat16
+
+
 def adam(b1: ArrayLike, b2: ArrayLike, eps: ArrayLike) -> optax.GradientTransformation:
     """Adam with 0/0 = 0: where all gradients were zero so is the step, ``eps=0`` or not."""
-    inner = optax.scale_by_adam(cast(float, b1), cast(float, b2), cast(float, eps))
-
-    def update(updates, state, params=None):
-        updates, state = inner.update(updates, state, params)
-        none = lambda u, v: jnp.where((v == 0) & ~jnp.isfinite(u), 0, u)
-        return jax.tree.map(none, updates, cast(Any, state).nu), state
-
-    return optax.GradientTransformation(inner.init, update)
+    eps = jnp.maximum(eps, UNDERFLOW)
+    return optax.scale_by_adam(cast(float, b1), cast(float, b2), cast(float, eps))
 
 
 def elsewhere(
@@ -132,6 +129,19 @@ def if_nodes(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
 def on_nodes(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """The transform of the LowRank nodes of a tree; the other leaves pass unchanged."""
     return if_nodes(optax.masked(tx, pairs))
+
+
+def by_kind(
+    of_pairs: optax.GradientTransformation,
+    of_others: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+) -> optax.GradientTransformationExtraArgs:
+    """One direction for the LowRank nodes of a tree, another one for all other leaves."""
+    return optax.chain(
+        on_nodes(of_pairs),
+        optax.masked(of_others, others),
+        optax.scale_by_learning_rate(learning_rate),
+    )
 
 
 def whole_nodes() -> optax.GradientTransformation:

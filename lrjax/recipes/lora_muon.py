@@ -6,7 +6,7 @@ from .._arguments import checks_trees
 from ..linalg import polar
 from ..lowrank import LowRank
 from ..transforms import scale_by_gram
-from ._common import on_nodes, others, whole_nodes
+from ._common import by_kind, whole_nodes
 
 
 @checks_trees
@@ -64,11 +64,8 @@ def lora_muon(
         optax.trace(momentum),
         scale_by_gram(damping, phi=_half_polar),
     )
-    return optax.chain(
-        on_nodes(direction),
-        optax.masked(optax.scale_by_adam() if fallback is None else fallback, others),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    of_others = optax.scale_by_adam() if fallback is None else fallback
+    return by_kind(direction, of_others, learning_rate)
 
 
 def _half_polar(x: LowRank) -> LowRank:

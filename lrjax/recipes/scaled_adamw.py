@@ -1,9 +1,11 @@
+from typing import Literal
+
 import optax
 from jaxtyping import ArrayLike
 
 from .._arguments import checks_trees
-from ..transforms import scale_by_gram
-from ._common import DecayMask, adam, finish, on_nodes
+from ..transforms import alternate_factors, scale_by_gram
+from ._common import adam, by_kind, decay_weights, on_nodes
 
 
 @checks_trees
@@ -15,8 +17,8 @@ def scaled_adamw(
     eps: ArrayLike = 1e-8,
     damping: ArrayLike | optax.Schedule = 1e-2,
     relative: bool = False,
+    order: Literal["jacobi", "alternating"] = "jacobi",
     weight_decay: ArrayLike = 0.0,
-    mask: DecayMask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scaled AdamW: Adam of gradients that the Gram matrix of the partner preconditions.
 
@@ -29,9 +31,11 @@ def scaled_adamw(
     moment remembers the largest for ``1/(1 − b2)`` steps. So both decays are the fast ones
     of the authors, and λ is absolute, large enough to hold at the start.
 
-    Both gradients are taken at the same pair. The published code updates one factor in
-    place before it builds the Gram matrix of the other, a mixture of a new factor
-    with an old gradient that is no method of its own.
+    In the order ``"jacobi"`` both gradients are taken at the same pair; ``"alternating"``
+    moves one factor a step, with a gradient taken after the last move of the other
+    (Gauss-Seidel). The published code does neither: it updates one factor in place
+    before it builds the Gram matrix of the other, so that a new factor preconditions a
+    gradient at the old one.
 
     Args:
         learning_rate: a number or a schedule.
@@ -40,16 +44,16 @@ def scaled_adamw(
         eps: added to the root of the second moment; zero is allowed.
         damping: ``λ``, see :func:`lrjax.scale_by_gram`.
         relative: see :func:`lrjax.scale_by_gram`.
-        weight_decay: decoupled weight decay.
-        mask: which leaves are decayed: a tree of bools, or a function from the parameters
-            to one; by default matrices, but no bias and no scale of a norm.
+        order: ``"jacobi"``, or ``"alternating"``, :func:`lrjax.alternate_factors`.
+        weight_decay: decoupled weight decay, of matrices but biases and scales of norms;
+            a factor that rests is not decayed.
 
     Returns:
         An optax optimizer; ``update`` needs ``params``. Leaves that are no LowRank nodes
         take steps of Adam.
 
     Raises:
-        ValueError: as :func:`lrjax.scale_by_gram`.
+        ValueError: for an unknown order, and as :func:`lrjax.scale_by_gram`.
 
     Example:
         >>> import jax, jax.numpy as jnp, lrjax, optax
@@ -70,6 +74,12 @@ def scaled_adamw(
         models" (2024), arXiv 2402.02347. Special case: with a huge damping and
         ``eps=0`` it is AdamW.
     """
-    precondition = on_nodes(scale_by_gram(damping, relative=relative))
-    tx = optax.chain(precondition, adam(b1, b2, eps))
-    return finish(tx, learning_rate, weight_decay, mask)
+    if order not in ("jacobi", "alternating"):
+        raise ValueError(f"order must be 'jacobi' or 'alternating', got {order!r}.")
+    moments = optax.chain(adam(b1, b2, eps), decay_weights(weight_decay))
+    precondition = scale_by_gram(damping, relative=relative)
+    if order == "alternating":
+        in_turns = alternate_factors(optax.chain(precondition, moments))
+        return by_kind(in_turns, moments, learning_rate)
+    rate = optax.scale_by_learning_rate(learning_rate)
+    return optax.chain(on_nodes(precondition), moments, rate)

@@ -85,11 +85,13 @@ from .rank_adaptive import (
     shrink_singular_values as shrink_singular_values,
 )
 from .wrappers import (
+    AlternateFactorsState as AlternateFactorsState,
     EveryState as EveryState,
     Pair as Pair,
     QuantizeStateState as QuantizeStateState,
     StepByLayer as StepByLayer,
     StepByLayerState as StepByLayerState,
+    alternate_factors as alternate_factors,
     every as every,
     on_matrices as on_matrices,
     on_mesh as on_mesh,

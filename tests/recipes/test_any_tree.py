@@ -34,8 +34,12 @@ RECIPES = {
     "allora": lrjax.allora,
     "lora_mgpo": lrjax.lora_mgpo,
     "aflora": lambda rate: lrjax.aflora(rate, begin=1, end=9, weight_decay=0.0),
+    "lora_rite": lrjax.lora_rite,
+    "alt_lora": lrjax.alt_lora,
+    "alt_lora_plus": lrjax.alt_lora_plus,
 }
-OF_ADAM = ("loro", "lora_muon", "lora_plus", "scaled_adamw", "lora_mgpo")
+OF_ADAM = ("loro", "lora_muon", "lora_plus", "scaled_adamw", "lora_mgpo", "alt_lora_plus")
+OF_ADAM += ("lora_rite",)
 OF_ADAM += ("aflora", "allora", "balora", "ilora", "ilora(preconditioned)")
 ADAM = [RECIPES[name] for name in OF_ADAM]
 every = pytest.mark.parametrize("make", RECIPES.values(), ids=RECIPES.keys())
@@ -53,7 +57,10 @@ def test_without_a_node_it_is_the_plain_gradient_step(make, getkey):
     params, grads = tree(getkey()), tree(getkey())
     tx = make(0.1)
     numbers = {"b1": 0.7, "b2": 0.8} if make is lrjax.scaled_adamw else {}
+    numbers |= {"eps": 1e-6} if make is lrjax.lora_rite else {}
     plain = optax.sgd(0.1, 0.9 if make is lrjax.lora_pro else None)
+    if make is lrjax.alt_lora:
+        plain = optax.chain(optax.ema(0.9, debias=False), plain)
     if make in ADAM:
         plain = optax.adam(0.1, **numbers)
     state, plain_state = tx.init(params), plain.init(params)
@@ -111,6 +118,9 @@ def test_states_can_be_mapped(make, getkey):
         lrjax.lora_mgpo,
         lrjax.aflora,
         lrjax.muon,
+        lrjax.alt_lora,
+        lrjax.alt_lora_plus,
+        lrjax.lora_rite,
     ],
 )
 def test_hyperparameters_can_be_injected(recipe, getkey):

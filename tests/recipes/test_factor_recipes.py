@@ -19,6 +19,7 @@ import lrjax
 from ..helpers import relative_error
 from ..reference import dense, factor_pairs as ref
 from ..reference.rank_adaptive import AFLoRA
+from ..reference.whitened_moments import MatrixAdam
 
 
 STEPS, TOLERANCE = 20, 1e-9
@@ -194,6 +195,102 @@ class Freezing:
         return list(zip(moves[::2], moves[1::2], strict=True)), bias_step
 
 
+class AltLora:
+    """One factor a step: its projected gradient, momentum of the product, then decay."""
+
+    def __init__(self, b1, *, scale=1.0, weight_decay=0.0):
+        self.b1, self.scale, self.weight_decay = b1, scale, weight_decay
+        self.products, self.bias = {}, 0.0
+
+    def moment(self, key, p, partner):
+        """The mean of what the steps would do to the product, as far as they can now."""
+        before = self.products.get(key)
+        # What the partner of now makes closest to it.
+        m = 0.0 if before is None else before @ np.linalg.pinv(partner).T
+        m = self.b1 * m + (1 - self.b1) * p
+        self.products[key] = m @ partner.T
+        return m
+
+    def __call__(self, pairs, slopes, bias, value, t):
+        steps = []
+        for i, (pair, gs) in enumerate(zip(pairs, slopes, strict=True)):
+            own, other = (0, 1) if t % 2 == 0 else (1, 0)
+            partner = pair[other]
+            p = gs[own] @ np.linalg.inv(partner.T @ partner) / self.scale**2
+            moved = self.direction((i, own), p, partner, t)
+            step = [np.zeros_like(x) for x in pair]
+            step[own] = moved + self.weight_decay * pair[own]
+            steps.append(tuple(step))
+        return steps, self.other(bias)
+
+    def direction(self, key, p, partner, t):
+        return self.moment(key, p, partner)
+
+    def other(self, bias):
+        self.bias = self.b1 * self.bias + (1 - self.b1) * bias
+        return self.bias
+
+
+class AltLoraPlus(AltLora):
+    """Over the root of a mean of squares, both of them corrected for their age."""
+
+    def __init__(self, b1=0.9, b2=0.999, eps=1e-8, **settings):
+        super().__init__(b1, **settings)
+        self.b2, self.eps, self.squares = b2, eps, {}
+        self.adam = dense.Adam(b1, b2, eps)
+
+    def direction(self, key, p, partner, t):
+        age = t // 2 + 1
+        v = self.b2 * self.squares.get(key, 0.0) + (1 - self.b2) * p**2
+        self.squares[key] = v
+        m = self.moment(key, p, partner) / (1 - self.b1**age)
+        return m / (np.sqrt(v / (1 - self.b2**age)) + self.eps)
+
+    def other(self, bias):
+        return self.adam.step(bias)
+
+
+class LoraRite:
+    """Matrix moments of gradients in the frames of the partners, clipped together."""
+
+    def __init__(self, b1=0.9, b2=0.999, eps=1e-6, most=1.0, conserve=False, decay=0.0):
+        self.moments = [[MatrixAdam(b1, b2, eps, conserve) for _ in "lr"] for _ in range(3)]
+        self.bias, self.most, self.decay = dense.Adam(b1, b2, eps), most, decay
+
+    def __call__(self, pairs, slopes, bias, value, t):
+        def in_frame(g, partner):
+            return g @ np.linalg.inv(np.linalg.qr(partner)[1])
+
+        sizes = [
+            np.sum(in_frame(g, partner) ** 2)
+            for (left, right), gs in zip(pairs, slopes, strict=True)
+            for g, partner in zip(gs, (right, left), strict=True)
+        ]
+        share = min(1.0, self.most / np.sqrt(sum(sizes)))
+        steps = [
+            (
+                moments[0](share * a, right) + self.decay * left,
+                moments[1](share * b, left) + self.decay * right,
+            )
+            for moments, (left, right), (a, b) in zip(
+                self.moments, pairs, slopes, strict=True
+            )
+        ]
+        return steps, self.bias.step(bias)
+
+
+class InTurns:
+    """A reference for each factor that only sees its own turns."""
+
+    def __init__(self, make):
+        self.turns, self.bias = (make(), make()), make()
+
+    def __call__(self, pairs, slopes, bias, value, t):
+        steps, _ = self.turns[t % 2](pairs, slopes, bias, value, t // 2)
+        only = lambda step: tuple(p * (side == t % 2) for side, p in enumerate(step))
+        return [only(step) for step in steps], self.bias(pairs, slopes, bias, value, t)[1]
+
+
 def plainly(pair, step, t):
     return pair[0] + step[0], pair[1] + step[1]
 
@@ -344,6 +441,33 @@ CASES = {
             0.1, b1=0.9, b2=0.9, eps=0.1, damping=0.3, relative=True, weight_decay=0.2
         ),
         lambda: AdamOfFactors(0.9, 0.9, 0.1, first=scaled(0.3), weight_decay=0.2),
+        0.1,
+    ),
+    "scaled_adamw(alternating)": Case(
+        lambda: lrjax.scaled_adamw(0.1, order="alternating", weight_decay=0.2),
+        lambda: InTurns(
+            lambda: AdamOfFactors(0.7, 0.8, first=scaled(1e-2, False), weight_decay=0.2)
+        ),
+        0.1,
+    ),
+    "alt_lora": Case(lambda: lrjax.alt_lora(0.1), lambda: AltLora(0.9), 0.1),
+    "alt_lora(scale)": Case(
+        lambda: lrjax.alt_lora(0.3, scale=2.0, b1=0.5, weight_decay=0.2),
+        lambda: AltLora(0.5, scale=2.0, weight_decay=0.2),
+        0.3,
+    ),
+    "alt_lora_plus": Case(lambda: lrjax.alt_lora_plus(0.01), AltLoraPlus, 0.01),
+    "alt_lora_plus(decay)": Case(
+        lambda: lrjax.alt_lora_plus(0.1, b1=0.5, b2=0.9, eps=0.1, weight_decay=0.2),
+        lambda: AltLoraPlus(0.5, 0.9, 0.1, weight_decay=0.2),
+        0.1,
+    ),
+    "lora_rite": Case(lambda: lrjax.lora_rite(0.01), LoraRite, 0.01),
+    "lora_rite(decay)": Case(
+        lambda: lrjax.lora_rite(
+            0.1, b1=0.5, b2=0.9, eps=0.1, max_norm=3.0, conserve=True, weight_decay=0.2
+        ),
+        lambda: LoraRite(0.5, 0.9, 0.1, 3.0, True, 0.2),
         0.1,
     ),
     "loro": Case(lambda: lrjax.loro(1e-3), AdamOfFactors, 1e-3, riemannian(500), steps=502),

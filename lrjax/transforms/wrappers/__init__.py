@@ -1,5 +1,9 @@
 """What is put around a whole transform: when it runs, how its state is held and placed."""
 
+from .alternate_factors import (
+    AlternateFactorsState as AlternateFactorsState,
+    alternate_factors as alternate_factors,
+)
 from .every import EveryState as EveryState, every as every
 from .on_matrices import on_matrices as on_matrices
 from .on_mesh import on_mesh as on_mesh
