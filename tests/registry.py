@@ -507,6 +507,13 @@ TRANSFORMS: dict[str, Entry] = {
         params="dense",
         static=("window",),
     ),
+    "reduce_at_checkpoints": Entry(
+        lrjax.reduce_at_checkpoints,
+        {"checkpoints": (0, 2), "factor": 0.5, "progress": 0.75},
+        {"factor": 0.3, "progress": 0.1},
+        params="dense",
+        static=("checkpoints",),
+    ),
     "every": Entry(lrjax.every, {"k": 2, "op": optax.scale_by_adam()}, params="dense"),
     "limit_norm_growth": Entry(
         lrjax.limit_norm_growth,
@@ -948,6 +955,16 @@ RECIPES |= {
     ),
     "apollo": _in_subspace(
         lrjax.apollo, of=_looped("Gaussian", "Periodic", "ScaledGradient")
+    ),
+    "autolora": Entry(
+        lrjax.autolora,
+        {"learning_rate": 0.1, "checkpoints": (0, 2), "momentum": 0.5, "factor": 0.5},
+        {"learning_rate": 0.02, "momentum": 0.9, "factor": 0.3},
+        "stack",
+        descends=True,
+        static=("checkpoints",),
+        composed_of=("reduce_at_checkpoints",),
+        drop_in={"learning_rate": 1e-3, "momentum": 0.0, "weight_decay": 0.0},
     ),
     "coap": _in_subspace(
         lrjax.coap,

@@ -158,6 +158,12 @@ from .ranks import (
     prune_ranks as prune_ranks,
     with_ranks as with_ranks,
 )
+from .robust import (
+    adversarial_inputs as adversarial_inputs,
+    disentangled_loss as disentangled_loss,
+    disentangled_weights as disentangled_weights,
+    natural_branch as natural_branch,
+)
 from .tree import (
     Adapters as Adapters,
     map_adapters as map_adapters,

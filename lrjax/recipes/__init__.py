@@ -6,6 +6,7 @@ from .allora import allora as allora
 from .alt_lora import alt_lora as alt_lora
 from .alt_lora_plus import alt_lora_plus as alt_lora_plus
 from .apollo import apollo as apollo
+from .autolora import autolora as autolora
 from .balora import balora as balora
 from .coap import coap as coap
 from .cond_lr import cond_lr as cond_lr

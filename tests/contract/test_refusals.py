@@ -86,6 +86,9 @@ WITH_KEY = {
     "adapters.bind": lambda key: lrjax.bind(
         MODEL, lrjax.adapt(MODEL, lrjax.LoRA(1), key=KEY), key=key
     ),
+    "adapters.adversarial_inputs": lambda key: lrjax.adapters.adversarial_inputs(
+        jnp.sum, jnp.ones(3), steps=1, key=key
+    ),
     "adapters.activation_statistics": lambda key: lrjax.adapters.activation_statistics(
         lambda model, x: jax.vmap(model)(x), MODEL, [jnp.ones((2, 3))], rank=1, key=key
     ),

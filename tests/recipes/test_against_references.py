@@ -732,6 +732,7 @@ def test_psgd_equals_the_reference(make, rank, clip, decay, x64):
 # Recipes for weights whose rank moves are tested beside their transforms.
 ELSEWHERE = {
     "nn/test_grassmann_head.py": ("grassmann_sgd",),
+    "adapters/test_robust.py": ("autolora",),
     "recipes/test_lora_mgpo.py": ("lora_mgpo",),
     "transforms/test_ordered_columns.py": ("maestro",),
     "transforms/test_riemannian.py": ("cond_lr", "dlrt", "riemannian_sgd", "robust_dlrt"),

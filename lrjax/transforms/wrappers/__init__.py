@@ -12,6 +12,10 @@ from .quantize_state import (
     QuantizeStateState as QuantizeStateState,
     quantize_state as quantize_state,
 )
+from .reduce_at_checkpoints import (
+    ReduceAtCheckpointsState as ReduceAtCheckpointsState,
+    reduce_at_checkpoints as reduce_at_checkpoints,
+)
 from .stack_leaves import stack_leaves as stack_leaves
 from .state_specs import state_specs as state_specs
 from .step_by_layer import (
