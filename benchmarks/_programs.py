@@ -176,6 +176,20 @@ def lora_gradient() -> Program:
     return Program(jax.value_and_grad(loss), arguments)
 
 
+def folds() -> Program:
+    """Adapters of two layers, folded into the weights where they are due."""
+    tx, kind = optax.adam(1e-3), lrjax.LoRA(rank=8)
+    rule = lrjax.adapters.Restart(kind, lrjax.adapters.ResetMoments(tx))
+
+    def arguments(key):
+        model = [eqx.nn.Linear(SIDE, SIDE, key=k) for k in jr.split(key)]
+        adapters = lrjax.adapt(model, kind, key=key)
+        state = tx.init(lrjax.partition(adapters)[0])
+        return jnp.ones((), jnp.int32), model, adapters, state
+
+    return Program(lrjax.fold(100, rule, key=jr.key(0)), arguments, donate=(1, 2, 3))
+
+
 def _arrays(function: Callable) -> Callable:
     """The function with what it returns as arrays alone."""
     return lambda *args: jax.tree.leaves(eqx.filter(function(*args), eqx.is_array))
@@ -228,6 +242,7 @@ def programs() -> dict[str, Program]:
         "fit_completion": completion(),
         "solve": solve(),
         "lora gradient": lora_gradient(),
+        "lora folds": folds(),
         **{
             f"orthonormalize {method}": of_matrix(
                 lambda x, method=method: linalg.orthonormalize(x, method=method), 2048, 256

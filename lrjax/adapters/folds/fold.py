@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from ..._arguments import check_key
 from ..._batching import any_member
+from ..._sharding import select
 from ..._sites import flat_leaves
 from ..tree import Adapters
 from ._parts import check_alike
@@ -27,8 +28,8 @@ def fold(k: int | Array, rule: FoldRule, *, key: PRNGKeyArray) -> Fold:
 
     After the updates ``k, 2k, …`` model, adapters and optimizer state are what ``rule``
     makes of them: the same function, with room for another update of low rank. The other
-    steps do not pay for it, nor do the members of a ``vmap`` that are not due: each may
-    have a period of its own.
+    steps do not pay for it, under ``vmap`` either, where each member may have a period of
+    its own. It comes behind the gradient: there is no derivative through it in reverse.
 
     Args:
         k: the period; may be traced.
@@ -89,16 +90,22 @@ def fold(k: int | Array, rule: FoldRule, *, key: PRNGKeyArray) -> Fold:
         arrays, static = eqx.partition(layers, eqx.is_array_like)
         before = jax.tree.map(jnp.asarray, (arrays, adapters, state))
 
-        def run():
-            own = jr.fold_in(key, step)
-            merged, new, carried = rule(model, adapters, state, key=own)
+        def run(carry):
+            _, arrays, adapters, state = carry
+            own = eqx.combine(arrays, static)
+            whole = treedef.unflatten(own.get(path, leaf) for path, leaf in leaves)
+            merged, new, carried = rule(whole, adapters, state, key=jr.fold_in(key, step))
             check_alike(adapters, new)
             found = dict(flat_leaves(merged)[0])
             changed = eqx.filter({path: found[path] for path in layers}, eqx.is_array_like)
-            pick = lambda new, old: jnp.where(due, new, old).astype(old.dtype)
-            return jax.tree.map(pick, (changed, new, carried), before)
+            after = select(due, (changed, new, carried), carry[1:])
+            return jnp.zeros((), bool), *after
 
-        arrays, adapters, state = lax.cond(any_member(due), run, lambda: before)
+        # A loop of one turn or none works in place. A conditional that hands on what it
+        # was given is a copy of all weights, in every step, where it runs on a GPU.
+        _, arrays, adapters, state = lax.while_loop(
+            lambda carry: carry[0], run, (any_member(due), *before)
+        )
         layers = eqx.combine(arrays, static)
         model = treedef.unflatten(layers.get(path, leaf) for path, leaf in leaves)
         return model, adapters, state
