@@ -2,13 +2,15 @@
 
 Errors against the closed forms at four tolerances, the drift of the conserved balance,
 the local rates of factorized least squares, and the exponents of the alignment law, each
-over several random draws.
+over several random draws. Then what is claimed of adapters in deep linear networks, of
+linear students, of the lazy limit, of stages and of forgetting.
 """
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from _flow_claims import PARTS
 from _harness import bound, write_results
 
 import lrjax
@@ -202,7 +204,7 @@ def alignment():
 
 def main():
     rows, bounds = [], []
-    for part in (ladder, riccati, rates, alignment):
+    for part in (ladder, riccati, rates, alignment, *PARTS):
         more_rows, more_bounds = part()
         rows += more_rows
         bounds += more_bounds

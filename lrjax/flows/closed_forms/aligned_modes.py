@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from .._boost import boost
+from ._rows import rows
 
 
 def aligned_modes(
@@ -50,18 +51,12 @@ def aligned_modes(
         dynamics of gradient flow in overparameterized linear models" (2021), ICML.
     """
     t = jnp.asarray(t)[..., None]
-    left, right, target = (_rows(x, t) for x in (left, right, target))
+    left, right, target = (rows(x, t) for x in (left, right, target))
     rate, damp, drive = (
         jnp.multiply(scale, x) for x in (2 * target, left + right, left - right)
     )
     speed = jnp.multiply(scale, 2 * (target - scale * left * right))
     return boost(t, rate, damp, drive, speed)(left, right)
-
-
-def _rows(x: ArrayLike, t: Array) -> Array:
-    """A vector with one leading axis of length one for each axis of ``t[..., None]``."""
-    x = jnp.asarray(x)
-    return x.reshape((1,) * (t.ndim - x.ndim) + x.shape)
 
 
 def scaled_modes(
@@ -123,7 +118,7 @@ def tangent_modes(
 
 def _exponential(t, start, target, rate):
     t = jnp.asarray(t)[..., None]
-    start, target = _rows(start, t), _rows(target, t)
+    start, target = rows(start, t), rows(target, t)
     return target + (start - target) * jnp.exp(-rate * t)
 
 
@@ -156,7 +151,7 @@ def spectral_modes(
         factorization" (2026), arXiv 2602.06385.
     """
     t = jnp.asarray(t)[..., None]
-    start, target = _rows(start, t), _rows(target, t)
+    start, target = rows(start, t), rows(target, t)
     return jnp.minimum(jnp.sqrt(start) + t, jnp.sqrt(target)) ** 2
 
 

@@ -5,7 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..._sharding import einsum
 from ...linalg import eigh, times, weighted_svd
+from ._rows import rows
 
 
 class Forgetting(NamedTuple):
@@ -98,16 +100,12 @@ def forgetting_in_time(
         2405.09673; derived here.
     """
     rates, vectors = eigh(target)
-    t = jnp.asarray(t)[..., None]
     rates = jnp.maximum(rates, 0)
-    exponents = rates.reshape((1,) * (t.ndim - 1) + rates.shape) * t
+    t = jnp.asarray(t)[..., None]
     asked = times(change, vectors)
-    overlap = times(asked.T, asked)  # of what is asked along two eigenvectors
+    overlap = times(asked.T, asked)
     old = times(times(vectors.T, source), vectors) * overlap
-    moved = -jnp.expm1(-exponents)
-    missed = jnp.exp(-2 * exponents) * (rates * jnp.diagonal(overlap)).reshape(
-        (1,) * (t.ndim - 1) + rates.shape
-    )
-    flat = moved.reshape(-1, len(rates))
-    lost = jnp.sum(times(flat, old) * flat, axis=-1).reshape(t.shape[:-1])
+    missed = rows(rates * jnp.diagonal(overlap), t) * jnp.exp(-2 * rows(rates, t) * t)
+    moved = -jnp.expm1(-rows(rates, t) * t)
+    lost = einsum("...i,ij,...j->...", moved, old, moved)
     return Forgetting(0.5 * jnp.sum(missed, axis=-1), 0.5 * lost)

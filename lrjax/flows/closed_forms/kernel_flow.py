@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ...linalg import eigh, times
+from ..._sharding import einsum
+from ...linalg import eigh
+from ._rows import rows
 
 
 def kernel_flow(
@@ -33,8 +35,8 @@ def kernel_flow(
         A. Jacot, F. Gabriel, C. Hongler, "Neural tangent kernel: convergence and
         generalization in neural networks" (2018), arXiv 1806.07572.
     """
-    t = jnp.asarray(t)
+    t = jnp.asarray(t)[..., None]
     rates, vectors = eigh(kernel)
-    learnt = -jnp.expm1(-jnp.maximum(rates, 0)[None, :] * t.reshape(-1, 1))
-    parts = learnt * times(targets[None, :], vectors)
-    return times(parts, vectors.T).reshape(*t.shape, len(targets))
+    learnt = -jnp.expm1(-rows(jnp.maximum(rates, 0), t) * t)
+    parts = rows(einsum("k,ki->i", targets, vectors), t)
+    return einsum("...i,ki->...k", learnt * parts, vectors)

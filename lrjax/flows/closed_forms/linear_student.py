@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from ...linalg import nonzero, svd, times
+from ..._sharding import einsum
+from ...linalg import nonzero, svd
+from ._rows import rows
 
 
 def linear_student(
@@ -44,14 +46,11 @@ def linear_student(
     """
     t = jnp.asarray(t)[..., None]
     u, sizes, vt = svd(inputs)
-    residual = outputs - times(inputs, start[:, None])[:, 0]
-    push = sizes * times(residual[None, :], u)[0] / len(inputs)
+    residual = outputs - einsum("pn,n->p", inputs, start)
+    push = sizes * einsum("p,pk->k", residual, u) / len(inputs)
     rates = sizes**2 / len(inputs)
-    moved = _relaxed(rates.reshape((1,) * (t.ndim - 1) + rates.shape), t)
-    shift = times(moved.reshape(-1, len(rates)) * push[None, :], vt)
-    return start.reshape((1,) * (t.ndim - 1) + start.shape) + shift.reshape(
-        *t.shape[:-1], len(start)
-    )
+    moved = _relaxed(rows(rates, t), t) * rows(push, t)
+    return rows(start, t) + einsum("...k,kn->...n", moved, vt)
 
 
 def _relaxed(rate: Array, t: Array) -> Array:
@@ -98,9 +97,7 @@ def student_error(
         networks" (2017), arXiv 1710.03667.
     """
     t = jnp.asarray(t)[..., None]
-    values, signal, noise = (
-        x.reshape((1,) * (t.ndim - 1) + values.shape) for x in _modes(values, signal, noise)
-    )
+    values, signal, noise = (rows(x, t) for x in _modes(values, signal, noise))
     bias = signal * jnp.exp(-2 * values * t)
     variance = noise * -jnp.expm1(-values * t) * _relaxed(values, t)
     return jnp.sum(bias + variance, axis=-1)
