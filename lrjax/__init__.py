@@ -179,6 +179,7 @@ from .transforms import (
     scale_by_subset_norm as scale_by_subset_norm,
     scale_by_tangent as scale_by_tangent,
     scale_by_target_level as scale_by_target_level,
+    scale_by_width as scale_by_width,
     scale_factors as scale_factors,
     shrink as shrink,
     shrink_singular_values as shrink_singular_values,

@@ -151,6 +151,12 @@ def _project_out(side):
     return lrjax.project_out({**basis, "bias": None, "none": None}, side=side)
 
 
+def _scale_by_width(optimizer):
+    base = {"tall": (6, 4), "wide": (4, 6), "stack": (3, 4, 3), "bias": (5,)}
+    struct = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    return lrjax.scale_by_width({n: struct(s) for n, s in base.items()}, optimizer)
+
+
 def _on_pairs(damping):
     return lrjax.on_pairs(lrjax.scale_by_gram(damping), pair_rule)
 
@@ -554,6 +560,9 @@ TRANSFORMS: dict[str, Entry] = {
         static=("lmo",),
     ),
     "project_out": Entry(_project_out, {"side": "left"}, params="dense", stacks=False),
+    "scale_by_width": Entry(
+        _scale_by_width, {"optimizer": "sgd"}, params="dense", stacks=False
+    ),
     "quantize_state": Entry(
         lrjax.quantize_state,
         {"inner": optax.scale_by_adam(), "block": 4, "min_size": 1},

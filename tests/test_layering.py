@@ -15,7 +15,7 @@ LEVELS = [
     {"lowrank"},
     {"_matrices", "_codes", "_dense"},
     {"_sites"},
-    {"_tree", "_moments"},
+    {"_tree", "_moments", "_widths"},
     {"subspaces", "metrics"},
     {"transforms"},
     {"recipes"},

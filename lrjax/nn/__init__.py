@@ -6,6 +6,7 @@ from .embedding import LowRankEmbedding as LowRankEmbedding
 from .factorize import factorize as factorize
 from .folding import fold_kernel as fold_kernel, unfold_matrix as unfold_matrix
 from .grassmann_head import GrassmannHead as GrassmannHead
+from .init_by_width import scale_init_by_width as scale_init_by_width
 from .linear import LowRankLinear as LowRankLinear
 from .recursive import RecursiveBlocks as RecursiveBlocks, share_blocks as share_blocks
 from .replace_weight import replace_weight as replace_weight

@@ -61,6 +61,7 @@ from .matrices import (
     scale_by_psgd_kron as scale_by_psgd_kron,
     scale_by_smooth_polar as scale_by_smooth_polar,
     scale_by_subset_norm as scale_by_subset_norm,
+    scale_by_width as scale_by_width,
 )
 from .rank_adaptive import (
     DynamicalLowRankState as DynamicalLowRankState,

@@ -115,7 +115,7 @@ LAYOUTS = {
     "replicated": Layout(P()),
 }
 # What is bound to the shapes of the registry's own tree.
-OTHER_SHAPES = {"project_out", "Fixed"}
+OTHER_SHAPES = {"project_out", "scale_by_width", "Fixed"}
 dense = {
     name: entry
     for name, entry in {**ENTRIES, **PLUGINS}.items()

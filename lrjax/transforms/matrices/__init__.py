@@ -53,3 +53,4 @@ from .scale_by_subset_norm import (
     ScaleBySubsetNormState as ScaleBySubsetNormState,
     scale_by_subset_norm as scale_by_subset_norm,
 )
+from .scale_by_width import scale_by_width as scale_by_width
