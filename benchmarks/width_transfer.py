@@ -5,7 +5,7 @@ factor of two apart. A network of two hidden layers; the same with both in facto
 rank of an eighth of the width; and LoRA of rank 4 on a network that learned the
 images as they are, for the same images turned and inverted. The best rate is where a
 parabola through the smallest loss (mean of its logarithm over the last quarter of the
-steps and two seeds) and its neighbours has its minimum. Once with one rate for all
+steps and six seeds) and its neighbours has its minimum. Once with one rate for all
 leaves, once with ``scale_by_width`` and ``scale_init_by_width``; at width 64 they agree.
 """
 
@@ -24,7 +24,7 @@ import lrjax
 from lrjax.nn import LowRankLinear, scale_init_by_width
 
 
-BASE, WIDE, STEPS, SEEDS, BATCH, RANK = 64, 512, 80, 2, 64, 4
+BASE, WIDE, STEPS, SEEDS, BATCH, RANK = 64, 512, 80, 6, 64, 4
 POWERS = np.arange(-10.0, -2.0)
 PRETRAINING = 2.0**-6
 
@@ -161,7 +161,7 @@ def main():
             bound(
                 f"octaves it moves more with one rate for all, {name}",
                 moved[False] - moved[True],
-                at_least=0.5,
+                at_least=0.25,
             ),
         ]
     write_results("width_transfer", rows, bounds, "scikit-learn")
