@@ -11,7 +11,11 @@ from .find import (
     fold_in_path as fold_in_path,
 )
 from .held import Held as Held
-from .layers import LinearSite as LinearSite, LookupSite as LookupSite
+from .layers import (
+    ConvSite as ConvSite,
+    LinearSite as LinearSite,
+    LookupSite as LookupSite,
+)
 from .quantized import (
     Levels as Levels,
     QuantizedArray as QuantizedArray,

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -84,8 +85,10 @@ class Geometry:
                 "jax.vmap(layer)(x)."
             )
 
-    def to_conv(self, kernel: Array, bias: Array | None) -> eqx.nn.Conv:
-        """The layer of Equinox with a kernel and a bias."""
+    def to_conv(
+        self, kernel: Array | jax.ShapeDtypeStruct, bias: Array | None
+    ) -> eqx.nn.Conv:
+        """The layer of Equinox with a kernel, or with its shape alone, and a bias."""
         fields = dict(vars(self), use_bias=bias is not None)
         return made_of(fields.pop("layer"), weight=kernel, bias=bias, **fields)
 

@@ -3,10 +3,12 @@ from typing import Any
 
 import equinox as eqx
 import jax
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._arguments import check_key
+from .._sites import ConvSite, register_layer
 from ._geometry import Geometry, geometry_of
 from ._weights import (
     Form,
@@ -205,3 +207,63 @@ class LowRankConv(eqx.Module):
         for _ in range(self.weight.ndim - 2 - (groups > 1)):
             unfold = jax.vmap(unfold)
         return self.geometry.to_conv(unfold(self.weight.materialize()), self.bias)
+
+
+@register_layer(LowRankConv)
+class LowRankConvSite(ConvSite):
+    """The site of a convolution in factors, adapted so and merged into a dense one."""
+
+    @property
+    def acts(self) -> bool:
+        """It is the product with its weight."""
+        return True
+
+    @property
+    def _plain(self) -> ConvSite:
+        """That of a convolution with the same geometry and no numbers."""
+        geometry, dtype = self.layer.geometry, self.layer.weight.dtype
+        kernel = jax.ShapeDtypeStruct(geometry.kernel_shape, dtype)
+        return ConvSite(self.path, geometry.to_conv(kernel, None))
+
+    def check(self):
+        """Nothing to refuse."""
+
+    def matrix(self):
+        """The kernel, multiplied out, its input axes flattened."""
+        kernel, taps = self.layer.to_dense().weight, self.layer.geometry.num_spatial_dims
+        return kernel.reshape(*kernel.shape[: kernel.ndim - taps - 1], -1)
+
+    @property
+    def kernel_shape(self):
+        """Output channels; input channels and taps."""
+        return self._plain.kernel_shape
+
+    def put(self, matrix, bias):
+        """An ``eqx.nn.Conv``."""
+        geometry, old = self.layer.geometry, self.layer.bias
+        kernel = matrix.reshape(*matrix.shape[:-1], *geometry.kernel_shape[1:])
+        bias = bias if bias is None or old is None else bias.astype(old.dtype)
+        return geometry.to_conv(kernel.astype(self.layer.weight.dtype), bias)
+
+    def product(self, matrix, x):
+        """The convolution with another kernel."""
+        return self._plain.product(matrix, x)
+
+    def down(self, right, x):
+        """A thin convolution."""
+        return self._plain.down(right, x)
+
+    def along_outputs(self, vector):
+        """The vector with an axis for every spatial one."""
+        return self._plain.along_outputs(vector)
+
+    def base(self, x):
+        """Both thin convolutions, without the bias; the factors get no gradient."""
+        layer = self.layer
+        return made_of(
+            LowRankConv,
+            weight=jax.tree.map(lax.stop_gradient, layer.weight),
+            bias=None,
+            geometry=layer.geometry,
+            scheme=layer.scheme,
+        )(x)

@@ -2,11 +2,13 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._arguments import check_key
-from .._dense import dense
+from .._dense import dense, frozen_dense
+from .._sites import LookupSite, register_layer
 from ..lowrank import SVDForm
 from ._weights import (
     Form,
@@ -16,6 +18,7 @@ from ._weights import (
     check_node,
     check_stack,
     made_of,
+    pair_of,
     spectral,
 )
 
@@ -145,3 +148,35 @@ class LowRankEmbedding(eqx.Module):
             embedding_size=self.embedding_size,
             weight=table,
         )
+
+
+@register_layer(LowRankEmbedding)
+class LowRankEmbeddingSite(LookupSite):
+    """The site of a table in factors, adapted as it is and merged into a dense one."""
+
+    @property
+    def acts(self) -> bool:
+        """It is the product with its weight."""
+        return True
+
+    def check(self):
+        """Nothing to refuse."""
+
+    def matrix(self):
+        """The table, multiplied out and transposed."""
+        return self.layer.weight.materialize().mT
+
+    def put(self, matrix, bias):
+        """An ``eqx.nn.Embedding``, its rows with the bias."""
+        table = matrix.mT if bias is None else matrix.mT + bias[..., None, :]
+        weight = table.astype(self.layer.weight.dtype)
+        return eqx.nn.Embedding(weight=weight)
+
+    def matrix_axes(self):
+        """None: the table is not there."""
+        return
+
+    def base(self, x):
+        """``right left[x]``; the factors get no gradient."""
+        pair = pair_of(self.layer.weight)
+        return frozen_dense(lax.stop_gradient(pair.left[x]), pair.right)

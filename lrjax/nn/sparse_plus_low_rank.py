@@ -113,7 +113,8 @@ class SparsePlusLowRankLinear(eqx.Module):
 
         Raises:
             TypeError: for a weight that is no :class:`~lrjax.LowRank`.
-            ValueError: for values and indices that do not belong together.
+            ValueError: for values and indices that do not belong together, or a bias of
+                another size.
         """
         if not isinstance(weight, LowRank):
             raise TypeError(
@@ -125,6 +126,11 @@ class SparsePlusLowRankLinear(eqx.Module):
                 f"{cls.__name__} needs an integer place for each value beside a weight of "
                 f"shape {weight.shape}, got values {values.shape} and {indices.dtype} "
                 f"indices {indices.shape}."
+            )
+        if bias is not None and bias.shape != weight.shape[:-1]:
+            raise ValueError(
+                f"{cls.__name__} needs a bias of shape {weight.shape[:-1]} beside a weight "
+                f"of shape {weight.shape}, got {bias.shape}."
             )
         return made_of(cls, weight=weight, values=values, indices=indices, bias=bias)
 

@@ -84,3 +84,67 @@ def test_inputs_of_layers_in_factors_are_seen(small, getkey):
     found = lrjax.adapters.activation_statistics(call, small, x, where=["layers.0"])
     rows = x.reshape(-1, 12)
     assert_close(found["layers.0"].image, rows.T @ rows, rtol=1e-5)
+
+
+class Picture(eqx.Module):
+    """A table, a convolution and a stack of convolutions, all in factors."""
+
+    table: lrjax.nn.LowRankEmbedding
+    conv: lrjax.nn.LowRankConv
+    stack: lrjax.nn.LowRankConv
+
+    def __init__(self, key, scheme, groups, form):
+        kt, kc, ks, kb = jr.split(key, 4)
+        table = lrjax.nn.LowRankEmbedding(9, 6, 3, form=form, key=kt)
+        bias = jr.normal(kb, (6,))
+        self.table = lrjax.nn.LowRankEmbedding.from_node(table.weight, bias)
+        make = lambda key, **settings: lrjax.nn.LowRankConv(
+            2, 4, 4, 3, 2, scheme=scheme, groups=groups, form=form, key=key, **settings
+        )
+        self.conv = make(kc, stride=2, padding=1)
+        self.stack = eqx.filter_vmap(lambda key: make(key, padding=1))(jr.split(ks, 2))
+
+    def __call__(self, x):
+        h = self.conv(x)
+        for i in range(2):
+            cut = lambda leaf, i=i: leaf[i] if eqx.is_array(leaf) else leaf
+            h = jnp.tanh(jax.tree.map(cut, self.stack)(h))
+        return h, jax.vmap(self.table)(jnp.arange(5))
+
+
+PICTURES = [("inputs", 1, "pair"), ("outputs", 2, "pair"), ("first", 1, "svd")]
+
+
+@pytest.mark.parametrize(("scheme", "groups", "form"), PICTURES)
+def test_convolutions_and_tables_in_factors_are_adapted(getkey, scheme, groups, form):
+    model, x = Picture(getkey(), scheme, groups, form), jr.normal(getkey(), (4, 7, 7))
+    where = ["table", "conv", "stack"]
+    adapters = lrjax.adapt(model, lrjax.LoRA(2), where=where, key=getkey())
+    moved = lambda pair: jax.tree.map(
+        lambda a: a + 0.1 * jr.normal(jr.key(1), a.shape), pair
+    )
+    pairs = lambda tree: [tree[path].pair for path in where]
+    adapters = eqx.tree_at(pairs, adapters, [moved(pair) for pair in pairs(adapters)])
+    dense = lrjax.nn.densify(model)
+
+    @eqx.filter_jit
+    def outputs(model, dense, adapters):
+        return [
+            lrjax.bind(model, adapters)(x),
+            lrjax.merge(model, adapters)(x),
+            lrjax.bind(dense, adapters)(x),
+            model(x),
+        ]
+
+    bound, merged, plain, unchanged = outputs(model, dense, adapters)
+    assert_close(bound, merged, rtol=1e-4)
+    assert_close(bound, plain, rtol=1e-4)
+    assert not any(map(jnp.allclose, bound, unchanged))
+    loss = lambda model: sum(jnp.sum(y**2) for y in lrjax.bind(model, adapters)(x))
+    grads = eqx.filter_jit(eqx.filter_grad(loss))(model)
+    for layer in (grads.table, grads.conv, grads.stack):
+        assert all(not jnp.any(g) for g in jax.tree.leaves(layer.weight))
+        assert jnp.any(layer.bias)
+    merged = lrjax.merge(model, adapters)
+    assert type(merged.conv) is eqx.nn.Conv
+    assert type(merged.table) is eqx.nn.Embedding

@@ -125,3 +125,5 @@ def test_what_is_refused(getkey):
         make(jnp.ones((OUT, IN)), **parts)
     with pytest.raises(ValueError, match="integer place for each value"):
         make(layer.weight, **{**parts, "indices": layer.indices[1:]})
+    with pytest.raises(ValueError, match="needs a bias of shape"):
+        make(layer.weight, layer.bias[1:], **parts)
