@@ -23,8 +23,10 @@ def aflora(
 
     Adam, and :func:`lrjax.freeze_factors` with a fraction of numbers that falls from one at
     step ``begin`` to zero at step ``end`` with the third power. In the end no factor of a
-    LowRank node moves, and what remains are the leaves between them: the two vectors of
-    ``adapters.VeRA``, or the cores and gates of other kinds.
+    LowRank node moves, and what remains are the leaves between them. In the paper these are
+    the vectors of ``diag(b) B diag(d) A``: that is :class:`lrjax.TiedLoRA` with a group for
+    each layer, ``lambda path, site: lrjax.TiedLoRA(4, group=path)`` as the rule of
+    :func:`lrjax.adapt`, but that B starts at zero there, and b not.
 
     Args:
         learning_rate: a number or a schedule; 1e-2 at rank 4 in the paper.

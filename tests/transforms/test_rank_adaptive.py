@@ -1,5 +1,6 @@
 """Shrink, prune and freeze against the published methods, and the bound on sparsity."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -139,6 +140,33 @@ def test_frozen_factors_are_those_of_aflora(getkey):
     assert all(pruner.frozen)
     moved = path["vector"][1:] != path["vector"][:-1]
     assert np.all(moved), "what is no factor stands still"
+
+
+def test_aflora_leaves_the_vectors_of_tied_pairs_to_move(getkey):
+    """``diag(b) B diag(d) A`` with a pair for each layer: at the end b and d learn."""
+    model = eqx.nn.MLP(6, 4, 8, 1, key=getkey())
+    kind = lambda path, site: lrjax.TiedLoRA(2, group=path)
+    params, frozen = lrjax.partition(lrjax.adapt(model, kind, key=getkey()))
+    x, y = jr.normal(getkey(), (16, 6)), jr.normal(getkey(), (16, 4))
+    tx = lrjax.aflora(0.01, begin=4, end=12, window=2)
+
+    def loss(params):
+        bound = lrjax.bind(model, eqx.combine(params, frozen))
+        return jnp.mean((jax.vmap(bound)(x) - y) ** 2)
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), (value, updates)
+
+    run = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=20)[1])
+    values, updates = run(params)
+    moves = lambda tree, t: [bool(np.any(u[t] != 0)) for u in jax.tree.leaves(tree)]
+    assert all(moves(updates.pools, 3))
+    assert not any(moves(updates.pools, -1))
+    assert all(moves(updates.layers, -1))
+    assert values[-1] < values[13] < values[0]
 
 
 def test_a_window_of_no_step_is_refused():

@@ -128,7 +128,8 @@ def perturbed_params(
     Each LowRank node of width ``r`` becomes one of width ``3r``, its own columns first: the
     derivative by ``params`` is that at the perturbed value, the perturbation a constant. Of
     a node with a frozen factor the other one is moved, at its width. At the first step,
-    without momentum, the value is that of ``params``.
+    without momentum, the value is that of ``params``. Adapters that have a mask, a gate or
+    a vector on the rank axis are of one width and cannot be bound so.
 
     Args:
         params: the parameters.
