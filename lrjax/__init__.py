@@ -125,6 +125,7 @@ from .subspaces import (
     accumulate_gradients as accumulate_gradients,
     project_updates as project_updates,
     random_subspace as random_subspace,
+    zeroth_order_gradient as zeroth_order_gradient,
 )
 from .sweep import sweep as sweep
 from .transforms import (

@@ -1162,7 +1162,9 @@ NOT_TRANSFORMS = {
     "sample_prefix",
     "state_specs",
     "step_by_layer",
+    "surrogate_steps",
     "unit_norm",
+    "zeroth_order_gradient",
 }
 
 # The plug-ins of the subspace loop, by kind: found among the public classes.

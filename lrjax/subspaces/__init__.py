@@ -95,3 +95,4 @@ from .transport import (
     RotateVariance as RotateVariance,
     SeededReset as SeededReset,
 )
+from .zeroth_order_gradient import zeroth_order_gradient as zeroth_order_gradient

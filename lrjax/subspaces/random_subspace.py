@@ -74,19 +74,23 @@ class RandomSubspace(eqx.Module):
 
     def __call__(self, x: Float[Array, " dim"]) -> PyTree:
         """The parameters ``θ_0 + P x``, in the dtypes of θ_0."""
+        numbers, rest = eqx.partition(self.start, eqx.is_inexact_array)
+        add = lambda leaf, move: (leaf.astype(move.dtype) + move).astype(leaf.dtype)
+        return eqx.combine(jax.tree.map(add, numbers, self.lift(x)), rest)
+
+    def lift(self, x: Float[Array, " dim"]) -> PyTree:
+        """The move ``P x``: a tree like θ_0, with None for what does not move."""
         if jnp.shape(x) != (self.dim,):
             raise ValueError(
                 f"This subspace takes {self.dim} numbers, got shape {jnp.shape(x)}."
             )
-        numbers, rest = eqx.partition(self.start, eqx.is_inexact_array)
-        leaves, treedef = jax.tree.flatten(numbers)
+        leaves, treedef = jax.tree.flatten(eqx.filter(self.start, eqx.is_inexact_array))
         moves = self.projection(x, sum(leaf.size for leaf in leaves))
-        new, begin = [], 0
+        parts, begin = [], 0
         for leaf in leaves:
-            move = moves[begin : begin + leaf.size].reshape(leaf.shape)
-            new.append((leaf.astype(move.dtype) + move).astype(leaf.dtype))
+            parts.append(moves[begin : begin + leaf.size].reshape(leaf.shape))
             begin += leaf.size
-        return eqx.combine(treedef.unflatten(new), rest)
+        return treedef.unflatten(parts)
 
 
 def random_subspace(

@@ -104,4 +104,5 @@ from .wrappers import (
     stack_leaves as stack_leaves,
     state_specs as state_specs,
     step_by_layer as step_by_layer,
+    surrogate_steps as surrogate_steps,
 )

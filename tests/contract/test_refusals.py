@@ -79,6 +79,9 @@ WITH_KEY = {
         lrjax.LowRank(jnp.ones((2, 1)), jnp.ones((2, 1))), key=key
     ),
     "subspaces.random_subspace": lambda key: lrjax.random_subspace(MODEL, 2, key=key),
+    "subspaces.zeroth_order_gradient": lambda key: lrjax.zeroth_order_gradient(
+        jnp.sum, jnp.ones(3), key=key
+    ),
     "adapters.adapt": lambda key: lrjax.adapt(MODEL, lrjax.LoRA(1), key=key),
     "adapters.fold": lambda key: lrjax.fold(
         2, lrjax.adapters.Restart(lrjax.LoRA(1)), key=key

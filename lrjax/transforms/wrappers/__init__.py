@@ -23,3 +23,4 @@ from .step_by_layer import (
     StepByLayerState as StepByLayerState,
     step_by_layer as step_by_layer,
 )
+from .surrogate_steps import surrogate_steps as surrogate_steps
