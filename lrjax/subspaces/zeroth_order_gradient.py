@@ -97,7 +97,7 @@ def zeroth_order_gradient(
     Example:
         >>> import jax, jax.numpy as jnp, lrjax, optax
         >>> loss = lambda w: jnp.mean(jnp.abs(w - 1))
-        >>> w, tx = jnp.zeros((16, 8)), optax.sgd(10.0)
+        >>> w, tx = jnp.zeros((16, 8)), optax.sgd(0.3)
         >>> basis = lrjax.subspaces.Gaussian(2, side="right")
         >>> @jax.jit
         ... def step(w, state, count):
@@ -108,7 +108,7 @@ def zeroth_order_gradient(
         >>> state = tx.init(w)
         >>> for count in range(100):
         ...     w, state = step(w, state, count)
-        >>> print(loss(w) < 0.9)
+        >>> print(loss(w) < 0.8)
         True
 
     Reference:

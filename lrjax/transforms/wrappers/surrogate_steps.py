@@ -53,12 +53,13 @@ def surrogate_steps(
         >>> y = jnp.arange(5.0)
         >>> loss = lambda z, x, y: jnp.sum(jnp.abs(z - y) ** 1.5)
         >>> target = lambda w, x, y: x @ w
-        >>> w, tx = jnp.zeros(4), optax.sgd(0.2)
+        >>> w, tx = jnp.zeros(4), optax.sgd(0.05)
+        >>> step = jax.jit(lambda w, state: lrjax.transforms.surrogate_steps(
+        ...     loss, target, w, state, x, y, tx=tx, step_size=0.5, steps=10))
         >>> state = tx.init(w)
         >>> for _ in range(50):
-        ...     w, state, value = lrjax.transforms.surrogate_steps(
-        ...         loss, target, w, state, x, y, tx=tx, step_size=0.5, steps=10)
-        >>> print(value < 0.3 * loss(jnp.zeros(5), x, y))
+        ...     w, state, value = step(w, state)
+        >>> print(value < 0.4 * loss(jnp.zeros(5), x, y))
         True
 
     Reference:
@@ -71,8 +72,12 @@ def surrogate_steps(
     if steps < 1:
         raise ValueError(f"surrogate_steps needs at least one step, got steps={steps}.")
     optimizer = optax.with_extra_args_support(tx)
-    start = target(params, *args)
+    start, pull_back = jax.vjp(lambda params: target(params, *args), params)
     value, slope = jax.value_and_grad(lambda z: loss(z, *args))(start)
+
+    def move(params: PyTree, state: Any, height: Array, grad: PyTree) -> tuple[PyTree, Any]:
+        updates, state = optimizer.update(grad, state, params, value=height, grad=grad)
+        return optax.apply_updates(params, updates), state
 
     def model(params: PyTree) -> Array:
         away = jax.tree.map(jnp.subtract, target(params, *args), start)
@@ -81,9 +86,10 @@ def surrogate_steps(
 
     def step(carry: tuple[PyTree, Any], _: None) -> tuple[tuple[PyTree, Any], None]:
         params, state = carry
-        height, grad = jax.value_and_grad(model)(params)
-        updates, state = optimizer.update(grad, state, params, value=height, grad=grad)
-        return (optax.apply_updates(params, updates), state), None
+        return move(params, state, *jax.value_and_grad(model)(params)), None
 
-    (params, state), _ = lax.scan(step, (params, state), length=steps)
-    return params, state, value
+    # The first step is at z_t itself, where rounding must not be divided by a small η.
+    carry = move(params, state, value, *pull_back(slope))
+    if steps > 1:
+        carry, _ = lax.scan(step, carry, length=steps - 1)
+    return *carry, value
