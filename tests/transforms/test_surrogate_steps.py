@@ -41,14 +41,18 @@ def test_one_step_is_the_step_of_the_optimizer(fit, tx):
     """Whatever the step size in z; over five calls, with the state passed on."""
     params = other = jax.tree.map(lambda p: p.astype(jnp.float64), START)
     state = plain = tx.init(params)
-    whole = jax.jit(lambda p: jax.value_and_grad(lambda p: loss(linear(p, *fit), *fit))(p))
+
+    @jax.jit
+    def whole(p, state):
+        value, grad = jax.value_and_grad(lambda p: loss(linear(p, *fit), *fit))(p)
+        updates, state = tx.update(grad, state, p)
+        return optax.apply_updates(p, updates), state, value
+
     one = functools.partial(surrogate_steps, loss, linear, tx=tx, steps=1)
     call = jax.jit(lambda p, s, step_size: one(p, s, *fit, step_size=step_size))
     for step_size in (1e-3, 1.0, 1e3, jnp.inf, 0.5):
         params, state, value = call(params, state, step_size)
-        want, grad = whole(other)
-        updates, plain = tx.update(grad, plain, other)
-        other = optax.apply_updates(other, updates)
+        other, plain, want = whole(other, plain)
         assert_close((params, value), (other, want))
 
 
