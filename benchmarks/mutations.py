@@ -65,6 +65,78 @@ MUTANTS = [
         "9 if max_side is None",
         "tests/transforms/test_kronecker_factors.py -k sides",
     ),
+    other(
+        "adapters/folds/heads",
+        "total / count",
+        "total",
+        "tests/adapters/test_heads.py -k mean_of",
+    ),
+    other(
+        "adapters/folds/rules",
+        "site.read() - start",
+        "site.read() + start",
+        "tests/adapters/test_folds.py -k keeps",
+    ),
+    other(
+        "adapters/folds/rules",
+        "dataclasses.replace(now, mask=was.mask)",
+        "now",
+        "tests/adapters/test_folds.py -k masks",
+    ),
+    other(
+        "adapters/folds/rules",
+        "beside = lambda was, now: now if isinstance(was, Magnitude) else was",
+        "beside = lambda was, now: now",
+        "tests/adapters/test_folds.py -k copy_loses",
+    ),
+    other(
+        "adapters/folds/fold",
+        "jr.fold_in(key, step)",
+        "key",
+        "tests/adapters/test_folds.py -k other_numbers",
+    ),
+    other(
+        "adapters/folds/fold",
+        "select(due,",
+        "select(due | True,",
+        "tests/adapters/test_folds.py -k members",
+    ),
+    other(
+        "adapters/folds/moments",
+        "jr.uniform(key, first.shape) >= self.fraction",
+        "jr.uniform(key, first.shape) < self.fraction",
+        "tests/adapters/test_fold_moments.py -k fractions",
+    ),
+    other(
+        "adapters/folds/moments",
+        "if anew:",
+        "if anew or True:",
+        "tests/adapters/test_fold_moments.py -k fractions",
+    ),
+    other(
+        "adapters/folds/_frames",
+        "self.overlap**2",
+        "self.overlap",
+        "tests/adapters/test_fold_moments.py -k formula",
+    ),
+    other(
+        "adapters/folds/_frames",
+        "times(cross(new, old), inverse_gram(old))",
+        "cross(new, old)",
+        "tests/adapters/test_fold_moments.py -k would_have_seen",
+    ),
+    other(
+        "adapters/folds/starts",
+        "if own.gate is not None:",
+        "if own.gate is None:",
+        "tests/adapters/test_folds.py -k frozen_start",
+    ),
+    other(
+        "adapters/folds/schedules",
+        "part * end",
+        "part * schedule(count)",
+        "tests/adapters/test_fold_moments.py -k schedule_is",
+    ),
     recipe("fira", "scale: ArrayLike = 0.25", "scale: ArrayLike = 1.0"),
     recipe(
         "fira", "max_growth: ArrayLike | None = 1.01", "max_growth: ArrayLike | None = 2.0"

@@ -217,6 +217,48 @@ def test_masks_of_ranks_go_on(getkey):
     assert new["one"].mask.tolist() == [1.0, 0.0]
 
 
+MOMENTS = {
+    "reset": room.ResetMoments(TX),
+    "pruned at random": room.PruneMoments(TX, 0.5),
+    "pruned by magnitude": room.PruneMoments(TX, 0.5, by="magnitude"),
+    "turned": room.RotateMoments(),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_on_a_mesh_nothing_moves_that_is_wide(name, getkey):
+    """Weights by rows and columns over eight devices, and the factors with them."""
+    axes = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=axes)
+    kind, key = lrjax.LoRA(R), getkey()
+    rule = room.Restart(kind, MOMENTS[name])
+    layer = eqx.nn.Linear(16, 8, use_bias=False, key=getkey())
+    place = jax.sharding.NamedSharding(mesh, jax.P("rows", "columns"))
+
+    @jax.jit
+    def run(weight):
+        model = eqx.tree_at(lambda m: m.weight, layer, weight)
+        adapters = lrjax.adapt(model, kind, key=key)
+        params, frozen = lrjax.partition(adapters)
+        grads = jax.tree.map(lambda x: jnp.ones_like(x) + x, params)
+        updates, state = TX.update(grads, TX.init(params), params)
+        adapters = eqx.combine(optax.apply_updates(params, updates), frozen)
+        folds = lrjax.fold(2, rule, key=key)
+        model, *rest = folds(jnp.int32(2), model, adapters, state)
+        return model.weight, rest
+
+    want = run(layer.weight)
+    with jax.set_mesh(mesh):
+        weight = jax.device_put(layer.weight, place)
+        got = run(weight)
+        pair = got[1][0][""].pair
+        places = [x.sharding.spec for x in (got[0], pair.left, pair.right)]
+        text = run.lower(weight).compile().as_text()
+    assert places == [jax.P("rows", "columns"), jax.P("rows", None), jax.P("columns", None)]
+    assert_close(jax.device_get(got), jax.device_get(want), condition=100)
+    assert "f32[8,16]{1,0} all-gather" not in text
+
+
 def test_each_fold_begins_with_other_numbers(getkey):
     rule, key = RULES["LoRA"], getkey()
     adapters, state = trained(MODEL, rule.kind, getkey())

@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, PRNGKeyArray, PyTree
 
 from ..._moments import check_moments_known, read_moments, write_moments
+from ..._sharding import gathered, select
 from ..tree import Adapters, map_adapters, partition
 from ._frames import frames_of
 from ._parts import begun_anew, check_alike
@@ -159,7 +160,7 @@ class PruneMoments(MomentRule):
                 f"PruneMoments by magnitude found moments stored as {first.dtype}, whose "
                 'size cannot be read: prune by="random", or reset them.'
             )
-        sizes = jnp.abs(first).ravel()
+        sizes = gathered(jnp.abs(first)).ravel()
         places = (
             jnp.zeros(sizes.shape, int).at[jnp.argsort(sizes)].set(jnp.arange(sizes.size))
         )
@@ -237,7 +238,7 @@ class _Parameter:
             )
         mask = kept(self.held[alike.index(True)])
         self.held = [
-            jnp.where(mask, x, new) if same else x
+            select(mask, x, new) if same else x
             for x, new, same in zip(self.held, self.fresh, alike, strict=True)
         ]
 
