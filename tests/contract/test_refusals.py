@@ -129,6 +129,11 @@ WITH_KEY = {
     "compression.layer_statistics": lambda key: compression.layer_statistics(
         MODEL, [jnp.ones((2, 3))], key=key
     ),
+    "merging.cluster_units": lambda key: lrjax.merging.cluster_units(
+        [lowrank.LowRank(jnp.ones((3, 1)), jnp.ones((2, 1)))], 1, key=key
+    ),
+    "merging.concrete_mask": lambda key: lrjax.merging.concrete_mask(jnp.ones(2), key=key),
+    "merging.drop": lambda key: lrjax.merging.drop(jnp.ones(2), 0.5, key=key),
     "recovery.alternating_least_squares": lambda key: recovery.alternating_least_squares(
         lrjax.matrix_completion(KEY, (4, 4), 1, observed=0.9),
         lowrank.small_init((4, 4), 1, 1.0, key=KEY),

@@ -27,7 +27,7 @@ def combine(
     rule: Rule = weighted_sum,
     rank: int | None = None,
 ) -> Adapters:
-    """One tree of adapters in place of several, merged by a rule of :mod:`lrjax.merging`.
+    """One tree of adapters in place of several, merged by a rule of ``lrjax.merging``.
 
     By default exactly: ``W' = W + Σ_k w_k (W'_k − W)``, with the factors side by side.
     Adapters may be of any kind, have different ranks and scales, and be at other layers:
