@@ -54,32 +54,6 @@ def map_nodes(
     return jtu.tree_map_with_path(apply, *trees, is_leaf=is_low_rank)
 
 
-def map_nodes_together(
-    f: Callable, updates: PyTree, *rest: PyTree, frozen: PyTree | None = None
-) -> PyTree:
-    """As :func:`map_nodes`, but ``f`` gets a list of all nodes of each tree, and gives one.
-
-    So the small matrices of many layers can be one batch.
-    """
-    found: list[tuple[LowRank, ...]] = []
-
-    def collect(*nodes: LowRank) -> _Slot:
-        found.append(nodes)
-        return _Slot(len(found) - 1)
-
-    slots = map_nodes(collect, updates, *rest, frozen=frozen)
-    results = f(*map(list, zip(*found, strict=True))) if found else []
-    is_slot = lambda x: isinstance(x, _Slot)
-    fill = lambda x: results[x.index] if is_slot(x) else x
-    return jax.tree.map(fill, slots, is_leaf=is_slot)
-
-
-class _Slot(NamedTuple):
-    """The place of a node."""
-
-    index: int
-
-
 def map_factors(f: Callable, updates: PyTree, *rest: PyTree) -> PyTree:
     """Map ``f`` over the factors of LowRank nodes, each by itself, but the frozen ones.
 

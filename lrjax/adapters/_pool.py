@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Float
 
 from .._sites import Held
+from .._tree import node_of
 from ..lowrank import LowRank
 
 
@@ -25,14 +26,27 @@ class Pool(eqx.Module):
 class FactorPool(Pool):
     """Factors that all adapters of a group share.
 
+    They are two arrays and no :class:`lrjax.LowRank` node, so that transforms of pairs
+    pass them by: each layer has numbers of its own between the two, and their product is
+    no weight of the model. What is not a node goes to the optimizer of the other leaves.
+
     Attributes:
-        pair: ``left (largest out, r)`` and ``right (largest in, r)``; a layer uses the
-            first rows that it needs.
+        left: ``(largest out, r)``; a layer uses the first rows that it needs.
+        right: ``(largest in, r)``, as ``left``.
         train: which factors the optimizer sees.
     """
 
-    pair: LowRank
+    left: Float[Array, "large r"]
+    right: Float[Array, "wide r"]
     train: Literal["both", "none"] = eqx.field(static=True)
+
+    def __init__(self, pair: LowRank, train: Literal["both", "none"]):
+        self.left, self.right, self.train = pair.left, pair.right, train
+
+    @property
+    def pair(self) -> LowRank:
+        """Both factors as a node."""
+        return node_of(self.left, self.right)
 
     @property
     def shape(self):

@@ -231,3 +231,41 @@ def test_on_a_zero_partner_everything_stays_finite(getkey):
                 g, tx.init(params), params, frozen=frozen, value=jnp.array(0.0), grad=g
             )
             assert np.isfinite(np.asarray(step.right, np.float32)).all()
+
+
+KINDS = {
+    "magnitude": lrjax.DoRA(2),
+    "gate": lrjax.adapters.AdaLoRA(2),
+    "core": lrjax.LoRAXS(2),
+    "full": lrjax.adapters.Full(),
+    "pool": lrjax.TiedLoRA(2),
+    "nested": lrjax.adapters.NoRA(rank=2, outer=4),
+    "half": lrjax.LoRA(2, train="left"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_all_but_the_pairs_of_adapters_passes_unchanged(kind, getkey):
+    """Magnitudes, gates, cores, whole weights, and the factors of a trained pool."""
+    _, (params, frozen) = adapted(getkey, kind)
+    grads = moved(params, getkey())
+    params = moved(params, getkey())
+    plain, factors = lrjax.scale_by_gram(1e-3), lrjax.is_low_rank
+    if not any(factors(x) and jax.tree.leaves(x) for x in nodes_of(params)):
+        tx = optax.masked(plain, lambda tree: jax.tree.map(factors, tree, is_leaf=factors))
+    else:
+        tx = plain
+    update = jax.jit(lambda g, p: tx.update(g, tx.init(p), p, frozen=frozen)[0])
+    got = update(grads, params)
+    others = 0
+    for u, g, x in zip(*map(nodes_of, (got, grads, params)), strict=True):
+        if not factors(u):
+            np.testing.assert_array_equal(u, g)
+            others += 1
+        elif jax.tree.leaves(x):
+            assert not np.allclose(jax.tree.leaves(u)[0], jax.tree.leaves(g)[0])
+    assert (others > 0) == (not isinstance(kind, lrjax.LoRA | lrjax.adapters.NoRA))
+
+
+def nodes_of(tree):
+    return jax.tree.leaves(tree, is_leaf=lrjax.is_low_rank)

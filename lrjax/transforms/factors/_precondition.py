@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Int, PyTree
 
 from ..._moments import check_moments_known, map_moments
 from ..._sharding import select
-from ..._tree import like, map_nodes_together, node_of, sides
+from ..._tree import like, map_nodes, node_of, sides
 from ...linalg import (
     cross,
     inverse_grams,
@@ -31,34 +31,32 @@ Order = Literal["jacobi", "alternating", "greedy"]
 
 
 def precondition(
-    gs: list[LowRank],
-    xs: list[LowRank],
+    g: LowRank, x: LowRank, damping: ArrayLike, relative: bool, phi: Phi | None = None
+) -> LowRank:
+    """The directions of the factors that move, in float32 or wider."""
+    gradients, _, partners = zip(*sides(g, x), strict=True)
+    if phi is None:
+        return _in_place_of(g, _scaled(gradients, partners, damping, relative))
+    roots = inverse_root_grams(*partners, damping=damping, relative=relative)
+    whitened = phi(_in_place_of(g, map(_apply, gradients, roots)))
+    back = map(jnp.matrix_transpose, roots)
+    return _in_place_of(g, map(times, jax.tree.leaves(whitened), back))
+
+
+@functools.partial(jax.jit, static_argnames="relative")  # layers of a shape share its trace
+def _scaled(
+    gradients: tuple[Array, ...],
+    partners: tuple[Array, ...],
     damping: ArrayLike,
     relative: bool,
-    phi: Phi | None = None,
-) -> list[LowRank]:
-    """The directions of the factors that move, in float32 or wider."""
-    gradients, partners = _gradients_and_partners(gs, xs)
-    if phi is None:
-        inverses = inverse_grams(*partners, damping=damping, relative=relative)
-        return _in_nodes(gs, map(_apply, gradients, inverses))
-    roots = inverse_root_grams(*partners, damping=damping, relative=relative)
-    whitened = list(map(phi, _in_nodes(gs, map(_apply, gradients, roots))))
-    back = map(jnp.matrix_transpose, roots)
-    return _in_nodes(gs, map(times, jax.tree.leaves(whitened), back))
+) -> list[Array]:
+    inverses = inverse_grams(*partners, damping=damping, relative=relative)
+    return list(map(_apply, gradients, inverses))
 
 
-def _gradients_and_partners(
-    gs: list[LowRank], xs: list[LowRank]
-) -> tuple[list[Array], list[Array]]:
-    moving = [side for g, x in zip(gs, xs, strict=True) for side in sides(g, x)]
-    return [side.gradient for side in moving], [side.partner for side in moving]
-
-
-def _in_nodes(gs: list[LowRank], factors: Iterable[Array]) -> list[LowRank]:
-    """Nodes with the factors that those of ``gs`` have, in their own dtype."""
-    column = iter(factors)
-    return [jax.tree.map(lambda _: next(column), g) for g in gs]
+def _in_place_of(g: LowRank, factors: Iterable[Array]) -> LowRank:
+    """A node with the factors that ``g`` has, in their own dtype."""
+    return jax.tree.structure(g).unflatten(factors)
 
 
 def _apply(tall: Array, small: Array) -> Array:
@@ -103,6 +101,18 @@ class _Whitened(NamedTuple):
     back: LowRank
 
 
+@functools.partial(jax.jit, static_argnames="relative")
+def _whitened(g: LowRank, x: LowRank, damping: ArrayLike, relative: bool) -> _Whitened:
+    gradients, _, partners = zip(*sides(g, x), strict=True)
+    maps = orthonormalizers(*partners, damping=damping, relative=relative)
+    there, back = zip(*maps, strict=True)
+    return _Whitened(
+        _in_place_of(g, map(_apply, gradients, there)),
+        _in_place_of(g, map(_apply, partners, there)),
+        _in_place_of(g, back),
+    )
+
+
 class Whitened(NamedTuple):
     """A transform with moments of whitened gradients, in the frames of the partners.
 
@@ -137,21 +147,11 @@ class Whitened(NamedTuple):
     ) -> tuple[PyTree, tuple[PhiState, ...]]:
         """The directions, in the dtypes of the updates, and the new states."""
 
-        def whiten(gs: list[LowRank], xs: list[LowRank]) -> list[_Whitened]:
-            gradients, partners = _gradients_and_partners(gs, xs)
-            maps = orthonormalizers(*partners, damping=damping, relative=relative)
-            there, back = zip(*maps, strict=True)
-            columns = (
-                _in_nodes(gs, map(_apply, gradients, there)),
-                _in_nodes(gs, map(_apply, partners, there)),
-                _in_nodes(gs, back),
-            )
-            return [
-                _Whitened(gradient, _of_whole(frame), back)
-                for gradient, frame, back in zip(*columns, strict=True)
-            ]
+        def whiten(g: LowRank, x: LowRank) -> _Whitened:
+            moved = _whitened(g, x, damping, relative)
+            return moved._replace(frame=_of_whole(moved.frame))
 
-        whitened = map_nodes_together(whiten, updates, params, frozen=frozen)
+        whitened = map_nodes(whiten, updates, params, frozen=frozen)
         pick = lambda k: _map_nodes(lambda w: w[k], whitened, kind=_Whitened)
         parts = [pick(k) for k in range(3)]
         moves, new = [], []

@@ -111,7 +111,7 @@ def scale_by_gauss_newton(
             if len(sides(g, x)) == 2:
                 p = _solve(g, x, strength, relative)
             else:
-                p = jax.tree.leaves(precondition([g], [x], strength, relative))
+                p = jax.tree.leaves(precondition(g, x, strength, relative))
             return like(g, *(_unit(g, p) if normalize else p))
 
         updates = map_nodes(solve, updates, params, frozen=frozen)

@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Int
 
 from ..._arguments import checks_trees
-from ..._tree import check_has_nodes, check_params, like, map_nodes_together
+from ..._tree import check_has_nodes, check_params, like, map_nodes
 from ...linalg import increment, nonzero
 from ...lowrank import LowRank
 from .._checks import check_extra, check_non_negative
@@ -54,6 +54,10 @@ def scale_by_gram(
     ``LowRank(left, None)``, the right one in the other half), the factor that is trained
     moves in every step. The frozen one is read from ``tx.update(…, frozen=frozen)``; it
     has no state and no gradient, and the Gram matrix of the other one is not formed.
+
+    Of adapters the pairs alone are changed, each by the partner in its node. Magnitudes,
+    gates, cores and whole weights pass, and so do the factors of a trained pool (tied
+    adapters), which are no node: their product is no weight of the model.
 
     Args:
         damping: ``λ``, or its ratio to the mean squared column norm ``tr(Gram)/r`` of the
@@ -168,13 +172,12 @@ def scale_by_gram(
         count: Any = state.count if counts else None
         moments = ()
 
-        def directions(gs: list[LowRank], xs: list[LowRank]) -> list[LowRank]:
-            moves = precondition(gs, xs, strength, relative, phi)
-            moves = map(functools.partial(in_turn, order, count), gs, moves)
-            return [like(g, *jax.tree.leaves(m)) for g, m in zip(gs, moves, strict=True)]
+        def direction(g: LowRank, x: LowRank) -> LowRank:
+            move = precondition(g, x, strength, relative, phi)
+            return like(g, *jax.tree.leaves(in_turn(order, count, g, move)))
 
         if whitened is None:
-            updates = map_nodes_together(directions, updates, params, frozen=frozen)
+            updates = map_nodes(direction, updates, params, frozen=frozen)
         else:
             updates, moments = whitened.update(
                 updates,

@@ -72,7 +72,7 @@ def scale_by_tangent(
 
         def project(g: LowRank, x: LowRank) -> LowRank:
             if len(sides(g, x)) == 1:
-                (step,) = precondition([g], [x], damping, relative)
+                step = precondition(g, x, damping, relative)
                 return like(g, *jax.tree.leaves(step))
             step = project_to_tangent(x, g, damping, relative=relative)
             return like(g, step.left, step.right)
