@@ -75,7 +75,9 @@ def test_convex_losses_fall_as_one_over_the_steps(target, name):
     t = np.arange(STEPS)
     assert np.all(losses[1:] - least <= 2 * d**2 / (t[1:] + 2) + rounding)
     assert np.all(losses - least >= -rounding)
-    assert np.all(losses - least <= gaps + 1e-6 * gaps[0])
+    # Singular values of the gradient below a thousandth of its norm, √(2 loss), fall short.
+    short = 1e-3 * N * RADIUS * np.sqrt(2 * losses)
+    assert np.all(losses - least <= gaps + short)
     assert np.min(gaps) < 0.1 * gaps[0]
     assert np.all(NORMS[name](weights) <= RADIUS * (1 + tol(weights, condition=100)))
 
