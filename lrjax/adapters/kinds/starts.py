@@ -264,4 +264,8 @@ class ScaledStart(Start):
         """The factors of the other start, scaled."""
         scale = scale * self.left * self.right
         pair = self.start.pair(site, rank, scale=scale, train=train, key=key, data=data)
-        return like(pair, self.left * pair.left, self.right * pair.right)
+        left, right = (
+            jnp.multiply(self.left, pair.left),
+            jnp.multiply(self.right, pair.right),
+        )
+        return like(pair, left, right)
