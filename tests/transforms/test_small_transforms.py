@@ -64,6 +64,21 @@ def test_scale_factors_gives_each_factor_its_rate(getkey):
     assert_close(got["b"], g["b"])
 
 
+@pytest.mark.parametrize("mode", ["balanced", "nearest"])
+def test_a_product_of_zero_is_left_in_factors_that_learn(mode, getkey):
+    """A rate that begins at zero must not take the gradient from LoRA's start for ever."""
+    x = random_low_rank(getkey(), 8, 5, 2, batch=(2,))
+    x = lrjax.LowRank(x.left.at[0].set(0), x.right)
+    still = jax.tree.map(jnp.zeros_like, x)
+    tx = lrjax.rebalance(mode)
+    step, _ = tx.update(still, tx.init(x), x)
+    assert not step.left[0].any()
+    assert not step.right[0].any()
+    moved = optax.apply_updates(x, step)
+    left, right = moved.left[1], moved.right[1]
+    assert_close(left.T @ left, right.T @ right, rtol=1e-4)
+
+
 def test_rebalance_keeps_the_product_and_balances(getkey):
     x = random_low_rank(getkey(), 5, 4, 2)
     u = random_low_rank(getkey(), 5, 4, 2)

@@ -32,8 +32,8 @@ def rebalance(
     Place it last in the chain, after the learning rate. Costs two QR decompositions and
     an ``r × r`` SVD a node. Moments of the factors keep their meaning best with
     ``"nearest"``, which turns balanced factors back towards ``X + U``. Factors whose
-    product is zero become zero both, and have no gradient ever after: a first step that is
-    zero, from ``left = 0``, would do that.
+    product is zero, as those of LoRA at a first step of length zero, stay what they are:
+    both zero, they would have no gradient ever after.
 
     ``rebalance("left", scale=β, once_below=…)`` is the one-step remedy for plain gradient
     descent on factors that are wider than the rank: done once, when the loss has become
@@ -77,7 +77,13 @@ def rebalance(
 
     def move(u: LowRank, x: LowRank) -> LowRank:
         target = refactor(LowRank(x.left + u.left, x.right + u.right), mode, scale=scale)
-        return LowRank(target.left - x.left, target.right - x.right)
+        # Both factors zero would be the end: no gradient reaches them ever after.
+        both = (target.left, target.right)
+        there = sum(jnp.sum(jnp.abs(y), axis=(-2, -1), keepdims=True) for y in both) > 0
+        pick = lambda new, old, update: jnp.where(there, new - old, update)
+        return LowRank(
+            pick(target.left, x.left, u.left), pick(target.right, x.right, u.right)
+        )
 
     def update(updates, state, params=None, *, value: Any = None, **extra):
         del extra
