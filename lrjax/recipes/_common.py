@@ -34,7 +34,28 @@ def decay_weights(
     none = isinstance(weight_decay, int | float) and weight_decay == 0
     weight = cast(optax.ScalarOrSchedule, weight_decay)
     decay = optax.identity() if none else optax.add_decayed_weights(weight)
-    return optax.masked(decay, decays if mask is None else mask)
+    return optax.masked(decay, decays if mask is None else _of_parts(mask))
+
+
+def _of_parts(mask: DecayMask) -> Any:
+    """A tree of bools for all parameters, as one for any part of them.
+
+    Recipes treat pairs and other leaves apart, and the factors of a pair in turn.
+    """
+    if callable(mask):
+        return mask
+    is_leaf = lambda x: is_low_rank(x) or isinstance(x, optax.MaskedNode)
+
+    def pick(part: Any, own: Any) -> Any:
+        if isinstance(part, optax.MaskedNode):
+            return False
+        if not is_low_rank(part) or not is_low_rank(own):
+            return own
+        sides = (part.left, own.left), (part.right, own.right)
+        there = [keep for factor, keep in sides if factor is not None]
+        return jax.tree.unflatten(jax.tree.structure(part), there)
+
+    return lambda params: jax.tree.map(pick, params, mask, is_leaf=is_leaf)
 
 
 UNDERFLOW = 1e-19  # the square of a smaller number is zero in float32 and in bfloat16

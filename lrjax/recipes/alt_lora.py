@@ -3,7 +3,7 @@ from jaxtyping import ArrayLike
 
 from .._arguments import checks_trees
 from ..transforms import alternate_factors, scale_by_gram
-from ._common import by_kind, decay_weights
+from ._common import DecayMask, by_kind, decay_weights
 
 
 @checks_trees
@@ -14,6 +14,7 @@ def alt_lora(
     b1: ArrayLike = 0.9,
     damping: ArrayLike | optax.Schedule = 0.0,
     weight_decay: ArrayLike = 0.0,
+    mask: DecayMask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AltLoRA: one factor a step, along the closest to the full gradient that it can.
 
@@ -39,6 +40,8 @@ def alt_lora(
         damping: see :func:`lrjax.scale_by_gram`.
         weight_decay: ``γ``, of matrices but biases and scales of norms; a factor that
             rests is not decayed.
+        mask: which leaves are decayed: a tree of bools, or a function from the parameters
+            to one; by default matrices, but no bias and no scale of a norm.
 
     Returns:
         An optax optimizer; ``update`` needs ``params``. Leaves that are no LowRank nodes
@@ -63,7 +66,7 @@ def alt_lora(
         low-rank adaptation with alternating projections" (2025), arXiv 2505.12455. Special
         case: with ``b1=0``, :func:`lrjax.scaled_gd` in the alternating order.
     """
-    average = optax.chain(optax.ema(b1, debias=False), decay_weights(weight_decay))
+    average = optax.chain(optax.ema(b1, debias=False), decay_weights(weight_decay, mask))
     of_pairs = optax.chain(scale_by_gram(damping), optax.scale(1 / scale**2), average)
     of_pairs = alternate_factors(of_pairs, carry_moments=True)
     return by_kind(of_pairs, average, learning_rate)

@@ -3,7 +3,7 @@ from jaxtyping import ArrayLike
 
 from .._arguments import checks_trees
 from ..transforms import alternate_factors, scale_by_gram
-from ._common import adam, by_kind, decay_weights
+from ._common import DecayMask, adam, by_kind, decay_weights
 
 
 @checks_trees
@@ -15,6 +15,7 @@ def alt_lora_plus(
     eps: ArrayLike = 1e-8,
     damping: ArrayLike | optax.Schedule = 0.0,
     weight_decay: ArrayLike = 0.0,
+    mask: DecayMask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AltLoRA+: :func:`lrjax.alt_lora` with the second moments of Adam.
 
@@ -37,6 +38,8 @@ def alt_lora_plus(
         damping: see :func:`lrjax.scale_by_gram`.
         weight_decay: ``γ``, of matrices but biases and scales of norms; a factor that
             rests is not decayed.
+        mask: which leaves are decayed: a tree of bools, or a function from the parameters
+            to one; by default matrices, but no bias and no scale of a norm.
 
     Returns:
         An optax optimizer; ``update`` needs ``params``. Leaves that are no LowRank nodes
@@ -60,6 +63,6 @@ def alt_lora_plus(
         case: with ``b1=0`` and an ``eps`` above all gradients, :func:`lrjax.alt_lora` at
         the rate ``η/eps``.
     """
-    moments = optax.chain(adam(b1, b2, eps), decay_weights(weight_decay))
+    moments = optax.chain(adam(b1, b2, eps), decay_weights(weight_decay, mask))
     of_pairs = optax.chain(scale_by_gram(damping), moments)
     return by_kind(alternate_factors(of_pairs, carry_moments=True), moments, learning_rate)

@@ -3,7 +3,7 @@ from jaxtyping import ArrayLike
 
 from .._arguments import checks_trees
 from ..transforms import scale_by_gram, scale_by_matrix_adam
-from ._common import adam, by_kind, decay_weights
+from ._common import DecayMask, adam, by_kind, decay_weights
 
 
 @checks_trees
@@ -16,6 +16,7 @@ def lora_rite(
     max_norm: ArrayLike = 1.0,
     conserve: bool = False,
     weight_decay: ArrayLike = 0.0,
+    mask: DecayMask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-RITE: Adam whose trajectory does not depend on how the product is split.
 
@@ -42,6 +43,8 @@ def lora_rite(
         max_norm: the largest norm of all ``Ḡ`` together; longer ones are scaled down.
         conserve: see :func:`lrjax.scale_by_matrix_adam`.
         weight_decay: ``γ``, decoupled, of matrices but biases and scales of norms.
+        mask: which leaves are decayed: a tree of bools, or a function from the parameters
+            to one; by default matrices, but no bias and no scale of a norm.
 
     Returns:
         An optax optimizer; ``update`` needs ``params``. Leaves that are no LowRank nodes
@@ -68,6 +71,6 @@ def lora_rite(
         optax.clip_by_global_norm(max_norm),  # pyright: ignore[reportArgumentType]
         scale_by_matrix_adam(b1, b2, eps, conserve=conserve),
     )
-    decay = decay_weights(weight_decay)
+    decay = decay_weights(weight_decay, mask)
     of_pairs = optax.chain(scale_by_gram(phi=moments), decay)
     return by_kind(of_pairs, optax.chain(adam(b1, b2, eps), decay), learning_rate)

@@ -5,7 +5,7 @@ from jaxtyping import ArrayLike
 
 from .._arguments import checks_trees
 from ..transforms import alternate_factors, scale_by_gram
-from ._common import adam, by_kind, decay_weights, on_nodes
+from ._common import DecayMask, adam, by_kind, decay_weights, on_nodes
 
 
 @checks_trees
@@ -19,6 +19,7 @@ def scaled_adamw(
     relative: bool = False,
     order: Literal["jacobi", "alternating"] = "jacobi",
     weight_decay: ArrayLike = 0.0,
+    mask: DecayMask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scaled AdamW: Adam of gradients that the Gram matrix of the partner preconditions.
 
@@ -47,6 +48,8 @@ def scaled_adamw(
         order: ``"jacobi"``, or ``"alternating"``, :func:`lrjax.alternate_factors`.
         weight_decay: decoupled weight decay, of matrices but biases and scales of norms;
             a factor that rests is not decayed.
+        mask: which leaves are decayed: a tree of bools, or a function from the parameters
+            to one; by default matrices, but no bias and no scale of a norm.
 
     Returns:
         An optax optimizer; ``update`` needs ``params``. Leaves that are no LowRank nodes
@@ -76,7 +79,7 @@ def scaled_adamw(
     """
     if order not in ("jacobi", "alternating"):
         raise ValueError(f"order must be 'jacobi' or 'alternating', got {order!r}.")
-    moments = optax.chain(adam(b1, b2, eps), decay_weights(weight_decay))
+    moments = optax.chain(adam(b1, b2, eps), decay_weights(weight_decay, mask))
     precondition = scale_by_gram(damping, relative=relative)
     if order == "alternating":
         in_turns = alternate_factors(optax.chain(precondition, moments))

@@ -144,3 +144,23 @@ def test_a_factor_that_rests_keeps_its_moments_and_is_not_decayed(getkey, x64):
     assert_close(path.left[1], path.left[0])
     assert_close(path.right[2], path.right[1])
     assert relative_error(path.left[2], path.left[1]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["scaled_adamw", "alt_lora", "alt_lora_plus", "lora_rite"])
+def test_a_mask_of_decay_reaches_into_pairs(name):
+    """A tree of bools for all parameters holds for each part that is treated apart."""
+    pair = lambda: lrjax.LowRank(jnp.ones((4, 2)), jnp.ones((3, 2)))
+    params = {"on": pair(), "off": pair(), "kept": jnp.ones((3, 3)), "bias": jnp.ones(3)}
+    chosen = lambda path, _: path[0].key in ("on", "bias")
+    mask = jax.tree_util.tree_map_with_path(chosen, params)
+    tx = getattr(lrjax, name)(0.1, weight_decay=0.5, mask=mask)
+    state = tx.init(params)
+    still = jax.tree.map(jnp.zeros_like, params)
+    first, state = tx.update(still, state, params)
+    second, _ = tx.update(still, state, params)
+    for step in (first, second):
+        assert not any(x.any() for x in jax.tree.leaves((step["off"], step["kept"])))
+        assert_close(step["bias"], jnp.full(3, -0.05))
+    # One factor after the other, or both.
+    moved = jax.tree.map(lambda a, b: jnp.minimum(a, b), first["on"], second["on"])
+    assert_close(moved, jax.tree.map(lambda x: -0.05 * x, params["on"]))
