@@ -3,12 +3,13 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, PyTree
 
 from ._matrices import check_real, path_name
-from .lowrank import LowRank, is_low_rank
+from .lowrank import LowRank, is_low_rank, is_svd_form
 
 
 def map_nodes(
@@ -140,6 +141,26 @@ def put_factors(tree: PyTree, factors: PyTree) -> PyTree:
     """A tree with other factors in its LowRank nodes."""
     put = lambda x, new: new if is_low_rank(x) else x
     return jax.tree.map(put, tree, factors, is_leaf=is_low_rank)
+
+
+def named_factors(tree: PyTree) -> PyTree:
+    """The same tree with nothing in it but the matrices that are called left and right.
+
+    These are the factors of LowRank nodes, and those that layers share in a pool.
+    """
+
+    def keep(path: tuple, x: Any) -> Any:
+        is_factor = path_name(path).split(".")[-1] in ("left", "right")
+        is_matrix = not is_svd_form(x) and jnp.ndim(x) >= 2
+        return x if is_factor and is_matrix else optax.MaskedNode()
+
+    return jtu.tree_map_with_path(keep, tree, is_leaf=is_svd_form)
+
+
+def put_named_factors(tree: PyTree, factors: PyTree) -> PyTree:
+    """A tree with others in the place of its :func:`named_factors`."""
+    put = lambda x, new: x if isinstance(new, optax.MaskedNode) else new
+    return jax.tree.map(put, tree, factors, is_leaf=is_svd_form)
 
 
 def like(node: LowRank, *factors: Array) -> LowRank:

@@ -1,9 +1,13 @@
+import operator
+
+import jax
 import optax
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, PyTree
 
 from .._arguments import checks_trees
+from .._tree import named_factors
 from ..transforms import cubic_schedule, freeze_factors
-from ._common import DecayMask, finish, on_nodes, others
+from ._common import DecayMask, finish
 
 
 @checks_trees
@@ -71,7 +75,28 @@ def aflora(
     direction = optax.scale_by_adam() if inner is None else inner
     optimizer = finish(direction, learning_rate, weight_decay, mask)
     kept = cubic_schedule(1.0, 0.0, begin=begin, end=end)
-    return optax.chain(
-        on_nodes(freeze_factors(optimizer, kept, window=window, b1=b1, b2=b2)),
-        optax.masked(optimizer, others),
+    frozen = optax.masked(
+        freeze_factors(optimizer, kept, window=window, b1=b1, b2=b2), _factors
     )
+    rest = optax.masked(optimizer, lambda tree: jax.tree.map(operator.not_, _factors(tree)))
+    return optax.chain(_if_factors(frozen), rest)
+
+
+def _factors(tree: PyTree) -> PyTree:
+    """The mask of factors, of nodes and of pools."""
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    keep = lambda x: not is_masked(x)
+    return jax.tree.map(keep, named_factors(tree), is_leaf=is_masked)
+
+
+def _if_factors(
+    tx: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """The transform on trees with a factor, nothing on others."""
+
+    def update(updates, state, params=None, **extra):
+        if not jax.tree.leaves(named_factors(updates)):
+            return updates, state
+        return tx.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)

@@ -182,7 +182,7 @@ def test_copies_of_units_stay_copies_and_train_as_the_base(getkey, x64, optimize
     assert relative_error(got, want) < 1e-10
 
 
-def coordinates(optimizer, scaled, widths, key, steps=3, seeds=3):
+def coordinates(optimizer, scaled, widths, key, steps=3, seeds=16):
     """How much a few steps change the last hidden activations and the outputs, by width."""
     x, y = jr.normal(key, (16, 5)), jr.normal(jr.fold_in(key, 1), (16, 3))
     moments = {"adam": optax.scale_by_adam(eps=1e-12), "sgd": optax.identity()}[optimizer]
@@ -228,7 +228,7 @@ def test_activations_change_alike_at_all_widths(getkey, optimizer):
     scaled = coordinates(optimizer, True, widths, key)
     plain = coordinates(optimizer, False, widths, key)
     spread = lambda sizes: sizes.max(axis=0) / sizes.min(axis=0)
-    assert spread(scaled).max() < 1.8
+    assert spread(scaled).max() < 2.0
     assert spread(plain).max() > 1.5 * spread(scaled).max()
 
 

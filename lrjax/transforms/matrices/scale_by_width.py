@@ -4,6 +4,7 @@ import optax
 from jaxtyping import PyTree
 
 from ..._arguments import checks_trees
+from ..._matrices import check_real
 from ..._widths import Growth, Sides, Widths
 
 
@@ -85,6 +86,7 @@ def scale_by_width(
     }[optimizer]
 
     def init(params):
+        check_real("scale_by_width", params)
         widths.map(lambda growth, x, path: None, params)
         return optax.EmptyState()
 

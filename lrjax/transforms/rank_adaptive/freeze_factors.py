@@ -9,7 +9,14 @@ from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from ..._arguments import checks_trees
 from ..._batching import any_member
-from ..._tree import check_alike, check_has_nodes, check_params, only_factors, put_factors
+from ..._matrices import check_real
+from ..._tree import (
+    check_alike,
+    check_has_nodes,
+    check_params,
+    named_factors,
+    put_named_factors,
+)
 from ...linalg import increment, order_statistic, working_dtype
 from ._factors import at
 from .sensitivity import Sensitivity
@@ -48,7 +55,7 @@ def freeze_factors(
     :class:`lrjax.transforms.Sensitivity`. At the end of a window, of the ``n`` numbers in
     factors that still move, let ``q`` be the score of the ``⌊(1 − fraction) n⌋``-th
     smallest: a factor whose mean score is below ``q`` stops, for good. What is no factor
-    of a LowRank node moves on.
+    of a LowRank node or of a pool that layers share moves on.
 
     Shapes are fixed, so that what is frozen saves no time or memory here: it keeps
     factors from overfitting.
@@ -89,8 +96,10 @@ def freeze_factors(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
-        check_has_nodes("freeze_factors", params)
-        factors = only_factors(params)
+        check_real("freeze_factors", params)
+        factors = named_factors(params)
+        if not jax.tree.leaves(factors):
+            check_has_nodes("freeze_factors", params)
         zeros = Sensitivity.zeros(factors)
         frozen = jax.tree.map(lambda x: jnp.zeros(x.shape[:-2], bool), factors)
         count = jnp.zeros((), jnp.int32)
@@ -99,10 +108,10 @@ def freeze_factors(
     def update(updates, state, params=None, **extra):
         check_params("freeze_factors", params)
         check_alike(updates, params)
-        gradient, before = only_factors(updates), only_factors(params)
+        gradient, before = named_factors(updates), named_factors(params)
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
         stop = lambda u, frozen: jnp.where(frozen[..., None, None], 0, u)
-        moves = jax.tree.map(stop, only_factors(updates), state.frozen)
+        moves = jax.tree.map(stop, named_factors(updates), state.frozen)
 
         at_start = state.count % window == 0
         once = state.sensitivity.updated(state.window, b1, b2)
@@ -125,7 +134,7 @@ def freeze_factors(
         state = FreezeFactorsState(
             increment(state.count), averages, sensitivity, frozen, inner_state
         )
-        return put_factors(updates, moves), state
+        return put_named_factors(updates, moves), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

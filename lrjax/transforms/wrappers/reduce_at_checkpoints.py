@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from ..._arguments import checks_trees
+from ..._matrices import check_real
 from ...linalg import increment
 
 
@@ -94,6 +95,7 @@ def reduce_at_checkpoints(
         )
 
     def init(params):
+        check_real("reduce_at_checkpoints", params)
         low = jnp.asarray(jnp.finfo(jnp.float32).min)  # below every score, and finite
         zero = jnp.zeros((), jnp.int32)
         return ReduceAtCheckpointsState(
