@@ -59,6 +59,13 @@ def scale_by_gram(
     gates, cores and whole weights pass, and so do the factors of a trained pool (tied
     adapters), which are no node: their product is no weight of the model.
 
+    Without damping it needs a start near the truth or LoRA's: where both factors are small
+    and as wide as the rank, first steps are long, and half of all runs never settle. A
+    constant damping stalls at a level of its own. ``scale_by_gram(1.0, loss_power=0.5)``
+    needs no thought where the loss is the half of squared errors of order one: its damping
+    falls with the error, and it converged from all starts, widths and condition numbers of
+    the benchmark ``gram_damping``.
+
     Args:
         damping: ``λ``, or its ratio to the mean squared column norm ``tr(Gram)/r`` of the
             other factor, see ``relative``. A number, or an optax schedule of the step.
