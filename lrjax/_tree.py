@@ -137,12 +137,6 @@ def only_factors(tree: PyTree) -> PyTree:
     return jax.tree.map(keep, tree, is_leaf=is_low_rank)
 
 
-def put_factors(tree: PyTree, factors: PyTree) -> PyTree:
-    """A tree with other factors in its LowRank nodes."""
-    put = lambda x, new: new if is_low_rank(x) else x
-    return jax.tree.map(put, tree, factors, is_leaf=is_low_rank)
-
-
 def named_factors(tree: PyTree) -> PyTree:
     """The same tree with nothing in it but the matrices that are called left and right.
 
@@ -150,17 +144,18 @@ def named_factors(tree: PyTree) -> PyTree:
     """
 
     def keep(path: tuple, x: Any) -> Any:
+        if is_svd_form(x):
+            return jax.tree.map(lambda _: optax.MaskedNode(), x)
         is_factor = path_name(path).split(".")[-1] in ("left", "right")
-        is_matrix = not is_svd_form(x) and jnp.ndim(x) >= 2
-        return x if is_factor and is_matrix else optax.MaskedNode()
+        return x if is_factor and jnp.ndim(x) >= 2 else optax.MaskedNode()
 
     return jtu.tree_map_with_path(keep, tree, is_leaf=is_svd_form)
 
 
-def put_named_factors(tree: PyTree, factors: PyTree) -> PyTree:
-    """A tree with others in the place of its :func:`named_factors`."""
+def put_factors(tree: PyTree, factors: PyTree) -> PyTree:
+    """A tree with others in the place of its :func:`only_factors` or named ones."""
     put = lambda x, new: x if isinstance(new, optax.MaskedNode) else new
-    return jax.tree.map(put, tree, factors, is_leaf=is_svd_form)
+    return jax.tree.map(put, tree, factors)
 
 
 def like(node: LowRank, *factors: Array) -> LowRank:

@@ -132,17 +132,25 @@ def _check_asked(rank: Any, energy: Any) -> None:
         raise ValueError(f"as_lora's energy must be in (0, 1], got {energy!r}.")
 
 
+def beyond_factors(site: Site, ready: Ready) -> str | None:
+    """What an adapter changes that no product of factors holds."""
+    if site.kind == "vector":
+        return "a vector"
+    probe = None if site.bias is None else jnp.copy(site.bias)
+    return None if ready.bias(probe) is probe else "a bias of its own"
+
+
 def _check_is_matrix(site: Site, ready: Ready) -> None:
     """Refuse what a truncated SVD of the weight would drop without a word."""
-    if site.kind == "vector":
+    beyond = beyond_factors(site, ready)
+    if beyond == "a vector":
         raise ValueError(
             f"{site.path} is a vector, whose change is no product of factors: leave it out "
             "of the adapters that as_lora is given."
         )
-    probe = None if site.bias is None else jnp.copy(site.bias)
-    if ready.bias(probe) is not probe:
+    if beyond is not None:
         raise ValueError(
-            f"The adapter at {site.path!r} has a bias of its own, which factors cannot "
+            f"The adapter at {site.path!r} has {beyond}, which factors cannot "
             "hold: leave it out of the adapters that as_lora is given."
         )
 

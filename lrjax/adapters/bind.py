@@ -2,6 +2,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
@@ -247,6 +248,16 @@ def dense_change(site: Site, ready: Ready) -> Float[Array, "*b out in"]:
     def one(part: Site, ready: Ready) -> Array:
         weight = part.read()
         return ready.weight(weight) - weight
+
+    return over_stack(one, site, ready)
+
+
+def bias_change(site: Site, ready: Ready) -> Array:
+    """``b' − b`` of every matrix of a site that has a bias."""
+
+    def one(part: Site, ready: Ready) -> Array:
+        bias = jnp.asarray(part.read_bias())
+        return jnp.asarray(ready.bias(bias)) - bias
 
     return over_stack(one, site, ready)
 

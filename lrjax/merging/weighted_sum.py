@@ -64,7 +64,8 @@ def weighted_sum(
             return whole
         # Factors that are wider than the matrix are larger than it.
         wide = whole.rank > min(whole.shape[-2:])
-        return truncate(whole.materialize() if wide else whole, rank)
+        whole = whole.materialize() if wide else whole
+        return truncate(whole, min(rank, *whole.shape[-2:]))
 
     return map_changes("weighted_sum", merge, changes, weights)
 

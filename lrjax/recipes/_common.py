@@ -131,7 +131,9 @@ def toward_minimum(
     return if_nodes(scale_by_target_level(inner=on_nodes(direction)))
 
 
-def if_nodes(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def if_nodes(
+    tx: optax.GradientTransformation, there: Callable[[PyTree], bool] = has_nodes
+) -> optax.GradientTransformationExtraArgs:
     """The transform on trees with a LowRank node, nothing on others.
 
     So a recipe is a drop-in for any tree: without a node it is the plain gradient step,
@@ -140,7 +142,7 @@ def if_nodes(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
     inner = optax.with_extra_args_support(tx)
 
     def update(updates, state, params=None, **extra):
-        if not has_nodes(updates):
+        if not there(updates):
             return updates, state
         return inner.update(updates, state, params, **extra)
 

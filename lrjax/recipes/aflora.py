@@ -7,7 +7,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 from .._arguments import checks_trees
 from .._tree import named_factors
 from ..transforms import cubic_schedule, freeze_factors
-from ._common import DecayMask, finish
+from ._common import DecayMask, finish, if_nodes
 
 
 @checks_trees
@@ -79,7 +79,8 @@ def aflora(
         freeze_factors(optimizer, kept, window=window, b1=b1, b2=b2), _factors
     )
     rest = optax.masked(optimizer, lambda tree: jax.tree.map(operator.not_, _factors(tree)))
-    return optax.chain(_if_factors(frozen), rest)
+    has_factors = lambda tree: bool(jax.tree.leaves(named_factors(tree)))
+    return optax.chain(if_nodes(frozen, has_factors), rest)
 
 
 def _factors(tree: PyTree) -> PyTree:
@@ -87,16 +88,3 @@ def _factors(tree: PyTree) -> PyTree:
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
     keep = lambda x: not is_masked(x)
     return jax.tree.map(keep, named_factors(tree), is_leaf=is_masked)
-
-
-def _if_factors(
-    tx: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-    """The transform on trees with a factor, nothing on others."""
-
-    def update(updates, state, params=None, **extra):
-        if not jax.tree.leaves(named_factors(updates)):
-            return updates, state
-        return tx.update(updates, state, params, **extra)
-
-    return optax.GradientTransformationExtraArgs(tx.init, update)

@@ -90,6 +90,14 @@ def test_the_default_is_the_mean_and_a_rank_the_best_approximation(getkey):
         assert_close(cut[path].materialize(), want.materialize())
 
 
+def test_a_rank_that_no_matrix_has_cuts_to_the_shorter_side(getkey):
+    wide = [random_low_rank(key, 6, 5, 4) for key in jr.split(getkey(), 3)]
+    exact = merging.weighted_sum(wide)
+    cut = merging.weighted_sum(wide, rank=9)
+    assert (exact.rank, cut.rank) == (12, 5)
+    assert_close(cut.materialize(), exact.materialize(), condition=10)
+
+
 def test_a_node_beside_an_array_is_an_array(getkey):
     x, y = random_low_rank(getkey(), 6, 5, 2), jr.normal(getkey(), (6, 5))
     merged = merging.weighted_sum([x, y], [2.0, 3.0])

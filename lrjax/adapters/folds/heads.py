@@ -8,11 +8,11 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..._sharding import einsum
-from ..._sites import Held, Site, over_stack
+from ..._sites import Held, Site
 from ...linalg import working_dtype
 from .._pool import Pool
 from ..as_lora import stacked_factors
-from ..bind import dense_change, map_adapted
+from ..bind import bias_change, dense_change, map_adapted
 from ..bound import prepared
 from ..protocol import Adapter, with_stopped_gradients
 from ..tree import Adapters
@@ -123,7 +123,6 @@ def _mean_bias_change(site: Site, heads: Adapter, pool: Pool | None) -> Array:
 
     def one(own: Adapter, pool: Pool | None) -> Array:
         ready = prepared(site, own, None if pool is None else Held(pool))
-        own_bias = lambda part, ready: ready.bias(part.bias) - part.bias
-        return over_stack(own_bias, site, ready)
+        return bias_change(site, ready)
 
     return jnp.mean(eqx.filter_vmap(one)(heads, pool), axis=0)

@@ -4,12 +4,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
-from ..._sites import Site, over_stack
+from ..._sites import Site
 from ...lowrank import LowRank, truncate
 from ...merging import weighted_sum
 from .._pool import Pool
-from ..as_lora import stacked_factors
-from ..bind import adapted_sites, dense_change
+from ..as_lora import beyond_factors, stacked_factors
+from ..bind import adapted_sites, bias_change, dense_change
 from ..kinds import Factors
 from ..kinds.full import FullCopy
 from ..protocol import Adapter, Ready
@@ -99,16 +99,17 @@ def _merged(path: str, row: list[_Own], rule: Rule, rank: int | None) -> Adapter
     if all(found is not None for found in factors):
         change = rule([_split(*found) for found in factors if found is not None], weights)
         return _factors(change, site, rank)
-    change = rule([dense_change(site, own.ready()) for own in row], weights)
-    biases = [_bias_change(site, own.ready()) for own in row]
-    bias = None if biases[0] is None else rule(biases, weights)
     if rank is not None:
         _check_is_product(path, row)
+    change = rule([dense_change(site, own.ready()) for own in row], weights)
+    if rank is not None:
         return _factors(change, site, rank)
     dense = change.materialize() if isinstance(change, LowRank) else change
     matrix = (site.read() + dense).astype(site.dtype)
-    own_bias = None if bias is None else jnp.asarray(site.read_bias()) + bias
-    return FullCopy(matrix, own_bias)
+    if site.bias is None:
+        return FullCopy(matrix, None)
+    bias = rule([bias_change(site, own.ready()) for own in row], weights)
+    return FullCopy(matrix, jnp.asarray(site.read_bias()) + bias)
 
 
 def _split(pair: LowRank, scale: Array) -> LowRank:
@@ -119,34 +120,18 @@ def _split(pair: LowRank, scale: Array) -> LowRank:
 
 
 def _factors(change: Any, site: Site, rank: int | None) -> Factors:
-    if rank is not None:
-        most = min(site.shape)
-        wide = isinstance(change, LowRank) and change.rank > most
-        whole = change.materialize() if wide else change
-        width = whole.rank if isinstance(whole, LowRank) else most
-        change = truncate(whole, min(rank, width))
+    if rank is not None and isinstance(change, LowRank):
+        change = weighted_sum([change], jnp.ones(1), rank=rank)
+    elif rank is not None:
+        change = truncate(change, min(rank, *site.shape))
     return Factors(change, None, jnp.ones(site.stack, change.dtype), None, "both")
-
-
-def _bias_change(site: Site, ready: Ready) -> Array | None:
-    """``b' − b`` of every matrix; None for layers without a bias."""
-    if site.bias is None:
-        return None
-
-    def one(part: Site, ready: Ready) -> Array:
-        bias = jnp.asarray(part.read_bias())
-        return jnp.asarray(ready.bias(bias)) - bias
-
-    return over_stack(one, site, ready)
 
 
 def _check_is_product(path: str, row: list[_Own]) -> None:
     site = row[0].site
-    probe = None if site.bias is None else jnp.copy(site.bias)
-    biased = any(own.ready().bias(probe) is not probe for own in row)
-    if site.kind == "vector" or biased:
-        what = "a vector" if site.kind == "vector" else "a bias of its own"
-        raise ValueError(
-            f"combine(rank=…) cannot hold {what} at {path or 'the root'} in factors: leave "
-            "the rank out, or that layer out of the adapters."
-        )
+    for what in (beyond_factors(site, own.ready()) for own in row):
+        if what is not None:
+            raise ValueError(
+                f"combine(rank=…) cannot hold {what} at {path or 'the root'} in factors: "
+                "leave the rank out, or that layer out of the adapters."
+            )

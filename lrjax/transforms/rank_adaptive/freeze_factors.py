@@ -15,7 +15,7 @@ from ..._tree import (
     check_has_nodes,
     check_params,
     named_factors,
-    put_named_factors,
+    put_factors,
 )
 from ...linalg import increment, order_statistic, working_dtype
 from ._factors import at
@@ -134,7 +134,7 @@ def freeze_factors(
         state = FreezeFactorsState(
             increment(state.count), averages, sensitivity, frozen, inner_state
         )
-        return put_named_factors(updates, moves), state
+        return put_factors(updates, moves), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PyTree
 from ..._arguments import checks_trees
 from ..._batching import any_member
 from ..._moments import map_moments
-from ..._tree import check_has_nodes, check_params, like, map_factors
+from ..._tree import check_has_nodes, check_params, like, map_factors, node_of
 from ...linalg import cross, increment, inverse_grams, times, working_dtype
 from ...lowrank import LowRank, is_low_rank
 
@@ -136,20 +136,12 @@ def _nodes(pick: Callable[[LowRank], Any], tree: PyTree, whole: bool = True) -> 
     return jax.tree.map(of, tree, is_leaf=is_low_rank)
 
 
-def _node(left: Any, right: Any) -> LowRank:
-    """A node of any two things, unchecked."""
-    node = object.__new__(LowRank)
-    object.__setattr__(node, "left", left)
-    object.__setattr__(node, "right", right)
-    return node
-
-
-_left = functools.partial(_nodes, lambda x: _node(x.left, None))
-_right = functools.partial(_nodes, lambda x: _node(None, x.right))
+_left = functools.partial(_nodes, lambda x: node_of(x.left, None))
+_right = functools.partial(_nodes, lambda x: node_of(None, x.right))
 _alone = functools.partial(_nodes, lambda x: x, whole=False)
 # The partner in the place of the factor.
-_of_left = functools.partial(_nodes, lambda x: _node(x.right, None))
-_of_right = functools.partial(_nodes, lambda x: _node(None, x.left))
+_of_left = functools.partial(_nodes, lambda x: node_of(x.right, None))
+_of_right = functools.partial(_nodes, lambda x: node_of(None, x.left))
 
 
 def _resting(tree: PyTree) -> PyTree:
@@ -167,7 +159,7 @@ def _replaced(absent: Callable[[Any], bool], by: Any, tree: PyTree) -> PyTree:
         if not is_low_rank(x):
             return x
         sides = (by if absent(side) else side for side in (x.left, x.right))
-        return _node(*sides)
+        return node_of(*sides)
 
     return jax.tree.map(of, tree, is_leaf=is_low_rank)
 
