@@ -1,3 +1,4 @@
 """Learning on without what was learned before being lost."""
 
+from .gradient_basis import GradientBasis as GradientBasis
 from .recursive_least_squares import RecursiveLeastSquares as RecursiveLeastSquares

@@ -1,9 +1,11 @@
-from typing import Literal, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from ..._arguments import checks_trees
 from ..._matrices import check_real, path_name
@@ -16,9 +18,18 @@ class ProjectOutState(NamedTuple):
     basis: PyTree
 
 
+@runtime_checkable
+class Projection(Protocol):
+    """A basis that knows how to remove itself from updates, over several leaves at once."""
+
+    def project_out(self, updates: PyTree) -> PyTree:
+        """The updates without what lies in the span."""
+        ...
+
+
 @checks_trees
 def project_out(
-    basis: PyTree[Float[Array, "..."] | None], *, side: Literal["left", "right"] = "right"
+    basis: PyTree | Projection, *, side: Literal["left", "right"] = "right"
 ) -> optax.GradientTransformation:
     """Remove from each update what lies in a given subspace.
 
@@ -33,10 +44,16 @@ def project_out(
     tasks can be kept and nothing compiles anew. :func:`lrjax.subspaces.grow_basis` adds
     the directions of a task to them.
 
+    Subspaces that are not those of one matrix project themselves:
+    :class:`lrjax.continual.InputBases` of a weight together with its bias, found for every
+    layer of a model, and :class:`lrjax.continual.GradientBasis` of all parameters at once.
+
     Args:
         basis: a tree like the parameters, ``None`` where nothing is to be removed; leading
-            axes of ``M`` are those of a stack of layers.
-        side: the side of the update that ``M`` is applied from.
+            axes of ``M`` are those of a stack of layers. The rows of ``M`` may be several
+            axes of a leaf in one, those of a kernel ``(out, in, height, width)`` with
+            ``M (in · height · width, k)``. Or an object with ``project_out(updates)``.
+        side: the side of the update that ``M`` is applied from. Of an object there is none.
 
     Returns:
         The transform.
@@ -62,6 +79,9 @@ def project_out(
     if axis is None:
         raise ValueError(f"project_out takes side 'left' or 'right', got {side!r}.")
 
+    if isinstance(basis, Projection):
+        return _of_projection(basis)
+
     def init(params):
         check_real("project_out", params)
         shapes = {p: jnp.shape(x) for p, x in jtu.tree_flatten_with_path(params)[0]}
@@ -74,7 +94,7 @@ def project_out(
             )
         for path, m in found:
             shape = shapes[path]
-            if len(shape) < 2 or m.ndim < 2 or m.shape[-2] != shape[axis]:
+            if _matrix_of(shape, jnp.shape(m), axis) is None:
                 raise ValueError(
                     f"project_out was given a basis of shape {m.shape} for the leaf "
                     f"{path_name(path) or 'the root'} of shape {shape}: on the {side} "
@@ -94,9 +114,49 @@ def project_out(
     return optax.GradientTransformation(init, update)
 
 
+def _of_projection(basis: Any) -> optax.GradientTransformation:
+    def init(params):
+        check_real("project_out", params)
+        # A tree of placeholders has nothing in it that could fit.
+        if any(jnp.ndim(x) for x in jtu.tree_leaves(params)):
+            jax.eval_shape(basis.project_out, params)
+        return ProjectOutState(basis)
+
+    def update(updates, state, params=None):
+        del params
+        return state.basis.project_out(updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _matrix_of(
+    shape: tuple[int, ...], m: tuple[int, ...], axis: int
+) -> tuple[int, ...] | None:
+    """The shape in which a leaf is multiplied by a basis, or None if it does not fit.
+
+    The axes next to the stack, or the last ones, that have as many numbers as the basis
+    has rows are one axis.
+    """
+    if len(shape) < 2 or len(m) < 2:
+        return None
+    if len(shape) > len(m):
+        stack, rest = shape[: len(m) - 2], shape[len(m) - 2 :]
+        sizes = [math.prod(rest[:i]) for i in range(1, len(rest))]
+        if axis == -1:
+            sizes = [math.prod(rest[i:]) for i in range(1, len(rest))]
+        if m[-2] in sizes and all(a in (1, b) for a, b in zip(m[:-2], stack, strict=True)):
+            other = math.prod(rest) // m[-2]
+            return (*stack, m[-2], other) if axis == -2 else (*stack, other, m[-2])
+    return shape if shape[axis] == m[-2] else None
+
+
 def _remove(u: Array, m: Array, axis: int) -> Array:
     wide = u.astype(jnp.promote_types(u.dtype, m.dtype))
     m = m.astype(wide.dtype)
+    matrix = _matrix_of(u.shape, m.shape, axis)
+    wide = wide if matrix in (None, u.shape) else wide.reshape(matrix)
     if axis == -1:
-        return (wide - outer(times(wide, m), m)).astype(u.dtype)
-    return (wide - times(m, cross(m, wide))).astype(u.dtype)
+        rest = wide - outer(times(wide, m), m)
+    else:
+        rest = wide - times(m, cross(m, wide))
+    return rest.reshape(u.shape).astype(u.dtype)
