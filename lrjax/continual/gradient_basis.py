@@ -208,7 +208,7 @@ class GradientBasis(eqx.Module):
         leaves, pairs = dict(jtu.tree_flatten_with_path(tree)[0]), []
         for path, rows in jtu.tree_flatten_with_path(self.directions)[0]:
             x = leaves.get(path)
-            if not eqx.is_array_like(x) or jnp.shape(x)[axes:] != rows.shape[1:]:
+            if x is None or jnp.shape(x)[axes:] != rows.shape[1:]:
                 got = "nothing" if x is None else f"{jnp.shape(x)}"
                 want = ", ".join(["count"] * axes + [str(n) for n in rows.shape[1:]])
                 raise ValueError(
