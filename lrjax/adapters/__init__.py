@@ -99,6 +99,7 @@ from .kinds import (
     Seeded as Seeded,
     SoRA as SoRA,
     StelLA as StelLA,
+    Summed as Summed,
     SVFit as SVFit,
     Tensor as Tensor,
     TiedLoRA as TiedLoRA,
@@ -106,6 +107,7 @@ from .kinds import (
     TokenRows as TokenRows,
     Tucker as Tucker,
     VeRA as VeRA,
+    Weighted as Weighted,
     WithBias as WithBias,
     WithMagnitude as WithMagnitude,
 )
@@ -126,7 +128,13 @@ from .kinds.starts import (
     ZeroStart as ZeroStart,
 )
 from .loftq import loftq as loftq
-from .many import combine as combine
+from .many import (
+    Stack as Stack,
+    combine as combine,
+    select as select,
+    stack as stack,
+    swap as swap,
+)
 from .parameterization import (
     FactorSettings as FactorSettings,
     Parameterization as Parameterization,

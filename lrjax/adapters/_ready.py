@@ -1,4 +1,5 @@
 import abc
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +172,58 @@ class Copied(Ready):
     def bias(self, bias):
         """The copy of the bias."""
         return bias if self.own_bias is None else self.own_bias
+
+
+class Toward(Beside):
+    """``W' = W + share · (V − W)`` around another adapter, whose weight is ``V``."""
+
+    inner: Ready
+    share: Float[Array, ""]
+
+    def weight(self, base):
+        """The layer's weight, moved toward the other's."""
+        return base + self.share.astype(base.dtype) * (self.inner.weight(base) - base)
+
+    def change(self, site, x):
+        """The other adapter's change, times the share."""
+        return self.share * self.inner.change(site, x)
+
+    def bias(self, bias):
+        """Moved in the same way."""
+        return _moved_bias(bias, [(self.share, self.inner)])
+
+
+class Sum(Beside):
+    """``W' = W + Σ_k (V_k − W)``, of adapters whose weights are ``V_k``."""
+
+    parts: tuple[Ready, ...]
+
+    def weight(self, base):
+        """The weight and all changes."""
+        return base + functools.reduce(
+            jnp.add, (part.weight(base) - base for part in self.parts)
+        )
+
+    def change(self, site, x):
+        """All changes."""
+        changes = (part.change(site, x) for part in self.parts)
+        return functools.reduce(jnp.add, changes)
+
+    def bias(self, bias):
+        """The bias and all changes of it."""
+        return _moved_bias(bias, [(1.0, part) for part in self.parts])
+
+
+def _moved_bias(
+    bias: Array | None, parts: list[tuple[Array | float, Ready]]
+) -> Array | None:
+    """``b + Σ_k share_k (b_k − b)``; the bias itself where no part has another one."""
+    moved = bias
+    for share, part in parts:
+        own = part.bias(bias)
+        if bias is not None and moved is not None and own is not bias:
+            moved = moved + share * (jnp.asarray(own) - bias)
+    return moved
 
 
 class OwnBias(Ready):

@@ -48,7 +48,7 @@ def joined(site: Site, found: Mapping[tuple[int, ...], Adapter], depth: int) -> 
     if all(isinstance(innermost(adapter), Factors) for adapter in there):
         ranks = {innermost(adapter).pair.rank for adapter in there}
         if len(ranks) > 1 or len(there) < len(adapters):
-            there = [_filled(adapter, max(ranks)) for adapter in there]
+            there = [filled(adapter, max(ranks)) for adapter in there]
     rest = iter(there)
     whole = [
         _nothing(site, index, there[0]) if adapter is None else next(rest)
@@ -64,8 +64,11 @@ def joined(site: Site, found: Mapping[tuple[int, ...], Adapter], depth: int) -> 
     return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), stacked)
 
 
-def _filled(tree: Any, rank: int) -> Any:
-    """All factors with as many columns, of which those that were not there are masked."""
+def filled(tree: Any, rank: int, *, masked: bool = True) -> Any:
+    """All factors with as many columns, of which those that were not there are masked.
+
+    Without a mask they are zeros, which is the same function.
+    """
 
     def fill(x: Any) -> Any:
         if not isinstance(x, Factors):
@@ -73,7 +76,7 @@ def _filled(tree: Any, rank: int) -> Any:
         wide = lambda y: jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, rank - y.shape[-1])])
         pair, start, gate = jax.tree.map(wide, (x.pair, x.start, x.gate))
         mask, scale = x.mask, x.scale
-        if mask is None and gate is None:  # a gate of zero is as good
+        if masked and mask is None and gate is None:  # a gate of zero is as good
             *lead, _, columns = x.pair.left.shape
             mask = jnp.ones((*lead, columns), scale.dtype)
         if mask is not None:

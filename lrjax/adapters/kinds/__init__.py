@@ -36,3 +36,4 @@ from .scaled import Scaled as Scaled, TiedLoRA as TiedLoRA, VeRA as VeRA
 from .seeded import NOLA as NOLA, Seeded as Seeded
 from .tensor import DoTA as DoTA, Tensor as Tensor, Tucker as Tucker
 from .tokens import TokenRows as TokenRows
+from .weighted import Summed as Summed, Weighted as Weighted

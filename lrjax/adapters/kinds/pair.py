@@ -72,9 +72,12 @@ class Factors(Adapter):
         return trained(self, nodes[self.train], *gate)
 
     def prepare(self, site, pool=None):
-        """Both pairs side by side."""
-        pair, scale = self.factors()
-        return Product(pair, scale)
+        """Both pairs side by side; what stands between the factors stays there."""
+        weights = self.weights()
+        if weights is None or self.start is not None or self.thinning is not None:
+            pair, scale = self.factors()
+            return Product(pair, scale)
+        return Product(self.pair, self._scale() * weights)
 
     def factors(self, pool=None):
         """The pair, beside the negative start, and the scale."""

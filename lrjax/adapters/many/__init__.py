@@ -1,3 +1,5 @@
 """Many adapters of one model."""
 
 from .combine import combine as combine
+from .select import select as select
+from .stack import Stack as Stack, stack as stack, swap as swap
