@@ -16,7 +16,7 @@ from .stack import Stack
 def select(
     stack: Stack,
     ids: str | int | ArrayLike | Sequence[str | int],
-    weights: ArrayLike | None = None,
+    weights: ArrayLike | Sequence[ArrayLike] | None = None,
 ) -> Adapters:
     """One adapter of a stack, or several at once with weights.
 
