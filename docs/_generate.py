@@ -17,8 +17,11 @@ from types import ModuleType
 import lrjax
 
 
-# Modules that need an extra: a room does not import them, users do.
-APART = {"recovery": ("lrjax.recovery.sklearn",)}
+# Modules with names of their own, most of them for an extra.
+APART = {
+    "recovery": ("lrjax.recovery.sklearn",),
+    "adapters": ("lrjax.adapters.nnx", "lrjax.adapters.qwix"),
+}
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("[0-9]*.ipynb"))
 
 
@@ -111,10 +114,9 @@ def room_page(room: str) -> str:
     for name in APART.get(room, ()):
         apart = importlib.import_module(name)
         parts += [_heading(name, "-"), inspect.getdoc(apart) or ""]
-        parts += [
-            f".. autoclass:: {name}.{public}\n   :members:"
-            for public in public_names(apart)
-        ]
+        for public in public_names(apart):
+            directive = _directive(f"{name}.{public}")
+            parts += [f"{directive}\n   :members:" if "class" in directive else directive]
     return "\n\n".join(parts) + "\n"
 
 
@@ -128,8 +130,11 @@ def _mechanism(module: ModuleType, name: str) -> str:
 
 
 def _value(path: str) -> object:
-    room, name = public_paths()[path]
-    return getattr(rooms()[room], name)
+    if path in public_paths():
+        room, name = public_paths()[path]
+        return getattr(rooms()[room], name)
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _heading(text: str, line: str) -> str:

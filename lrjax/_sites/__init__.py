@@ -5,6 +5,7 @@ from .activations import (
     sums_of_inputs as sums_of_inputs,
 )
 from .arrays import ArraySite as ArraySite, Axes as Axes, array_site as array_site
+from .axes_of import AxesOf as AxesOf, axes_of as axes_of
 from .find import (
     check_used_once as check_used_once,
     find_sites as find_sites,

@@ -1,15 +1,17 @@
 """Low-rank adapters that live outside the model: build, bind, merge, train."""
 
 from .._sites import (
+    AxesOf as AxesOf,
     InputStatistic as InputStatistic,
     LinearSite as LinearSite,
     QuantizedArray as QuantizedArray,
     Site as Site,
     activation_statistics as activation_statistics,
+    axes_of as axes_of,
     register_layer as register_layer,
     register_quantized as register_quantized,
 )
-from . import peft as peft
+from . import nnx as nnx, peft as peft, qwix as qwix
 from ._pool import (
     BasisPool as BasisPool,
     FactorPool as FactorPool,
