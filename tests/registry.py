@@ -169,6 +169,18 @@ def _gram_with_moments(damping, b1, b2, eps):
     return lrjax.scale_by_gram(damping, phi=lrjax.scale_by_matrix_adam(b1, b2, eps))
 
 
+def _with_loss(factory):
+    """A transform that asks for the loss as a function, told that of the registry."""
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        tx = factory(*args, **kwargs)
+        update = functools.partial(tx.update, value_fn=loss)
+        return tx._replace(update=update)
+
+    return make
+
+
 def _prune_entries(fraction):
     return lrjax.prune_entries(optax.sgd(0.1), fraction)
 
@@ -434,6 +446,24 @@ TRANSFORMS: dict[str, Entry] = {
         params="stack",
         stacks=False,
         static=("rank",),
+        couples=True,
+    ),
+    "scale_by_gradient_window": Entry(
+        lrjax.scale_by_gradient_window,
+        {"window": 3, "damping": 0.1},
+        {"damping": 0.5},
+        params="stack",
+        stacks=False,
+        static=("window", "dtype"),
+        couples=True,
+    ),
+    "scale_by_nystrom": Entry(
+        _with_loss(lrjax.scale_by_nystrom),
+        {"rank": 2, "damping": 0.01, "refresh_every": 2, "rate_steps": 2},
+        {"damping": 0.05},
+        params="stack",
+        stacks=False,
+        static=("rank", "rate_steps", "product"),
         couples=True,
     ),
     "scale_by_kl_shampoo": Entry(
@@ -1056,6 +1086,27 @@ RECIPES |= {
         composed_of=("shrink_singular_values",),
         drop_in={"learning_rate": 1e-3, "nuclear_weight": 0.0},
     ),
+    "mfac": Entry(
+        lrjax.mfac,
+        {"learning_rate": 0.03, "window": 3, "momentum": 0.9},
+        {"learning_rate": 0.1, "momentum": 0.5},
+        "stack",
+        descends=True,
+        stacks=False,
+        static=("window", "dtype"),
+        composed_of=("scale_by_gradient_window",),
+        drop_in={"learning_rate": 1e-3, "window": 4},
+    ),
+    "sketchy_sgd": Entry(
+        _with_loss(lrjax.sketchy_sgd),
+        {"learning_rate": 0.5, "rank": 2, "damping": 0.01},
+        {"learning_rate": 0.1, "damping": 0.05},
+        "stack",
+        descends=True,
+        stacks=False,
+        static=("rank", "product"),
+        composed_of=("scale_by_nystrom",),
+    ),
     "psgd": Entry(
         lrjax.psgd,
         {"learning_rate": 0.03, "rank": 2, "rate": 0.1},
@@ -1148,6 +1199,7 @@ NOT_TRANSFORMS = {
     "data_parallel_specs",
     "dequantize",
     "grow_basis",
+    "hessian_product",
     "is_hidden_matrix",
     "rounding",
     "limit_growth",

@@ -37,7 +37,16 @@ from .gram import (
     inverse_root_grams as inverse_root_grams,
     orthonormalizers as orthonormalizers,
 )
-from .nystrom import nystrom as nystrom
+from .low_rank_plus_diagonal import (
+    InverseLowRankPlusDiagonal as InverseLowRankPlusDiagonal,
+    LowRankPlusDiagonal as LowRankPlusDiagonal,
+    Woodbury as Woodbury,
+)
+from .nystrom import (
+    nystrom as nystrom,
+    nystrom_preconditioner as nystrom_preconditioner,
+    nystrom_sketch as nystrom_sketch,
+)
 from .optimal_shrinkage import optimal_shrinkage as optimal_shrinkage
 from .orthonormalize import orthonormalize as orthonormalize
 from .pca_split_rotation import pca_split_rotation as pca_split_rotation
@@ -52,6 +61,13 @@ from .singular_value_maps import (
 )
 from .sqrtm import inverse_sqrtm as inverse_sqrtm, sqrtm as sqrtm
 from .subspace_iteration import subspace_iteration as subspace_iteration
+from .tall import (
+    tall_apply as tall_apply,
+    tall_gram as tall_gram,
+    tall_inner as tall_inner,
+    tall_mix as tall_mix,
+    tall_svd as tall_svd,
+)
 from .thresholds import (
     hard_threshold as hard_threshold,
     keep_largest as keep_largest,

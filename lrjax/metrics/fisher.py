@@ -3,10 +3,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import PyTree, Scalar
 
-from ..linalg import working_dtype
+from ._examples import mean_over_examples
 
 
 def diagonal_fisher(
@@ -43,25 +42,8 @@ def diagonal_fisher(
         J. Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks"
         (2017), arXiv 1612.00796.
     """
-    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(examples)}
-    if len(sizes) != 1 or sizes <= {(), (0,)} or batch_size < 1:
-        raise ValueError(
-            "diagonal_fisher needs examples along the first axis of all arrays, and a "
-            f"batch_size of at least one; got first axes {sorted(sizes)} and "
-            f"batch_size={batch_size}."
-        )
-    ((count,),) = sizes
-
-    def add_batch(total, batch):
-        grads = jax.vmap(lambda example: jax.grad(loss)(params, *example))(batch)
-        wider = lambda t, g: t + jnp.sum(g.astype(t.dtype) ** 2, axis=0)
-        return jax.tree.map(wider, total, grads), None
-
-    whole = count - count % batch_size
-    cut = lambda x: x[:whole].reshape(-1, batch_size, *jnp.shape(x)[1:])
-    zeros = lambda x: jnp.zeros_like(x, working_dtype(x.dtype))
-    batches = jax.tree.map(cut, examples)
-    total, _ = lax.scan(add_batch, jax.tree.map(zeros, params), batches)
-    if whole < count:
-        total, _ = add_batch(total, jax.tree.map(lambda x: x[whole:], examples))
-    return jax.tree.map(lambda t: t / count, total)
+    squares = lambda grads: jax.tree.map(jnp.square, grads)
+    found, _ = mean_over_examples(
+        "diagonal_fisher", squares, loss, params, examples, batch_size
+    )
+    return found

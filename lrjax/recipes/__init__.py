@@ -33,6 +33,7 @@ from .lora_pro import lora_pro as lora_pro
 from .lora_rite import lora_rite as lora_rite
 from .loro import loro as loro
 from .maestro import maestro as maestro
+from .mfac import mfac as mfac
 from .mofasgd import mofasgd as mofasgd
 from .muon import muon as muon
 from .normuon import normuon as normuon
@@ -50,6 +51,7 @@ from .sara import sara as sara
 from .scaled_adamw import scaled_adamw as scaled_adamw
 from .scaled_gd import scaled_gd as scaled_gd
 from .scaled_subgradient import scaled_subgradient as scaled_subgradient
+from .sketchy_sgd import sketchy_sgd as sketchy_sgd
 from .snsm import snsm as snsm
 from .soap import soap as soap
 from .sst import sst as sst

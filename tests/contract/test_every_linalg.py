@@ -141,6 +141,17 @@ def nystrom_error(c, found):
     return off((vectors * values[None]) @ vectors.T, want)
 
 
+def products(c):
+    """The operator of a matrix, in its working dtype, and the shape of its vectors."""
+    c = c.astype(linalg.working_dtype(c.dtype))
+    return lambda x: linalg.times(c, x[:, None])[:, 0], c[0]
+
+
+def from_eigen(values, left, right=None):
+    right = left if right is None else right
+    return linalg.outer(linalg.times(left, jnp.diag(values)), right)
+
+
 KEY = jr.key(0)
 svd_row = lambda call, **kw: Row(
     call, ("matrix",), lambda x, out: svd_error(x, out.left, out.values, out.right), **kw
@@ -298,6 +309,56 @@ TABLE = {
         ("psd",),
         nystrom_error,
     ),
+    "nystrom_sketch": Row(
+        lambda c: from_eigen(*linalg.nystrom_sketch(*products(c), N, key=KEY)),
+        ("psd",),
+        lambda c, out: off(out, c),
+    ),
+    "nystrom_preconditioner": Row(
+        lambda c: (
+            linalg.nystrom_preconditioner(*products(c), R, key=KEY).inverse().as_matrix()
+        ),
+        ("mild_psd",),
+        lambda c, p: jnp.maximum(0, jnp.linalg.cond(p @ c) - jnp.linalg.cond(c)),
+    ),
+    "tall_inner": Row(
+        lambda x, y: linalg.tall_inner([x, x], [y[:, 0], y[:, 0]]),
+        ("thin", "thin"),
+        lambda x, y, c: off(c, 2 * x.T @ y[:, 0]),
+        SAME,
+    ),
+    "tall_gram": Row(
+        lambda x, y: linalg.tall_gram([x, x], [y, y]),
+        ("thin", "matrix"),
+        lambda x, y, g: off(g, 2 * x.T @ y),
+        SAME,
+    ),
+    "tall_apply": Row(
+        lambda x, y: linalg.tall_apply([x], y[0]),
+        ("thin", "core"),
+        lambda x, y, out: off(out[0], x @ y[0]),
+        SAME,
+    ),
+    "tall_mix": Row(
+        lambda x, y: linalg.tall_mix([x, x], y),
+        ("thin", "core"),
+        lambda x, y, out: off(out[1], x @ y),
+        SAME,
+    ),
+    "tall_svd": Row(
+        lambda x: (
+            lambda u, values, vt: (from_eigen(values, jnp.concatenate(u), vt.T), values)
+        )(*linalg.tall_svd([x[:3], x[3:]])),
+        ("thin",),
+        lambda x, out: off(out[0], x) + off(out[1], jnp.linalg.svd(x, compute_uv=False)),
+    ),
+    "LowRankPlusDiagonal": Row(
+        lambda x, y: (
+            linalg.LowRankPlusDiagonal(x, jnp.ones(R, x.dtype), 1.0).inverse().mv(y[:, 0])
+        ),
+        ("thin", "thin"),
+        lambda x, y, z: off(z + x @ (x.T @ z), y[:, 0]),
+    ),
     "pca_split_rotation": Row(
         lambda c: linalg.pca_split_rotation(c, R, key=KEY),
         ("psd",),
@@ -371,7 +432,9 @@ TABLE = {
 }
 # Of host numbers, dtypes and contexts, and the type of a result.
 NO_ROW = {
+    "InverseLowRankPlusDiagonal",
     "TruncatedSVD",
+    "Woodbury",
     "check_polar_method",
     "check_rank",
     "increment",

@@ -729,11 +729,14 @@ def test_psgd_equals_the_reference(make, rank, clip, decay, x64):
         assert error < 1e-6, f"step {t}: {error:.1e}"
 
 
-# Recipes for weights whose rank moves are tested beside their transforms.
+# Recipes for weights whose rank moves, and those of all parameters together, are tested
+# beside their transforms.
 ELSEWHERE = {
     "nn/test_grassmann_head.py": ("grassmann_sgd",),
     "adapters/test_robust.py": ("autolora",),
     "recipes/test_lora_mgpo.py": ("lora_mgpo",),
+    "transforms/test_scale_by_gradient_window.py": ("mfac",),
+    "transforms/test_scale_by_nystrom.py": ("sketchy_sgd",),
     "transforms/test_ordered_columns.py": ("maestro",),
     "transforms/test_riemannian.py": ("cond_lr", "dlrt", "riemannian_sgd", "robust_dlrt"),
     "transforms/test_sample_directions.py": ("sst",),

@@ -30,6 +30,10 @@ from .rotate_updates import (
     RotateUpdatesState as RotateUpdatesState,
     rotate_updates as rotate_updates,
 )
+from .scale_by_gradient_window import (
+    ScaleByGradientWindowState as ScaleByGradientWindowState,
+    scale_by_gradient_window as scale_by_gradient_window,
+)
 from .scale_by_kl_shampoo import (
     KroneckerFactor as KroneckerFactor,
     ScaleByKLShampooState as ScaleByKLShampooState,
@@ -40,6 +44,11 @@ from .scale_by_layer_trust import (
     scale_by_layer_trust as scale_by_layer_trust,
 )
 from .scale_by_lion_k import scale_by_lion_k as scale_by_lion_k
+from .scale_by_nystrom import (
+    ScaleByNystromState as ScaleByNystromState,
+    hessian_product as hessian_product,
+    scale_by_nystrom as scale_by_nystrom,
+)
 from .scale_by_psgd import (
     ScaleByPSGDState as ScaleByPSGDState,
     scale_by_psgd as scale_by_psgd,

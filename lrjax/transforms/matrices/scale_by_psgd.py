@@ -13,7 +13,15 @@ from ..._arguments import checks_trees
 from ..._batching import any_member
 from ..._matrices import check_real
 from ..._sharding import einsum
-from ...linalg import increment, nonzero, working_dtype
+from ...linalg import (
+    increment,
+    nonzero,
+    tall_apply,
+    tall_gram,
+    tall_inner,
+    tall_mix,
+    working_dtype,
+)
 
 
 class ScaleByPSGDState(NamedTuple):
@@ -45,26 +53,26 @@ class Factor(NamedTuple):
     def times(self, x: list[Array]) -> list[Array]:
         """``Q x``."""
         x = _multiply(self.d, x)
-        return _add(x, _apply(self.u, _inner(self.v, x)))
+        return _add(x, tall_apply(self.u, tall_inner(self.v, x)))
 
     def transpose_times(self, x: list[Array]) -> list[Array]:
         """``Qᵀ x``."""
-        return _multiply(self.d, _add(x, _apply(self.v, _inner(self.u, x))))
+        return _multiply(self.d, _add(x, tall_apply(self.v, tall_inner(self.u, x))))
 
     def solve_transpose(self, x: list[Array], inverse: Array) -> list[Array]:
         """``Q⁻ᵀ x``, by the inverse of :meth:`core`."""
         x = _divide(x, self.d)
-        small = einsum("sr,s->r", inverse, _inner(self.u, x))
-        return _add(x, _apply(self.v, -small))
+        small = einsum("sr,s->r", inverse, tall_inner(self.u, x))
+        return _add(x, tall_apply(self.v, -small))
 
     def solve(self, x: list[Array], inverse: Array) -> list[Array]:
         """``Q⁻¹ x``, by the inverse of :meth:`core`."""
-        small = einsum("rs,s->r", inverse, _inner(self.v, x))
-        return _divide(_add(x, _apply(self.u, -small)), self.d)
+        small = einsum("rs,s->r", inverse, tall_inner(self.v, x))
+        return _divide(_add(x, tall_apply(self.u, -small)), self.d)
 
     def core(self) -> Float[Array, "r r"]:
         """``I + Vᵀ U``."""
-        product = _gram(self.v, self.u)
+        product = tall_gram(self.v, self.u)
         return jnp.eye(product.shape[-1], dtype=product.dtype) + product
 
 
@@ -203,17 +211,17 @@ def _fit(
     d = [t - rate / limit_d * s * t for t, s in zip(q.d, slope, strict=True)]
 
     def move_left():
-        va, vb = _inner(q.v, a), _inner(q.v, b)
-        size = _norm(a) * _norm(_apply(q.v, va)) + _norm(b) * _norm(_apply(q.v, vb))
+        va, vb = tall_inner(q.v, a), tall_inner(q.v, b)
+        size = _norm(a) * _norm(tall_apply(q.v, va)) + _norm(b) * _norm(tall_apply(q.v, vb))
         limit = _limit(limits[1], size)
         u = _minus_outer(q.u, rate / limit, a, va @ core, b, vb @ core)
         return u, q.v, limit, limits[2]
 
     def move_right():
-        ua, ub = _inner(q.u, a), _inner(q.u, b)
-        size = _norm(a) * _norm(_apply(q.u, ua)) + _norm(b) * _norm(_apply(q.u, ub))
+        ua, ub = tall_inner(q.u, a), tall_inner(q.u, b)
+        size = _norm(a) * _norm(tall_apply(q.u, ua)) + _norm(b) * _norm(tall_apply(q.u, ub))
         limit = _limit(limits[2], size)
-        along_a, along_b = _add(a, _apply(q.v, ua)), _add(b, _apply(q.v, ub))
+        along_a, along_b = _add(a, tall_apply(q.v, ua)), _add(b, tall_apply(q.v, ub))
         v = _minus_outer(q.v, rate / limit, along_a, ua, along_b, ub)
         return q.u, v, limits[1], limit
 
@@ -232,7 +240,7 @@ def _first_scale(v: list[Array], h: list[Array]) -> Array:
 
 def _balanced(q: Factor) -> Factor:
     """Move ``U``, ``V`` towards equal Gram matrices; ``U Vᵀ`` stays."""
-    uu, vv = _gram(q.u, q.u), _gram(q.v, q.v)
+    uu, vv = tall_gram(q.u, q.u), tall_gram(q.v, q.v)
     root = (jnp.trace(uu) / jnp.trace(vv)) ** 0.25
     uu, vv = uu / root**2, vv * root**2
     e = 0.1 * (uu - vv) / (jnp.trace(uu) + jnp.trace(vv))
@@ -242,7 +250,7 @@ def _balanced(q: Factor) -> Factor:
     even = identity + 0.5 * square
     rest = 0.25 * _product(square, square)
     inverse = _product(even + e, identity - rest + _product(rest, rest))
-    return q._replace(u=_mix(q.u, (even - e) / root), v=_mix(q.v, inverse.T * root))
+    return q._replace(u=tall_mix(q.u, (even - e) / root), v=tall_mix(q.v, inverse.T * root))
 
 
 def _product(x: Array, y: Array) -> Array:
@@ -266,36 +274,9 @@ def _total(parts: list[Array]) -> Array:
     return functools.reduce(operator.add, parts)
 
 
-def _axes(x: Array) -> str:
-    return "abcdefghijkl"[: x.ndim]
-
-
-def _inner(tall: list[Array], x: list[Array]) -> Array:
-    """``Tᵀ x (r,)``."""
-    pairs = zip(tall, x, strict=True)
-    return _total([einsum(f"{_axes(y)}r,{_axes(y)}->r", t, y) for t, y in pairs])
-
-
-def _gram(s: list[Array], t: list[Array]) -> Array:
-    """``Sᵀ T (r, r)``."""
-    axes = [_axes(x)[1:] for x in s]
-    triples = zip(axes, s, t, strict=True)
-    return _total([einsum(f"{axis}r,{axis}s->rs", x, y) for axis, x, y in triples])
-
-
-def _apply(tall: list[Array], small: Array) -> list[Array]:
-    """``T c`` for ``c (r,)``."""
-    return [einsum("...r,r->...", t, small) for t in tall]
-
-
-def _mix(tall: list[Array], small: Array) -> list[Array]:
-    """``T K`` for ``K (r, r)``."""
-    return [einsum("...r,rs->...s", t, small) for t in tall]
-
-
 def _minus_outer(tall, rate, a, ca, b, cb) -> list[Array]:
     """``T − rate (a caᵀ − b cbᵀ)``."""
-    outer = lambda x, c: einsum(f"{_axes(x)},r->{_axes(x)}r", x, c)
+    outer = lambda x, c: einsum("...,r->...r", x, c)
     triples = zip(tall, a, b, strict=True)
     return [t - rate * (outer(x, ca) - outer(y, cb)) for t, x, y in triples]
 
