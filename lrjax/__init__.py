@@ -99,7 +99,6 @@ from .recipes import (
     scaled_adamw as scaled_adamw,
     scaled_gd as scaled_gd,
     scaled_subgradient as scaled_subgradient,
-    sketchy_sgd as sketchy_sgd,
     snsm as snsm,
     soap as soap,
     sst as sst,

@@ -1095,17 +1095,7 @@ RECIPES |= {
         stacks=False,
         static=("window", "dtype"),
         composed_of=("scale_by_gradient_window",),
-        drop_in={"learning_rate": 1e-3, "window": 4},
-    ),
-    "sketchy_sgd": Entry(
-        _with_loss(lrjax.sketchy_sgd),
-        {"learning_rate": 0.5, "rank": 2, "damping": 0.01},
-        {"learning_rate": 0.1, "damping": 0.05},
-        "stack",
-        descends=True,
-        stacks=False,
-        static=("rank", "product"),
-        composed_of=("scale_by_nystrom",),
+        drop_in={"learning_rate": 3e-3, "window": 4},
     ),
     "psgd": Entry(
         lrjax.psgd,

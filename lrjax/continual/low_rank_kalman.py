@@ -90,7 +90,9 @@ class LowRankKalman(eqx.Module):
             diagonal = jnp.asarray(precision, jnp.result_type(*leaves))
         return LowRankKalman(mean, factor, diagonal)
 
-    def predict(self, decay: ArrayLike = 1.0, noise: ArrayLike = 0.0) -> "LowRankKalman":
+    def predict(
+        self, transition: ArrayLike = 1.0, noise: ArrayLike = 0.0
+    ) -> "LowRankKalman":
         """The state after time has passed: ``θ ← γ θ`` and noise of variance ``q``.
 
         The covariance ``Σ ← γ²Σ + qI`` is of the same form again, exactly::
@@ -98,22 +100,23 @@ class LowRankKalman(eqx.Module):
             Υ ← Υ / (γ² + qΥ)        W ← γ (γ² + qΥ)⁻¹ W (I + Wᵀ q/(γ² + qΥ) W)^(−½)
 
         Args:
-            decay: ``γ``, one for parameters that keep their mean.
+            transition: ``γ``, one for parameters that keep their mean.
             noise: ``q``, zero for parameters that do not drift.
         """
         w, treedef = jax.tree.flatten(self.factor)
+        gamma, noise = (jnp.asarray(x, jnp.result_type(*w)) for x in (transition, noise))
         spherical = self._is_spherical()
         d = [self.diagonal] * len(w) if spherical else jax.tree.leaves(self.diagonal)
-        scale = [1 / (decay**2 + noise * t) for t in d]
+        scale = [1 / (gamma**2 + noise * t) for t in d]
         rows = lambda t: t if t.ndim == 0 else t[..., None]
         scaled = [rows(s) * x for s, x in zip(scale, w, strict=True)]
         values, vectors = eigh(noise * tall_gram(w, scaled))
         roots = vectors / jnp.sqrt(1 + jnp.maximum(values, 0))[None]
-        shrunk = tall_mix(scaled, decay * einsum("rs,ts->rt", roots, vectors))
+        shrunk = tall_mix(scaled, gamma * einsum("rs,ts->rt", roots, vectors))
         return LowRankKalman(
-            jax.tree.map(lambda x: decay * x, self.mean),
+            jax.tree.map(lambda x: gamma * x, self.mean),
             treedef.unflatten(shrunk),
-            jax.tree.map(lambda t: t / (decay**2 + noise * t), self.diagonal),
+            jax.tree.map(lambda t: t / (gamma**2 + noise * t), self.diagonal),
         )
 
     def update(

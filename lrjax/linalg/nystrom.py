@@ -6,6 +6,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
+from .._arguments import check_key
 from .._sharding import einsum
 from ._numerics import nonzero, working_dtype
 from .decompositions import eigh
@@ -87,6 +88,7 @@ def nystrom_sketch(
         Z. Frangella, J. A. Tropp, M. Udell, "Randomized Nyström preconditioning" (2021),
         arXiv:2110.02820. Special case: exact if the rank of C is at most ``r``.
     """
+    check_key("nystrom_sketch", key)
     leaves, treedef = jax.tree.flatten(like)
     size = sum(x.size for x in leaves)
     if not 1 <= rank <= size:
@@ -158,6 +160,7 @@ def nystrom_preconditioner(
         Z. Frangella, J. A. Tropp, M. Udell, "Randomized Nyström preconditioning" (2021),
         arXiv:2110.02820. Special case: at full rank ``P = (C + μI)/(λ_n + μ)``.
     """
+    check_key("nystrom_preconditioner", key)
     values, basis = nystrom_sketch(product, like, rank, key=key)
     last = jnp.maximum(values[-1], jnp.finfo(values.dtype).eps * values[0])
     ratio = (values - values[-1]) / nonzero(last + damping)

@@ -51,7 +51,6 @@ from .sara import sara as sara
 from .scaled_adamw import scaled_adamw as scaled_adamw
 from .scaled_gd import scaled_gd as scaled_gd
 from .scaled_subgradient import scaled_subgradient as scaled_subgradient
-from .sketchy_sgd import sketchy_sgd as sketchy_sgd
 from .snsm import snsm as snsm
 from .soap import soap as soap
 from .sst import sst as sst

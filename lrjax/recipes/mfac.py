@@ -5,15 +5,15 @@ from jaxtyping import ArrayLike, DTypeLike
 
 from .._arguments import checks_trees
 from ..transforms import scale_by_gradient_window
-from ._common import DecayMask, decay_weights
+from ._common import DecayMask, finish
 
 
 @checks_trees
 def mfac(
     learning_rate: optax.ScalarOrSchedule,
-    window: int = 32,
+    window: int | None = None,
     *,
-    damping: ArrayLike = 0.1,
+    damping: ArrayLike = 1.0,
     relative: bool = True,
     momentum: ArrayLike = 0.9,
     weight_decay: ArrayLike = 0.0,
@@ -22,19 +22,19 @@ def mfac(
 ) -> optax.GradientTransformationExtraArgs:
     """M-FAC, the natural gradient of a window of past gradients.
 
-    ``v ← b v + (1 − b)(λI + GᵀG/m)⁻¹ g`` with the last ``m`` gradients as rows of ``G``,
-    :func:`lrjax.scale_by_gradient_window`. Weight decay is added to the gradient before.
-    The state has ``m + 1`` numbers a parameter.
+    ``v ← b v + (1 − b) λ (λI + GᵀG/m)⁻¹ g`` with the last ``m`` gradients as rows of ``G``,
+    :func:`lrjax.scale_by_gradient_window`. The state has ``m + 1`` numbers a parameter.
 
     Args:
-        learning_rate: a number or a schedule. An update is of size ``m/‖g‖`` where
-            gradients are noise, ``1/‖g‖`` where they are all alike.
-        window: ``m``.
-        damping: ``λ``, relative to the mean eigenvalue, see ``relative``.
+        learning_rate: a number or a schedule, of the size of those of SGD with a relative
+            damping.
+        window: ``m``; None stands for 32.
+        damping: ``λ``, relative to the mean of ``‖g‖²/m``, see ``relative``.
         relative: as for :func:`lrjax.scale_by_gradient_window`. The paper has an absolute
-            ``λ = 1e-5`` and ``m = 1024``.
+            ``λ = 1e-5``, ``m = 1024``, and a learning rate in units of ``λ``.
         momentum: ``b``.
-        weight_decay: of the gradient, that is an L2 penalty.
+        weight_decay: decoupled weight decay. The code of the paper adds it to the gradient,
+            as ``optax.add_decayed_weights`` does in front of this.
         mask: which leaves are decayed: a tree of bools, or a function from the parameters
             to one; by default matrices, but no bias and no scale of a norm.
         dtype: in which the window is kept.
@@ -47,7 +47,7 @@ def mfac(
 
     Example:
         >>> import jax, jax.numpy as jnp, lrjax, optax
-        >>> tx = lrjax.mfac(0.1, window=8)
+        >>> tx = lrjax.mfac(10.0, window=8)
         >>> params = {"weight": jnp.zeros((8, 16))}
         >>> loss = lambda p: jnp.mean((p["weight"] - 1) ** 2)
         >>> step = jax.jit(lambda p, s: tx.update(jax.grad(loss)(p), s, p))
@@ -62,9 +62,9 @@ def mfac(
         E. Frantar, E. Kurtic, D. Alistarh, "M-FAC: efficient matrix-free approximations of
         second-order information" (2021), arXiv 2107.03356.
     """
-    return optax.chain(
-        decay_weights(weight_decay, mask),
+    window = 32 if window is None else window
+    tx = optax.chain(
         scale_by_gradient_window(window, damping, relative=relative, dtype=dtype),
         optax.ema(cast(float, momentum), debias=False),
-        optax.scale_by_learning_rate(learning_rate),
     )
+    return finish(tx, learning_rate, weight_decay, mask)

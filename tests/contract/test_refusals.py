@@ -62,6 +62,12 @@ SENSING = lrjax.matrix_sensing(KEY, (4, 4), 1, 40)
 # How those are called that take a key and are no optimizers: f(key).
 WITH_KEY = {
     "linalg.fastfood": lambda key: lrjax.linalg.fastfood(jnp.ones(3), 5, key=key),
+    "linalg.nystrom_sketch": lambda key: lrjax.linalg.nystrom_sketch(
+        lambda x: x, jnp.ones(3), 2, key=key
+    ),
+    "linalg.nystrom_preconditioner": lambda key: lrjax.linalg.nystrom_preconditioner(
+        lambda x: x, jnp.ones(3), 2, key=key
+    ),
     "linalg.pca_split_rotation": lambda key: lrjax.linalg.pca_split_rotation(
         jnp.eye(3), 1, key=key
     ),

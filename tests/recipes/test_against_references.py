@@ -736,7 +736,6 @@ ELSEWHERE = {
     "adapters/test_robust.py": ("autolora",),
     "recipes/test_lora_mgpo.py": ("lora_mgpo",),
     "transforms/test_scale_by_gradient_window.py": ("mfac",),
-    "transforms/test_scale_by_nystrom.py": ("sketchy_sgd",),
     "transforms/test_ordered_columns.py": ("maestro",),
     "transforms/test_riemannian.py": ("cond_lr", "dlrt", "riemannian_sgd", "robust_dlrt"),
     "transforms/test_sample_directions.py": ("sst",),

@@ -33,7 +33,7 @@ class ScaleByGradientWindowState(NamedTuple):
 @checks_trees
 def scale_by_gradient_window(
     window: int = 32,
-    damping: ArrayLike = 0.1,
+    damping: ArrayLike = 1.0,
     *,
     relative: bool = True,
     dtype: DTypeLike | None = None,
@@ -47,16 +47,18 @@ def scale_by_gradient_window(
 
     ``G Gᵀ`` is kept and gets one new row a step; its eigendecomposition is of size ``m``.
     On the right nothing cancels, whatever ``λ``, as it does in the formula of Woodbury
-    divided by ``λ``. The state has ``m`` numbers a parameter, and a step reads them twice.
-    Leaves keep their sharding.
+    divided by ``λ``. With a relative damping the update is ``λ`` times that, and no
+    longer than the gradient. The state has ``m`` numbers a parameter, and a step reads
+    them twice. Leaves keep their sharding.
 
     Args:
         window: ``m``.
-        damping: ``λ``, or its ratio to the mean of the diagonal of ``G Gᵀ/m²``, see
+        damping: ``λ``, or its ratio to the mean of the diagonal of ``G Gᵀ/m``, see
             ``relative``. Never less than the rounding error of the Gram matrix, so zero is
-            safe.
-        relative: if True, ``damping`` multiplies that mean: an update times the gradient
-            does then not depend on the scale of the loss. If False it is absolute.
+            safe with an absolute one.
+        relative: if True, ``damping`` multiplies that mean, and ``λ`` the update, which has
+            then the units of a gradient and fades with it: learning rates are of the size
+            of those of SGD. If False both are as in the paper, with an absolute ``λ``.
         dtype: in which gradients are kept, bfloat16 for half the memory; by default that
             of the parameters, and at least float32. The update is that of the gradient so
             rounded.
@@ -77,7 +79,7 @@ def scale_by_gradient_window(
     Reference:
         E. Frantar, E. Kurtic, D. Alistarh, "M-FAC: efficient matrix-free approximations of
         second-order information" (2021), arXiv 2107.03356. Special case: a window of one
-        is a step of length ``1/‖g‖`` without damping.
+        without damping is a step of length ``1/‖g‖``, with an absolute ``λ``.
     """
     if window < 1:
         raise ValueError(f"scale_by_gradient_window needs window >= 1, got {window}.")
@@ -105,11 +107,16 @@ def scale_by_gradient_window(
             return updates, state
         at = state.count % window
         g = [x.astype(row.dtype) for x, row in zip(leaves, rows, strict=True)]
-        squares = _total([jnp.sum(_wide(x) ** 2) for x in g])
-        usable = jnp.isfinite(squares)
-        g = [jnp.where(usable, x, 0) for x in g]
-        put = lambda row, x: lax.dynamic_update_index_in_dim(row, x, at, 0)
+        usable = jnp.isfinite(_total([jnp.sum(_wide(x) ** 2) for x in g]))
+        keep = lambda new, old: jnp.where(usable, new, old)
+
+        def put(row, x):
+            # A gradient that is not finite changes nothing: the next one takes its place.
+            old = lax.dynamic_index_in_dim(row, at, 0, keepdims=False)
+            return lax.dynamic_update_index_in_dim(row, keep(x, old), at, 0)
+
         new = list(map(put, rows, g))
+        g = [keep(x, jnp.zeros_like(x)) for x in g]
         products = _total(
             [
                 einsum(f"m{_axes(x)},{_axes(x)}->m", _wide(row), _wide(x))
@@ -124,15 +131,14 @@ def scale_by_gradient_window(
             einsum(f"m{_axes(x)},m->{_axes(x)}", _wide(row), weights.astype(_wide(x).dtype))
             for row, x in zip(new, g, strict=True)
         ]
-        # A gradient that is not finite changes nothing: the next one takes its place.
-        keep = lambda new, old: jnp.where(usable, new, old)
+        zeros = map(jnp.zeros_like, out)
         out = [
-            keep(u, jnp.zeros_like(u)).astype(x.dtype)
-            for u, x in zip(out, leaves, strict=True)
+            keep(u, zero).astype(x.dtype)
+            for u, zero, x in zip(out, zeros, leaves, strict=True)
         ]
         return treedef.unflatten(out), ScaleByGradientWindowState(
             keep(increment(state.count), state.count),
-            treedef.unflatten(list(map(keep, new, rows))),
+            treedef.unflatten(new),
             keep(gram, state.gram),
         )
 
@@ -140,18 +146,19 @@ def scale_by_gradient_window(
 
 
 def _weights(gram: Array, here: Array, damping: ArrayLike, relative: bool) -> Array:
-    """``m (mλI + G Gᵀ)⁻¹ e``, of each gradient in the update."""
+    """``m (mλI + G Gᵀ)⁻¹ e``, of each gradient in the update, or ``λ`` times that."""
     m, dtype = len(gram), gram.dtype
     values, vectors = eigh(gram)
     values = jnp.maximum(values, 0)
-    shift = jnp.asarray(damping, dtype) * (jnp.sum(values) / m if relative else m)
+    damping = jnp.asarray(damping, dtype)
+    shift = damping * (jnp.sum(values) / m if relative else m)
     # Rounding moves the eigenvalues by some eps of the largest one: those below are damped,
     # those well above are not.
     floor = 16 * jnp.finfo(dtype).eps * values[-1]
     least = floor**2 / nonzero(values + floor)
     inverse = 1 / nonzero(values + jnp.maximum(shift, least))
     inside = times(here.astype(dtype)[None], vectors) * inverse[None]
-    return m * times(inside, vectors.T)[0]
+    return (shift if relative else m) * times(inside, vectors.T)[0]
 
 
 def _total(parts: list[Array]) -> Array:

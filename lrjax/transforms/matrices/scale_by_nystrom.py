@@ -51,7 +51,7 @@ def scale_by_nystrom(
     *,
     refresh_every: int | Array = 100,
     rate_steps: int = 10,
-    product: Callable[[Callable, PyTree, PyTree], PyTree] = hessian_product,
+    product: Callable[[Callable, PyTree, PyTree], PyTree] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition by a low-rank sketch of the Hessian, and measure the learning rate.
@@ -73,8 +73,8 @@ def scale_by_nystrom(
             what was not kept has curvature one at most.
         refresh_every: ``k``; an epoch is a good one.
         rate_steps: of the power iteration. Zero: nothing is measured, and ``η = 1``.
-        product: ``(value_fn, params, v) ↦ C v``, the products with the curvature; those of
-            the Hessian by default. For a network those of the Gauss-Newton matrix have no
+        product: ``(value_fn, params, v) ↦ C v``, the products with the curvature; None for
+            those of the Hessian. For a network those of the Gauss-Newton matrix have no
             negative eigenvalue.
         key: of the sketches; ``jax.random.key(0)`` by default.
 
@@ -106,6 +106,7 @@ def scale_by_nystrom(
     """
     if rank < 1:
         raise ValueError(f"scale_by_nystrom needs rank >= 1, got {rank}.")
+    product = hessian_product if product is None else product
     base = lambda: jr.key(0) if key is None else key
 
     def init(params):
@@ -197,7 +198,9 @@ def _on_leaves(product, value_fn, points: list[Array], treedef) -> Callable:
 def _largest(curvature, p: LowRankPlusDiagonal, like, key, steps: int) -> Array:
     """The eigenvalue of ``P⁻¹ C`` of the largest size, by power iteration."""
     inverse = p.inverse()
-    dot = lambda x, y: sum(jnp.sum(a * b) for a, b in zip(x, y, strict=True))
+    zero = jnp.zeros((), p.values.dtype)
+    dot = lambda x, y: sum((jnp.sum(a * b) for a, b in zip(x, y, strict=True)), zero)
+    as_like = lambda v: [x.astype(y.dtype) for x, y in zip(v, like, strict=True)]
     start = [
         jr.normal(jr.fold_in(key, i), x.shape, x.dtype) + jnp.zeros_like(x)
         for i, x in enumerate(like)
@@ -206,9 +209,9 @@ def _largest(curvature, p: LowRankPlusDiagonal, like, key, steps: int) -> Array:
     def step(_, carry):
         v, _ = carry
         size = nonzero(jnp.sqrt(dot(v, v)))
-        v = [x / size for x in v]
+        v = as_like([x / size for x in v])
         image = curvature(v)
         value = jnp.abs(dot(v, image)) / nonzero(dot(v, p.mv(v)))
-        return inverse.mv(image), value.astype(p.values.dtype)
+        return as_like(inverse.mv(image)), value
 
-    return lax.fori_loop(0, steps, step, (start, jnp.zeros((), p.values.dtype)))[1]
+    return lax.fori_loop(0, steps, step, (start, zero))[1]
