@@ -1088,14 +1088,14 @@ RECIPES |= {
     ),
     "mfac": Entry(
         lrjax.mfac,
-        {"learning_rate": 0.03, "window": 3, "momentum": 0.9},
-        {"learning_rate": 0.1, "momentum": 0.5},
+        {"learning_rate": 3.0, "rank": 3, "momentum": 0.9},
+        {"learning_rate": 1.0, "momentum": 0.5},
         "stack",
         descends=True,
         stacks=False,
-        static=("window", "dtype"),
+        static=("rank", "dtype"),
         composed_of=("scale_by_gradient_window",),
-        drop_in={"learning_rate": 3e-3, "window": 4},
+        drop_in={"learning_rate": 3e-3, "rank": 4},
     ),
     "psgd": Entry(
         lrjax.psgd,

@@ -11,7 +11,7 @@ from ._common import DecayMask, finish
 @checks_trees
 def mfac(
     learning_rate: optax.ScalarOrSchedule,
-    window: int | None = None,
+    rank: int | None = None,
     *,
     damping: ArrayLike = 1.0,
     relative: bool = True,
@@ -28,7 +28,7 @@ def mfac(
     Args:
         learning_rate: a number or a schedule, of the size of those of SGD with a relative
             damping.
-        window: ``m``; None stands for 32.
+        rank: ``m``, how many gradients are kept; None stands for 32.
         damping: ``λ``, relative to the mean of ``‖g‖²/m``, see ``relative``.
         relative: as for :func:`lrjax.scale_by_gradient_window`. The paper has an absolute
             ``λ = 1e-5``, ``m = 1024``, and a learning rate in units of ``λ``.
@@ -47,7 +47,7 @@ def mfac(
 
     Example:
         >>> import jax, jax.numpy as jnp, lrjax, optax
-        >>> tx = lrjax.mfac(10.0, window=8)
+        >>> tx = lrjax.mfac(10.0, rank=8)
         >>> params = {"weight": jnp.zeros((8, 16))}
         >>> loss = lambda p: jnp.mean((p["weight"] - 1) ** 2)
         >>> step = jax.jit(lambda p, s: tx.update(jax.grad(loss)(p), s, p))
@@ -62,9 +62,10 @@ def mfac(
         E. Frantar, E. Kurtic, D. Alistarh, "M-FAC: efficient matrix-free approximations of
         second-order information" (2021), arXiv 2107.03356.
     """
-    window = 32 if window is None else window
     tx = optax.chain(
-        scale_by_gradient_window(window, damping, relative=relative, dtype=dtype),
+        scale_by_gradient_window(
+            32 if rank is None else rank, damping, relative=relative, dtype=dtype
+        ),
         optax.ema(cast(float, momentum), debias=False),
     )
     return finish(tx, learning_rate, weight_decay, mask)
