@@ -103,9 +103,9 @@ class LowRankPlusDiagonal(_Symmetric):
         """The inverse, factorized once: ``O(n r²)``, and ``O(n r)`` for each product.
 
         The usual form of Woodbury's formula solves with ``I + λ^(½) Uᵀ d⁻¹ U λ^(½)``, which
-        squares the condition of the columns: in float32 nearly parallel ones lose half of
-        their digits or all. Here ``d^(−½) U λ^(½) = V σ Fᵀ``, and what lies in the span of V
-        and what does not are scaled apart::
+        squares the condition of the columns: in float32 nearly parallel ones lose their
+        digits. Here ``d^(−½) U λ^(½) = V σ Fᵀ``, and what lies in the span of V and what
+        does not are scaled apart::
 
             A⁻¹ = d^(−½) (V (I + σ²)⁻¹ Vᵀ + (I − V Vᵀ)) d^(−½)
         """

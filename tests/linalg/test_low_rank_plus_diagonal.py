@@ -57,7 +57,7 @@ def test_products_and_solutions_are_those_of_the_dense_matrix(kind, getkey, x64)
 
 @pytest.mark.parametrize("as_tree", [False, True])
 def test_nearly_parallel_columns_keep_their_digits(as_tree, getkey):
-    """Columns that agree to 1e-3 in float32: their Gram matrix has one digit left of three."""
+    """Columns that agree to 1e-3: in float32 their Gram matrix has one digit left."""
     near = jr.normal(getkey(), (N, 1)) + 1e-3 * jr.normal(getkey(), (N, R))
     tree = lambda x: {"a": x[:6].reshape(2, 3, *x.shape[1:]), "b": x[6:]}
     form = tree if as_tree else (lambda x: x)
