@@ -156,6 +156,7 @@ from .transforms import (
     orthogonalize_updates as orthogonalize_updates,
     pairs_by_name as pairs_by_name,
     perturb_along_momentum as perturb_along_momentum,
+    project_conflicts as project_conflicts,
     project_out as project_out,
     prune_columns as prune_columns,
     prune_entries as prune_entries,

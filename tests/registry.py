@@ -151,6 +151,19 @@ def _project_out(side):
     return lrjax.project_out({**basis, "bias": None, "none": None}, side=side)
 
 
+def _project_conflicts(margin, damping):
+    """With the gradients of two losses of the same parameters, the first one opposed."""
+    tx = lrjax.project_conflicts(margin, damping=damping)
+    memories = lambda x: jnp.stack([0.5 - x, 3 * (x - 0.2) ** 2])
+
+    def update(updates, state, params=None, **extra):
+        return tx.update(
+            updates, state, params, memory=jax.tree.map(memories, params), **extra
+        )
+
+    return tx._replace(update=update)
+
+
 def _scale_by_width(optimizer):
     base = {"tall": (6, 4), "wide": (4, 6), "stack": (3, 4, 3), "bias": (5,)}
     struct = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -588,6 +601,14 @@ TRANSFORMS: dict[str, Entry] = {
         {"radius": 0.5},
         params="stack",
         static=("lmo",),
+    ),
+    "project_conflicts": Entry(
+        _project_conflicts,
+        {"margin": 0.0, "damping": 0.0},
+        {"margin": 0.5, "damping": 0.2},
+        params="dense",
+        stacks=False,
+        couples=True,
     ),
     "project_out": Entry(_project_out, {"side": "left"}, params="dense", stacks=False),
     "scale_by_width": Entry(

@@ -25,6 +25,10 @@ from .normalize_rows import (
     normalize_rows as normalize_rows,
 )
 from .orthogonalize_updates import orthogonalize_updates as orthogonalize_updates
+from .project_conflicts import (
+    ProjectConflictsState as ProjectConflictsState,
+    project_conflicts as project_conflicts,
+)
 from .project_out import ProjectOutState as ProjectOutState, project_out as project_out
 from .rotate_updates import (
     RotateUpdatesState as RotateUpdatesState,
