@@ -108,9 +108,7 @@ class ClusterPool(eqx.Module):
                 f"of them, got {', '.join(map(str, dtypes)) or 'no array'}: cast images "
                 "with x.astype(float), and hand labels over as carried."
             )
-        room = lambda *lead: (
-            lambda x: jnp.zeros((*lead, *jnp.shape(x)), jnp.result_type(x))
-        )
+        room = lambda *lead: lambda x: jnp.zeros((*lead, *jnp.shape(x)), jnp.result_type(x))
         wide = lambda x: jax.ShapeDtypeStruct(
             jnp.shape(x), working_dtype(jnp.result_type(x))
         )
