@@ -104,8 +104,8 @@ class ClusterPool(eqx.Module):
         dtypes = [jnp.result_type(x) for x in leaves]
         if not leaves or not all(jnp.issubdtype(d, jnp.floating) for d in dtypes):
             raise ValueError(
-                "The points of a ClusterPool are arrays of floating-point numbers, or trees "
-                f"of them, got {', '.join(map(str, dtypes)) or 'no array'}: cast images "
+                "The points of a ClusterPool are arrays of floating-point numbers, or "
+                f"trees of them, got {', '.join(map(str, dtypes)) or 'no array'}: cast images "
                 "with x.astype(float), and hand labels over as carried."
             )
         room = lambda *lead: lambda x: jnp.zeros((*lead, *jnp.shape(x)), jnp.result_type(x))
@@ -172,7 +172,7 @@ class ClusterPool(eqx.Module):
         return jnp.sum(self.born >= 0, axis=-1, dtype=jnp.int32)
 
     def contents(self) -> tuple[PyTree, PyTree, Bool[Array, " n"]]:
-        """All places as one batch: the points, what they carry, and which of them are there.
+        """All places as one batch: the points, what they carry, which of them are there.
 
         Places without a point hold zeros; multiply the losses by the mask.
         """
@@ -196,8 +196,8 @@ class ClusterPool(eqx.Module):
         points, carried, there = self.contents()
         if not 1 <= count <= len(there):
             raise ValueError(
-                f"ClusterPool.sample takes between 1 and {len(there)} points, the places of "
-                f"the pool, got {count}."
+                f"ClusterPool.sample takes between 1 and {len(there)} points, the places "
+                f"of the pool, got {count}."
             )
         score = jnp.where(there, jr.uniform(key, there.shape), -1)
         score, chosen = lax.top_k(score, count)
@@ -214,8 +214,8 @@ class ClusterPool(eqx.Module):
             alike = jax.tree.structure(old) == jax.tree.structure(new)
             if not alike or shapes != given:
                 raise ValueError(
-                    f"ClusterPool.add takes {name} as start saw it, of shapes {shapes}, got "
-                    f"{given}."
+                    f"ClusterPool.add takes {name} as start saw it, of shapes {shapes}, "
+                    f"got {given}."
                 )
 
 

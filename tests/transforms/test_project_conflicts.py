@@ -162,7 +162,7 @@ def test_errors(getkey):
         tx.update(g, state)
     with pytest.raises(ValueError, match=r"for b of shape \(5,\) .* shape \(5,\)"):
         tx.update(g, state, memory=g)
-    with pytest.raises(ValueError, match="for b of shape .* it has nothing"):
+    with pytest.raises(ValueError, match=r"for b of shape .* it has nothing"):
         tx.update(g, state, memory={**memory, "b": None})
     with pytest.raises(ValueError, match=r"same number of memories .* \[1, 2\]"):
         tx.update(g, state, memory={**memory, "b": memory["b"][:1]})

@@ -44,7 +44,7 @@ def project_conflicts(
 
         g ← argmin ½ ‖g' − g‖²  with  ⟨g', m_i⟩ ≥ 0 for i = 1 … t
 
-    and otherwise g stays as it is. The solution is ``g' = g + Σ v_i m_i`` with the ``v ≥ 0``
+    and otherwise g stays as it is. The solution is ``g' = g + Σ v_i m_i`` with ``v ≥ 0``
     that minimizes ``½ vᵀ M Mᵀ v + vᵀ M g``: for one memory ``v = −⟨g, m⟩ / ‖m‖²``, for more
     of them sweeps over its t numbers, each set to its minimum. A memory whose gradient is
     zero binds nothing: fill those that are still empty with zeros.
@@ -181,7 +181,7 @@ def _pairs(updates: PyTree, memory: PyTree) -> list[tuple[Array, Array]]:
         if m is None or m.shape[1:] != g.shape or m.ndim == g.ndim:
             got = "nothing" if m is None else f"an array of shape {m.shape}"
             raise ValueError(
-                f"project_conflicts needs memory like the updates, with a leading axis: for "
+                "project_conflicts needs memory like the updates, with a leading axis: for "
                 f"{path_name(path) or 'the root'} of shape {g.shape} it has {got}. Of one "
                 "memory: jax.tree.map(lambda m: m[None], gradient)."
             )
