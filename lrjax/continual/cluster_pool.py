@@ -105,8 +105,8 @@ class ClusterPool(eqx.Module):
         if not leaves or not all(jnp.issubdtype(d, jnp.floating) for d in dtypes):
             raise ValueError(
                 "The points of a ClusterPool are arrays of floating-point numbers, or "
-                f"trees of them, got {', '.join(map(str, dtypes)) or 'no array'}: cast images "
-                "with x.astype(float), and hand labels over as carried."
+                f"trees of them, got {', '.join(map(str, dtypes)) or 'no array'}: cast "
+                "images with x.astype(float), and hand labels over as carried."
             )
         room = lambda *lead: lambda x: jnp.zeros((*lead, *jnp.shape(x)), jnp.result_type(x))
         wide = lambda x: jax.ShapeDtypeStruct(

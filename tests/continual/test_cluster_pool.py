@@ -169,7 +169,7 @@ def test_errors():
         start(clusters=0)
     with pytest.raises(ValueError, match="one cluster has no two"):
         start(clusters=1, merge=True)
-    with pytest.raises(ValueError, match=r"floating-point .* got int32: cast images"):
+    with pytest.raises(ValueError, match=r"floating-point .* got int32: cast"):
         ClusterPool.start(jnp.zeros(3, jnp.int32))
     pool = start()
     with pytest.raises(ValueError, match=r"takes point as start saw it, of shapes .*3,"):
