@@ -226,7 +226,7 @@ def _distances(means: PyTree, point: PyTree) -> Float[Array, " q"]:
         away = m - jnp.asarray(z, m.dtype)[None]
         return jnp.sum(away**2, axis=range(1, m.ndim))
 
-    return sum(jax.tree.leaves(jax.tree.map(one, means, point)))
+    return jax.tree.reduce(jnp.add, jax.tree.map(one, means, point))
 
 
 def _mean(x: Array, there: Bool[Array, " p"]) -> Array:

@@ -83,11 +83,13 @@ def test_nothing_happens_where_it_is_not_due_and_members_are_on_their_own(settin
     w, own = setting
     own, _ = seen(own, w, samples(getkey()))
     same = consolidate(own, w, False)
-    assert_close(same, own)
+    assert eqx.tree_equal(same, own)
     both = jax.vmap(lambda when: consolidate(own, w, when))(jnp.array([True, False]))
     member = lambda i: jax.tree.map(lambda x: x[i], both)
-    assert_close(member(0), consolidate(own, w, True), condition=100)
-    assert_close(member(1), own)
+    want = consolidate(own, w, True)
+    assert_close(member(0).importance, want.importance, condition=100)
+    assert member(0).plateaus == 1
+    assert eqx.tree_equal(member(1), own)
 
 
 def test_the_hardest_are_kept_by_the_losses_of_now(setting, getkey):
@@ -114,6 +116,7 @@ def test_the_penalty_is_elastic_weight_consolidation(setting, getkey):
 
 
 KIND = lrjax.LoRA(rank=2)
+factors_of = lambda adapters: (adapters[""].pair.left, adapters[""].pair.right)
 
 
 @pytest.fixture
@@ -121,7 +124,8 @@ def adapted(getkey):
     model = eqx.nn.Linear(6, 5, use_bias=False, key=getkey())
     adapters = lrjax.adapt(model, KIND, key=getkey())
     # Trained a little, so that both factors are nonzero.
-    return model, jax.tree.map(lambda x: x + 0.3 * jr.normal(getkey(), x.shape), adapters)
+    moved = lambda x: x + 0.3 * jr.normal(getkey(), x.shape)
+    return model, eqx.tree_at(factors_of, adapters, replace_fn=moved)
 
 
 def test_a_fold_adds_products_not_factors(adapted, getkey):
@@ -135,9 +139,7 @@ def test_a_fold_adds_products_not_factors(adapted, getkey):
         whole = lrjax.merge(model, adapters).weight
         assert_close(whole, want, condition=100)
         moved = lambda x: x + 0.3
-        adapters = eqx.tree_at(
-            lambda a: (a[""].pair.left, a[""].pair.right), adapters, replace_fn=moved
-        )
+        adapters = eqx.tree_at(factors_of, adapters, replace_fn=moved)
         want = want + np.asarray(scale * adapters[""].pair.materialize(), np.float64)
     new = adapters[""].pair
     factors = scale * (pair.left + new.left) @ (pair.right + new.right).T
@@ -165,14 +167,13 @@ def test_what_begins_anew_can_be_trained(adapted, getkey):
 
 
 def test_online_lora_finds_the_ends_of_tasks_and_forgets_less(x64, getkey):
-    """Two linear tasks on different inputs: rank two each, no word of which is which."""
+    """Two linear tasks that differ in which inputs vary most, and no word of when."""
     model = eqx.nn.Linear(6, 5, use_bias=False, key=getkey(), dtype=jnp.float64)
-    kind = lrjax.LoRA(rank=2)
+    kind = lrjax.LoRA(rank=3)
     adapters = lrjax.adapt(model, kind, key=getkey())
     teachers = jr.normal(getkey(), (2, 5, 6))
-    # Of the second task all inputs vary, of the first mostly three.
-    spread = jnp.stack([jnp.array([1.0, 1, 1, 0.05, 0.05, 0.05]), jnp.ones(6)])
-    steps, tx = 150, optax.adam(0.02)
+    spread = jnp.array([[1.0, 1.0, 1.0, 0.1, 0.1, 0.1], [0.4, 0.4, 0.4, 1.0, 1.0, 1.0]])
+    steps, tx = 120, optax.adam(0.05)
     folds = lrjax.fold(1, lrjax.adapters.Restart(kind), key=getkey())
 
     def point(weight, x, y):
@@ -184,7 +185,7 @@ def test_online_lora_finds_the_ends_of_tasks_and_forgets_less(x64, getkey):
     def train(strength):
         params, frozen = lrjax.partition(adapters)
         own = Consolidation.start(
-            model.weight, (jnp.zeros(6), jnp.zeros(5)), hardest=16, spread=0.2
+            model.weight, (jnp.zeros(6), jnp.zeros(5)), hardest=16, level=0.4, spread=0.2
         )
 
         def body(carry, inputs):
@@ -192,7 +193,8 @@ def test_online_lora_finds_the_ends_of_tasks_and_forgets_less(x64, getkey):
             step, key = inputs
             task = (step > steps).astype(int)
             x = jr.normal(key, (16, 6)) * spread[task][None]
-            y = x @ teachers[task].T
+            # With noise, or there is no gradient left to tell what is important.
+            y = x @ teachers[task].T + jr.normal(jr.fold_in(key, 1), (16, 5))
 
             def total(params):
                 w = lrjax.merge(model, eqx.combine(params, frozen)).weight
@@ -215,7 +217,7 @@ def test_online_lora_finds_the_ends_of_tasks_and_forgets_less(x64, getkey):
         start = model, params, tx.init(params), own
         return jax.lax.scan(body, start, inputs)[1]
 
-    due, old = train(jnp.array(0.3))
+    due, old = train(jnp.array(1.0))
     assert np.any(due)
     _, plain = train(jnp.array(0.0))
     assert old[-1] < 0.5 * plain[-1]

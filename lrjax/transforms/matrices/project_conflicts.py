@@ -1,3 +1,5 @@
+import functools
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -110,9 +112,9 @@ def project_conflicts(
         pairs = _pairs(updates, memory)
         if not pairs:
             return updates, state
-        gram = sum(_products(m, m) for _, m in pairs)
-        along = sign * sum(_products(m, g[None])[:, 0] for g, m in pairs)
-        size = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(along.dtype))) for g, _ in pairs))
+        gram = _sum(_products(m, m) for _, m in pairs)
+        along = sign * _sum(_products(m, g[None])[:, 0] for g, m in pairs)
+        size = jnp.sqrt(_sum(_products(g[None], g[None])[0, 0] for g, _ in pairs))
         # All memories at length one: it is the same problem, and its numbers are cosines.
         lengths = jnp.sqrt(jnp.diagonal(gram))
         unit = nonzero(lengths)
@@ -149,6 +151,10 @@ def _nearest(
 
     # Of one number the first step is the minimum.
     return lax.fori_loop(0, 1 if count == 1 else count * sweeps, one, least)
+
+
+def _sum(terms: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, terms)
 
 
 def _products(x: Array, y: Array) -> Float[Array, "t s"]:
