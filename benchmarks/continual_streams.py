@@ -178,9 +178,7 @@ def ta_ogd(clusters, size, *, merge=False, of="gradients"):
     def begin(params):
         flat = jnp.zeros_like(ravel_pytree(params)[0])
         own = (flat,) if of == "gradients" else (jnp.zeros(64), flat)
-        pool = ClusterPool.start(
-            *own, clusters=clusters, size=size, pools=10, merge=merge
-        )
+        pool = ClusterPool.start(*own, clusters=clusters, size=size, pools=10, merge=merge)
         return pool, jnp.zeros((len(flat), 10 * clusters * size))
 
     def see(memory, params, x, y, count, key):
@@ -285,7 +283,9 @@ def main():
             best = max(kept, key=kept.get)
             claims = {agnostic: kept[agnostic], f"best setting, {best}": kept[best]}
             for name, value in claims.items():
-                claim = f"{kind} digits: share of the gain of {aware} that is kept by {name}"
+                claim = (
+                    f"{kind} digits: share of the gain of {aware} that is kept by {name}"
+                )
                 bounds.append(bound(claim, value, at_least=0.8))
     write_results("continual_streams", rows, bounds)
 
