@@ -55,8 +55,8 @@ class ClusterPool(eqx.Module):
     Reference:
         C. Lamers, R. Vidal, N. Belbachir, N. van Stein, T. Bäck, P. Giampouras,
         "Clustering-based domain-incremental learning" (2023), arXiv 2309.12078. Merging is
-        that of STRATA, by O. Beabout, A. Dodd, T. Murphy and E. Lu. Special case: one cluster is a
-        buffer of the last P points.
+        that of STRATA, by O. Beabout, A. Dodd, T. Murphy and E. Lu. Special case: one
+        cluster is a buffer of the last P points.
     """
 
     points: PyTree[Array]

@@ -7,12 +7,13 @@ from .balance import (
     relative_imbalance as relative_imbalance,
 )
 from .fisher import diagonal_fisher as diagonal_fisher
-from .gradient_coherence import (
-    GradientCoherence as GradientCoherence,
-    gradient_coherence as gradient_coherence,
 from .forgetting import (
     ContinualScores as ContinualScores,
     continual_scores as continual_scores,
+)
+from .gradient_coherence import (
+    GradientCoherence as GradientCoherence,
+    gradient_coherence as gradient_coherence,
 )
 from .hessian import HessianOverlap as HessianOverlap, hessian_overlap as hessian_overlap
 from .intruders import intruder_dimensions as intruder_dimensions
