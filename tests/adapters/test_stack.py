@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 
 import lrjax
@@ -88,3 +89,264 @@ def test_each_example_gets_its_own(name, getkey):
         assert_close(served(stack, ids, xs), want, condition=100)
     # And the base to the last bit, for nothing is added to it.
     np.testing.assert_array_equal(served(stack, jnp.zeros(7, int), xs), wants[0])
+
+
+SEVERAL = {
+    "factors": lrjax.LoRA(2, 5, rank_stabilized=True),
+    "residual start": lrjax.LoRA(1, init="pissa"),
+    "lengths": lrjax.DoRA(2),
+    "copies": room.Full(),
+    "trained pools": lrjax.TiedLoRA(2),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_at_once_are_the_weighted_sum_of_changes(name, getkey):
+    row = [trained(SEVERAL[name], getkey()) for _ in range(3)]
+    stack, x = room.stack(row, MODEL), jr.normal(getkey(), (6,))
+
+    @eqx.filter_jit
+    def mixed(stack, ids, factors):
+        own = room.select(stack, ids, factors)
+        return lrjax.merge(MODEL, own), lrjax.bind(MODEL, own)(x)
+
+    base, each = weights(room.select(stack, 0)), [weights(own) for own in row]
+    for factors in ([0.5, -1.5], [1.0, 0.0], [0.0, 0.0]):
+        merged, bound = mixed(stack, jnp.array([3, 1]), jnp.array(factors))
+        got = jax.tree.leaves(eqx.filter(merged, eqx.is_array))
+        for b, third, one, new in zip(base, each[2], each[0], got, strict=True):
+            want = b + factors[0] * (third - b) + factors[1] * (one - b)
+            assert_close(np.asarray(new, np.float64), want, rtol=1e-5)
+        assert_close(bound, merged(x), condition=1e3)
+
+
+@pytest.mark.parametrize("kind", [lrjax.LoRA(2, 3), lrjax.DoRA(2)])
+def test_weights_on_layers_of_a_scan(kind, getkey):
+    """One weight for a whole adapter, whatever the layers' leading axes."""
+    model = eqx.filter_vmap(lambda key: eqx.nn.Linear(3, 4, key=key))(jr.split(getkey(), 2))
+    adapt = eqx.filter_jit(lambda key: lrjax.adapt(model, kind, key=key))
+    params, frozen = lrjax.partition(adapt(getkey()))
+    one, two = (eqx.combine(moved(params, getkey()), frozen) for _ in range(2))
+
+    @eqx.filter_jit
+    def merged(one, two):
+        stack = room.stack([one, two], model)
+        rows = (
+            room.select(stack, [1, 2], [0.5, 2.0]),
+            room.select(stack, 2, 0.25),
+            one,
+            two,
+        )
+        return [lrjax.merge(model, own).weight for own in rows]
+
+    both, quarter, first, second = (np.asarray(w, np.float64) for w in merged(one, two))
+    base = np.asarray(model.weight, np.float64)
+    assert_close(both, base + 0.5 * (first - base) + 2 * (second - base), rtol=1e-5)
+    assert_close(quarter, base + 0.25 * (second - base), rtol=1e-5)
+
+
+LAYER = eqx.nn.Linear(6, 5, key=jr.key(1))
+
+
+@pytest.mark.parametrize("kind", [lrjax.LoRA(2), lrjax.DoRA(2)])
+def test_gradients_of_weights_and_of_what_they_weigh(kind, getkey):
+    """The output of one layer is affine in the weights: its slopes are the changes."""
+    adapt = eqx.filter_jit(lambda key: lrjax.adapt(LAYER, kind, key=key))
+    params, frozen = lrjax.partition(adapt(getkey()))
+    row = [eqx.combine(moved(params, getkey()), frozen) for _ in range(2)]
+    stack, x, c = room.stack(row, LAYER), jr.normal(getkey(), (6,)), jr.normal(getkey(), 5)
+    params, frozen = eqx.partition(stack, eqx.is_inexact_array)
+
+    @jax.jit
+    def slopes(params, factors):
+        def output(params, factors):
+            own = room.select(eqx.combine(params, frozen), [1, 2, 0], factors)
+            return c @ lrjax.bind(LAYER, own)(x)
+
+        return jax.grad(output, (0, 1))(params, factors)
+
+    grads, by_weight = slopes(params, jnp.array([1.3, 0.0, 2.0]))
+    outputs = [c @ lrjax.bind(LAYER, own)(x) for own in row]
+    changes = [y - c @ LAYER(x) for y in outputs]
+    assert_close(by_weight, np.array([*changes, 0.0], np.float32), condition=100)
+    trained = lrjax.partition(grads.adapters)[0]
+    for g in jax.tree.leaves(trained):
+        assert not np.any(g[0]), "the base has a gradient"
+        assert not np.any(g[2]), "an adapter of weight zero has a gradient"
+        assert np.any(g[1])
+    assert not any(map(np.any, jax.tree.leaves(lrjax.partition(grads.adapters)[1])))
+
+
+@eqx.filter_jit
+def losses(adapters, xs, ys):
+    outputs = jax.vmap(lrjax.bind(MODEL, adapters))(xs)
+    return jnp.mean((outputs - ys) ** 2)
+
+
+def test_training_all_at_once_is_a_loop(getkey):
+    """One loss over the stack, one optimizer state with the leading axis."""
+    kinds = [lrjax.LoRA(r, 4) for r in (1, 3)]
+    row, tx = [trained(kind, getkey()) for kind in kinds], optax.adam(1e-2)
+    stack = room.stack(row, MODEL)
+    xs, ys = jr.normal(getkey(), (2, 4, 6)), jr.normal(getkey(), (2, 4, 5))
+
+    @eqx.filter_jit
+    def fitted(frozen, params, loss):
+        def step(carry, _):
+            params, state = carry
+            grads = jax.grad(lambda p: loss(eqx.combine(p, frozen)))(params)
+            updates, state = tx.update(grads, state)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=5)
+        return eqx.combine(params, frozen)
+
+    def together(adapters):
+        many = room.Stack(adapters, stack.names)
+        one = lambda i, x, y: losses(room.select(many, i), x, y)
+        return jnp.sum(jax.vmap(one)(jnp.array([1, 2]), xs, ys))
+
+    params, frozen = lrjax.partition(stack.adapters)
+    new = room.Stack(fitted(frozen, params, together), stack.names)
+    probe = jr.normal(getkey(), (3, 6))
+    np.testing.assert_array_equal(alone(room.select(new, 0), probe), jax.vmap(MODEL)(probe))
+    for i, own in enumerate(row):
+        params, frozen = lrjax.partition(own)
+        want = fitted(frozen, params, lambda a, i=i: losses(a, xs[i], ys[i]))
+        assert_close(alone(room.select(new, i + 1), probe), alone(want, probe), rtol=1e-4)
+
+
+SWAPS = {
+    "narrower": (lrjax.LoRA(4), lrjax.LoRA(2, 3), None),
+    "as wide as the padding": (lrjax.LoRA(2), lrjax.LoRA(5, 3), None),
+    "of a residual start": (lrjax.LoRA(2), lrjax.LoRA(2, init="pissa"), None),
+    "fewer layers": (lrjax.DoRA(3), lrjax.DoRA(1), first),
+    "trained pools": (lrjax.TiedLoRA(2), lrjax.TiedLoRA(2), None),
+}
+
+
+@pytest.mark.parametrize("name", SWAPS)
+def test_swaps_run_in_the_programs_that_are_there(name, getkey):
+    old, new, where = SWAPS[name]
+    row, own = [trained(old, getkey()) for _ in range(2)], trained(new, getkey(), where)
+    stack, programs = room.stack(row, MODEL, pad_rank=5), []
+
+    @eqx.filter_jit
+    def run(stack, ids, xs):
+        programs.append(1)  # once for each trace
+        one = lambda i, x: lrjax.bind(MODEL, room.select(stack, i))(x)
+        return jax.vmap(one)(ids, xs)
+
+    ids, xs = jnp.array([2, 0, 1]), jr.normal(getkey(), (3, 6))
+    before = run(stack, ids, xs)
+    after = run(room.swap(stack, "2", own, MODEL), ids, xs)
+    assert len(programs) == 1
+    assert_close(after[:1], alone(own, xs[:1]), condition=100)
+    np.testing.assert_array_equal(after[1:], before[1:])
+    empty = run(room.swap(stack, 2, room.Adapters({}), MODEL), ids, xs)
+    np.testing.assert_array_equal(empty[:2], jax.vmap(MODEL)(xs[:2]))
+    assert len(programs) == 1
+
+
+class Attention(eqx.Module):
+    """Causal attention as one token sees it; the others are along a named axis."""
+
+    query: eqx.nn.Linear
+    key: eqx.nn.Linear
+    value: eqx.nn.Linear
+
+    def __call__(self, x):
+        keys, values = (
+            jax.lax.all_gather(part(x), "tokens") for part in (self.key, self.value)
+        )
+        seen = jnp.arange(len(keys)) <= jax.lax.axis_index("tokens")
+        scores = jnp.where(seen, keys @ self.query(x), -jnp.inf)
+        return jax.nn.softmax(scores) @ values
+
+
+@pytest.mark.parametrize("kind", [lrjax.LoRA(2), lrjax.DoRA(2)])
+def test_an_activated_adapter_reads_the_cache_of_the_base(kind, getkey):
+    """What it gives for the last tokens, with the base's keys and values before them."""
+    model = Attention(*(eqx.nn.Linear(4, 4, key=getkey()) for _ in range(3)))
+    params, frozen = lrjax.partition(lrjax.adapt(model, kind, key=getkey()))
+    own = eqx.combine(moved(params, getkey()), frozen)
+    stack, xs, start = room.stack({"judge": own}, model), jr.normal(getkey(), (5, 4)), 3
+
+    @jax.jit
+    def run(weights):
+        def token(weight, x):
+            return lrjax.bind(model, room.select(stack, "judge", weight))(x)
+
+        return jax.vmap(token, axis_name="tokens")(weights, xs)
+
+    got = run((jnp.arange(5) >= start).astype(jnp.float32))
+    np.testing.assert_array_equal(got[:start], run(jnp.zeros(5))[:start])
+    merged = lrjax.merge(model, own)
+    cache = [jax.vmap(part)(xs[:start]) for part in (model.key, model.value)]
+    late = [jax.vmap(part)(xs[start:]) for part in (merged.key, merged.value)]
+    keys, values = (np.concatenate(pair) for pair in zip(cache, late, strict=True))
+    for t in range(start, 5):
+        scores = np.exp(keys[: t + 1] @ np.asarray(merged.query(xs[t])))
+        want = scores @ values[: t + 1] / scores.sum()
+        assert_close(got[t], want, condition=100)
+
+
+def test_numbers_and_names(getkey):
+    row = {name: trained(lrjax.LoRA(2), getkey()) for name in ("poet", "coder")}
+    stack = room.stack(row, MODEL)
+    assert stack.names == ("__base__", "poet", "coder")
+    assert len(stack) == 3
+    np.testing.assert_array_equal(stack.index(["coder", 0, "poet"]), [2, 0, 1])
+    assert stack.index("coder") == stack.index(2) == stack.index(np.int64(2)) == 2
+    for wrong in (3, -1, jnp.array([0, 3])):
+        with pytest.raises(IndexError, match=r"entries 0 to 2, 0 '__base__', 1 'poet'"):
+            stack.index(wrong)
+    with pytest.raises(KeyError, match=r"'critic' in the stack: it has 0 '__base__'"):
+        room.select(stack, "critic")
+    with pytest.raises(TypeError, match="an integer, got float32"):
+        room.select(stack, jnp.array(1.0))
+    with pytest.raises(ValueError, match=r"ids of shape \(2,\) and weights none"):
+        room.select(stack, ["poet", "coder"])
+    with pytest.raises(ValueError, match=r"shape \(2,\) and weights of shape \(1,\)"):
+        room.select(stack, [1, 2], [1.0])
+    # Nothing can be raised for a traced number: it is the base.
+    xs = jr.normal(getkey(), (3, 6))
+    got = served(stack, jnp.array([3, -1, 100]), xs)
+    np.testing.assert_array_equal(got, served(stack, jnp.zeros(3, int), xs))
+
+
+def test_refusals(getkey):
+    lora, other = trained(lrjax.LoRA(2), getkey()), trained(lrjax.DoRA(2), getkey())
+    with pytest.raises(
+        ValueError, match=r"at 'layers\.0' .* 'a' has Factors of rank 2, 'b'"
+    ):
+        room.stack({"a": lora, "b": other}, MODEL)
+    with pytest.raises(ValueError, match=r"'__base__' is the name of entry 0"):
+        room.stack({"__base__": lora}, MODEL)
+    with pytest.raises(ValueError, match="at least one"):
+        room.stack([], MODEL)
+    small = eqx.nn.MLP(6, 5, 7, 2, key=getkey())
+    with pytest.raises(ValueError, match=r"Of the adapters 'a': .*another model"):
+        room.stack({"a": lora}, small)
+    pools = [trained(lrjax.TiedLoRA(r), getkey()) for r in (1, 2)]
+    vera = [trained(lrjax.VeRA(2), jr.key(i)) for i in (1, 2)]
+    stack = room.stack({"a": lora, "b": trained(lrjax.LoRA(2), getkey(), first)}, MODEL)
+    with pytest.raises(ValueError, match=r"rank 3, .* ranks up to 2 .* pad_rank=3"):
+        room.swap(stack, "a", trained(lrjax.LoRA(3), getkey()), MODEL)
+    with pytest.raises(ValueError, match="Magnitude of rank 2, does not fit"):
+        room.swap(stack, "a", other, MODEL)
+    with pytest.raises(ValueError, match="Entry 0 of a stack"):
+        room.swap(stack, 0, lora, MODEL)
+    with pytest.raises(ValueError, match=r"no adapters at \['layers\.1', 'layers\.2'\]"):
+        room.swap(
+            room.stack([trained(lrjax.LoRA(2), getkey(), first)], MODEL), 1, lora, MODEL
+        )
+    # Pools of different widths are no stack, but their products are.
+    wide = room.stack(pools, MODEL)
+    assert not wide.adapters.pools
+    assert wide.adapters["layers.0"].pair.rank == 2
+    one = room.stack(vera[:1], MODEL)
+    assert one.shared == ("VeRA",)
+    assert one.adapters.pools["VeRA"] is not None
+    with pytest.raises(ValueError, match=r"share the pool 'VeRA'"):
+        room.swap(one, 1, vera[1], MODEL)

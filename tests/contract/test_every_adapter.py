@@ -189,6 +189,26 @@ def test_bound_is_merged_and_vmap_is_a_loop(name, getkey):
         assert_close(flat(got), flat(want), condition=1e3)
 
 
+@every
+def test_each_comes_out_of_a_stack_again(name, getkey):
+    """Entry 0 is the model to the last bit, the others are the adapters."""
+
+    @eqx.filter_jit
+    def run(one, two):
+        many = room.stack([one, two], MODEL)
+        arrays = lambda model: eqx.filter(model, eqx.is_array)
+        pick = lambda i: arrays(lrjax.merge(MODEL, room.select(many, i)))
+        return jax.vmap(pick)(jnp.arange(3)), [
+            arrays(lrjax.merge(MODEL, own)) for own in (one, two)
+        ]
+
+    row = [eqx.combine(*setting(name, getkey)[1:]) for _ in range(2)]
+    got, wants = run(*row)
+    for i, want in enumerate([eqx.filter(MODEL, eqx.is_array), *wants]):
+        own = jax.tree.map(lambda x, i=i: np.asarray(x)[i], got)
+        assert_close(flat(own), flat(want), condition=10 if i else 0)
+
+
 LAYERS = ("blocks", "grouped")
 
 
