@@ -1206,6 +1206,7 @@ ENTRIES = {**TRANSFORMS, **RECIPES}
 
 # Exported next to the transforms without being transforms themselves.
 NOT_TRANSFORMS = {
+    "append_directions",
     "cubic_schedule",
     "data_parallel_specs",
     "dequantize",

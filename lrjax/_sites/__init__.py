@@ -41,5 +41,10 @@ from .sites import (
     reweighted as reweighted,
 )
 from .statistic import InputStatistic as InputStatistic
-from .stream import check_repeatable as check_repeatable, summed as summed
+from .stream import (
+    Call as Call,
+    check_repeatable as check_repeatable,
+    over_batch as over_batch,
+    summed as summed,
+)
 from .where import Where as Where, pick as pick

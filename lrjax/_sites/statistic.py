@@ -47,7 +47,8 @@ class InputStatistic(eqx.Module):
         Raises:
             ValueError: of a sketch, which does not have it.
         """
-        if self.probe is not None:
+        sketched = self.image is not None and self.image.shape[-1] != len(self.total)
+        if self.probe is not None or sketched:
             raise ValueError(
                 "A sketch of the inputs does not hold their whole second moment: use "
                 "activation_statistics without rank=."

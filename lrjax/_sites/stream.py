@@ -8,6 +8,14 @@ import jax
 from jaxtyping import PyTree
 
 
+Call = Callable[[PyTree, Any], PyTree]
+
+
+def over_batch(model: PyTree, batch: Any) -> PyTree:
+    """``jax.vmap(model)(batch)``."""
+    return jax.vmap(model)(batch)
+
+
 def summed(
     name: str, f: Callable[[Any], PyTree], batches: Iterable[Any]
 ) -> tuple[PyTree, int]:

@@ -1,30 +1,23 @@
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import jax
 import jax.random as jr
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .._arguments import check_key
 from .._sites import (
+    Call,
     InputStatistic,
     Site,
     Where,
     check_used_once,
     find_sites,
+    over_batch,
     pick,
     refusals,
     sums_of_inputs,
 )
-
-
-Call = Callable[[PyTree, Any], PyTree]
-
-
-def over_batch(model: PyTree, batch: Any) -> PyTree:
-    """``jax.vmap(model)(batch)``."""
-    return jax.vmap(model)(batch)
 
 
 def layer_statistics(

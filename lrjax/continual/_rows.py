@@ -38,6 +38,11 @@ def minus(a: Rows, b: Rows) -> Rows:
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
+def off(rows: Rows, basis: Rows) -> Rows:
+    """What an orthonormal basis leaves of rows."""
+    return minus(rows, combine(inner(rows, basis), basis))
+
+
 def outside(rows: Rows, basis: Rows) -> tuple[Float[Array, "i k"], Rows]:
     """The coefficients of rows in an orthonormal basis, and what they leave over.
 
@@ -67,5 +72,7 @@ def scaled(factors: Float[Array, " i"], rows: Rows) -> Rows:
 
 
 def _of_leaf(x: Array, y: Array) -> Array:
+    if len(x) == 1:  # several times faster on CPU, and nothing moves between devices
+        return jnp.sum(x * y, axis=tuple(range(1, y.ndim)))[None]
     axes = _AXES[: x.ndim - 1]
     return einsum(f"z{axes},y{axes}->zy", x, y)

@@ -195,7 +195,7 @@ class GradientBasis(eqx.Module):
         """
         pairs = self._paired("updates", updates, 0)
         rows = [x[None].astype(y.dtype) for x, y in pairs]
-        _, rest = _rows.outside(rows, jax.tree.leaves(self.directions))
+        rest = _rows.off(rows, jax.tree.leaves(self.directions))
         left = {p: x[0] for p, x in zip(self._paths(), rest, strict=True)}
         put = lambda path, u: left[path].astype(u.dtype) if path in left else u
         return jtu.tree_map_with_path(put, updates)

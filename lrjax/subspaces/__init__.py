@@ -53,7 +53,7 @@ from .bases import (
     Switch as Switch,
 )
 from .error_feedback import ErrorFeedback as ErrorFeedback
-from .grow_basis import grow_basis as grow_basis
+from .grow_basis import append_directions as append_directions, grow_basis as grow_basis
 from .lifts import (
     Blend as Blend,
     Lift as Lift,

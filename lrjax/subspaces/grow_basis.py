@@ -1,8 +1,8 @@
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Int
 
-from ..linalg import outer, svd, times
+from ..linalg import orthonormalize, outer, rounding, svd, times
 
 
 def grow_basis(
@@ -14,6 +14,8 @@ def grow_basis(
     ``σ_i``; its leading right singular vectors are added until ``‖X M‖² ≥ energy ·
     ‖X‖²``. The basis has room for ``k`` directions, zero columns standing for those
     still free, so that its shape never changes; when it is full the rest is dropped.
+
+    Of whole models :class:`lrjax.continual.InputBases` does so, and says what was dropped.
 
     Args:
         basis: ``M``, orthonormal columns and then zeros.
@@ -42,7 +44,43 @@ def grow_basis(
     _, values, vectors = svd(rest)
     total = jnp.sum(x**2)
     missing = jnp.sum(values**2) - jnp.cumsum(values**2) + values**2  # before each one
-    wanted = (missing > (1 - energy) * total) & (values > 0)
+    # What rounding leaves of inputs that are in the basis is no direction of theirs.
+    noise = rounding(x.dtype, len(basis)) * jnp.sqrt(total)
+    wanted = (missing > (1 - energy) * total) & (values > noise)
+    return append_directions(basis, vectors.T, jnp.sum(wanted))
+
+
+def append_directions(
+    basis: Float[Array, "n k"], directions: Float[Array, "n s"], count: Int[Array, ""]
+) -> Float[Array, "n k"]:
+    """Put the first directions into the free columns of a basis, orthonormal to it.
+
+    The columns that are there are not touched. Each new one is orthogonal to all before it
+    to rounding, so that nothing drifts however often it is done.
+
+    Args:
+        basis: ``M``, orthonormal columns and then zeros, which stand for free ones.
+        directions: the first ``count`` of them linearly independent, of each other and of
+            the basis.
+        count: how many are put in; those without room are dropped, the last ones first.
+
+    Returns:
+        The basis in the same shape.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> basis = jnp.array([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+        >>> new = jnp.array([[1.0], [2.0], [0.0]])
+        >>> print(abs(lrjax.subspaces.append_directions(basis, new, jnp.array(1))))
+        [[1. 0.]
+         [0. 1.]
+         [0. 0.]]
+    """
+    n, k = basis.shape
+    new = directions[:, : min(n, k)].astype(basis.dtype)
+    index = jnp.arange(new.shape[1])
+    new = jnp.where(index[None] < count, new, 0)
+    new = orthonormalize(new, against=basis)
     used = jnp.sum(jnp.any(basis != 0, axis=0))
-    slots = jnp.where(wanted, used + jnp.arange(len(values)), basis.shape[1])
-    return basis.at[:, slots].set(vectors.T, mode="drop")
+    slots = jnp.where(index < count, used + index, k)
+    return basis.at[:, slots].set(new, mode="drop")
