@@ -178,6 +178,22 @@ def test_what_is_projected_out_does_nothing_to_its_inputs(getkey):
     assert update._cache_size() == traces
 
 
+def test_kernels_are_projected_by_their_patches(getkey):
+    kernel = jr.normal(getkey(), (2, 4, 3, 2, 2))  # a stack, outputs, inputs, taps
+    m = jnp.linalg.qr(jr.normal(getkey(), (2, 12, 5)))[0]
+    tx = lrjax.project_out(m)
+    got, _ = tx.update(kernel, tx.init(kernel))
+    flat = kernel.reshape(2, 4, 12)
+    want = flat - flat @ m @ m.mT
+    assert_close(got, want.reshape(kernel.shape), condition=10)
+    # As other libraries store them: taps, inputs, outputs.
+    first = lambda x: x.transpose(0, 3, 4, 2, 1)
+    order = m.reshape(2, 3, 2, 2, 5).transpose(0, 2, 3, 1, 4).reshape(2, 12, 5)
+    left = lrjax.project_out(order, side="left")
+    other, _ = left.update(first(kernel), left.init(first(kernel)))
+    assert_close(other, first(got), condition=10)
+
+
 def test_grown_bases_hold_the_least_that_is_asked_for(getkey, x64):
     first = with_spectrum(getkey(), 20, 8, jnp.array([4.0, 2.0, 1.0, 0.1]), jnp.float64)
     grow = jax.jit(sub.grow_basis)
@@ -187,6 +203,7 @@ def test_grown_bases_hold_the_least_that_is_asked_for(getkey, x64):
     assert_close(m[:, :3] @ m[:, :3].T, v @ v.T, condition=10)
     # What is there already counts, and is not touched; no room is no error.
     assert_close(grow(m, first, 0.9), m, rtol=0)
+    assert_close(grow(m, first @ m @ m.T, 1.0), m, rtol=0)  # but for rounding
     second = with_spectrum(getkey(), 20, 8, jnp.array([3.0, 2.0]), jnp.float64)
     full = grow(m, jnp.concatenate([first, second]), 1.0)
     assert_close(full[:, :3], m[:, :3], rtol=0)
