@@ -126,6 +126,7 @@ from .subspaces import (
     accumulate_gradients as accumulate_gradients,
     project_updates as project_updates,
     random_subspace as random_subspace,
+    trajectory_subspace as trajectory_subspace,
     zeroth_order_gradient as zeroth_order_gradient,
 )
 from .sweep import sweep as sweep

@@ -1227,6 +1227,7 @@ NOT_TRANSFORMS = {
     "state_specs",
     "step_by_layer",
     "surrogate_steps",
+    "trajectory_subspace",
     "unit_norm",
     "zeroth_order_gradient",
 }

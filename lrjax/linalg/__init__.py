@@ -61,6 +61,17 @@ from .singular_value_maps import (
 )
 from .sqrtm import inverse_sqrtm as inverse_sqrtm, sqrtm as sqrtm
 from .subspace_iteration import subspace_iteration as subspace_iteration
+from .subspaces import (
+    SubspaceAverage as SubspaceAverage,
+    SubspaceDifference as SubspaceDifference,
+    SubspaceError as SubspaceError,
+    subspace_acceleration as subspace_acceleration,
+    subspace_difference as subspace_difference,
+    subspace_error as subspace_error,
+    subspace_mean as subspace_mean,
+    subspace_median as subspace_median,
+    subspace_overlap as subspace_overlap,
+)
 from .tall import (
     tall_apply as tall_apply,
     tall_gram as tall_gram,

@@ -15,7 +15,12 @@ from .gradient_coherence import (
     GradientCoherence as GradientCoherence,
     gradient_coherence as gradient_coherence,
 )
-from .hessian import HessianOverlap as HessianOverlap, hessian_overlap as hessian_overlap
+from .hessian import (
+    HessianOverlap as HessianOverlap,
+    HessianSpace as HessianSpace,
+    hessian_overlap as hessian_overlap,
+    hessian_space as hessian_space,
+)
 from .intruders import intruder_dimensions as intruder_dimensions
 from .latent_volume import latent_volume as latent_volume
 from .local_rank import local_rank as local_rank

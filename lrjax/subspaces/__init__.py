@@ -23,6 +23,7 @@ from .accumulate_gradients import (
     AccumulateGradientsState as AccumulateGradientsState,
     accumulate_gradients as accumulate_gradients,
 )
+from .affine_subspace import AffineSubspace as AffineSubspace
 from .bases import (
     SVD as SVD,
     Basis as Basis,
@@ -71,10 +72,7 @@ from .project_updates import (
     ProjectUpdatesState as ProjectUpdatesState,
     project_updates as project_updates,
 )
-from .random_subspace import (
-    RandomSubspace as RandomSubspace,
-    random_subspace as random_subspace,
-)
+from .random_subspace import random_subspace as random_subspace
 from .schedules import (
     Adaptive as Adaptive,
     AdaptiveState as AdaptiveState,
@@ -85,6 +83,7 @@ from .schedules import (
     ScheduleContext as ScheduleContext,
 )
 from .sparse_residual import SparseResidual as SparseResidual
+from .trajectory_subspace import trajectory_subspace as trajectory_subspace
 from .transport import (
     Align as Align,
     BasisChange as BasisChange,

@@ -23,7 +23,7 @@ from .bases import (
     RefreshContext,
     SelectedRows,
 )
-from .random_subspace import RandomSubspace
+from .affine_subspace import AffineSubspace
 
 
 PIECE = 2**18  # how many numbers are drawn at a time
@@ -49,7 +49,7 @@ def directions(
     params: PyTree, subspace: Any, key: PRNGKeyArray, where: Where | None
 ) -> Directions:
     """The directions of all numbers, of bases drawn for each matrix, or of one of all."""
-    if isinstance(subspace, RandomSubspace):
+    if isinstance(subspace, AffineSubspace):
         return _of_all_together(params, subspace)
     leaves, values, treedef = choose("zeroth_order_gradient", params, where)
     sides = _sides(subspace)
@@ -171,7 +171,7 @@ def _sides(subspace: Any) -> tuple[tuple[Basis, bool | None], ...]:
     bases = subspace if isinstance(subspace, tuple) else (subspace,)
     if len(bases) > 2 or not all(map(_is_random, bases)):
         raise TypeError(
-            "zeroth_order_gradient takes a RandomSubspace, or one basis or a pair of them "
+            "zeroth_order_gradient takes a AffineSubspace, or one basis or a pair of them "
             "that look at no gradient: Gaussian, RandomOrthonormal or "
             f"SelectedRows(choice='uniform'). Got {subspace!r}."
         )
@@ -201,14 +201,14 @@ def _with_bases(leaf: MatrixLeaf, x: Array, sides: tuple, key: PRNGKeyArray) -> 
     return _Place(x, leaf, tuple(bases), tuple(shape))
 
 
-def _of_all_together(params: PyTree, subspace: RandomSubspace) -> Directions:
+def _of_all_together(params: PyTree, subspace: AffineSubspace) -> Directions:
     shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]
     like = jax.eval_shape(subspace.lift, jnp.zeros(subspace.dim))
     if jax.tree.structure(like) != jax.tree.structure(params) or shapes(like) != shapes(
         params
     ):
         raise ValueError(
-            "zeroth_order_gradient was given a RandomSubspace of other parameters: make it "
+            "zeroth_order_gradient was given a AffineSubspace of other parameters: make it "
             "by lrjax.random_subspace(params, dim, key=key)."
         )
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))

@@ -7,27 +7,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._arguments import check_key
 from .._matrices import check_real
 from ..linalg import Fastfood
+from .affine_subspace import AffineSubspace, Columns
 
 
-class _Dense(NamedTuple):
-    """``P (D, dim)`` itself."""
-
-    columns: Float[Array, "size dim"]
-
-    @classmethod
-    def draw(cls, size: int, dim: int, dtype: Any, key: PRNGKeyArray) -> "_Dense":
-        columns = jr.normal(key, (size, dim), dtype)
-        return cls(columns / jnp.linalg.norm(columns, axis=0, keepdims=True))
-
-    def __call__(self, x: Array, size: int) -> Array:
-        del size
-        return jnp.matmul(self.columns, x, precision=lax.Precision.HIGHEST)
+def _draw_dense(size: int, dim: int, dtype: Any, key: PRNGKeyArray) -> Columns:
+    columns = jr.normal(key, (size, dim), dtype)
+    return Columns(columns / jnp.linalg.norm(columns, axis=0, keepdims=True))
 
 
 class _Sparse(NamedTuple):
@@ -53,44 +43,7 @@ def _draw_fastfood(size: int, dim: int, dtype: Any, key: PRNGKeyArray) -> Fastfo
     return Fastfood.draw(max(size, dim), key=key, dtype=dtype)
 
 
-_KINDS = {"dense": _Dense.draw, "sparse": _Sparse.draw, "fastfood": _draw_fastfood}
-
-
-class RandomSubspace(eqx.Module):
-    """What :func:`random_subspace` makes: call it with ``dim`` numbers.
-
-    A pytree of arrays: hand it to jitted functions as an argument. A batch of subspaces,
-    one for each seed, is made by ``vmap``.
-
-    Attributes:
-        start: the parameters at zero, θ_0.
-        projection: the random numbers that make P.
-        dim: how many numbers are trained.
-    """
-
-    start: PyTree
-    projection: PyTree
-    dim: int = eqx.field(static=True)
-
-    def __call__(self, x: Float[Array, " dim"]) -> PyTree:
-        """The parameters ``θ_0 + P x``, in the dtypes of θ_0."""
-        numbers, rest = eqx.partition(self.start, eqx.is_inexact_array)
-        add = lambda leaf, move: (leaf.astype(move.dtype) + move).astype(leaf.dtype)
-        return eqx.combine(jax.tree.map(add, numbers, self.lift(x)), rest)
-
-    def lift(self, x: Float[Array, " dim"]) -> PyTree:
-        """The move ``P x``: a tree like θ_0, with None for what does not move."""
-        if jnp.shape(x) != (self.dim,):
-            raise ValueError(
-                f"This subspace takes {self.dim} numbers, got shape {jnp.shape(x)}."
-            )
-        leaves, treedef = jax.tree.flatten(eqx.filter(self.start, eqx.is_inexact_array))
-        moves = self.projection(x, sum(leaf.size for leaf in leaves))
-        parts, begin = [], 0
-        for leaf in leaves:
-            parts.append(moves[begin : begin + leaf.size].reshape(leaf.shape))
-            begin += leaf.size
-        return treedef.unflatten(parts)
+_KINDS = {"dense": _draw_dense, "sparse": _Sparse.draw, "fastfood": _draw_fastfood}
 
 
 def random_subspace(
@@ -99,7 +52,7 @@ def random_subspace(
     *,
     kind: Literal["fastfood", "dense", "sparse"] = "fastfood",
     key: PRNGKeyArray,
-) -> RandomSubspace:
+) -> AffineSubspace:
     """A function from a few numbers to all parameters of a model: ``x ↦ θ_0 + P x``.
 
     One ``x (dim,)`` moves all D parameters together, along ``P (D, dim)`` whose columns
@@ -125,7 +78,7 @@ def random_subspace(
         key: which one.
 
     Returns:
-        A :class:`RandomSubspace`.
+        A :class:`AffineSubspace`.
 
     Raises:
         TypeError: if ``key`` is none, or for complex parameters.
@@ -161,4 +114,4 @@ def random_subspace(
     if not 1 <= dim <= size:
         raise ValueError(f"dim must be between 1 and the {size} parameters, got {dim}.")
     dtype = jnp.result_type(jnp.float32, *leaves)
-    return RandomSubspace(params, _KINDS[kind](size, dim, dtype, key), dim)
+    return AffineSubspace(params, _KINDS[kind](size, dim, dtype, key), dim)

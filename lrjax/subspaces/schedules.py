@@ -158,16 +158,24 @@ class AdaptiveState(NamedTuple):
 class Adaptive(Schedule):
     """Refresh a leaf less often once its subspace has stopped moving.
 
-    After each refresh ``|⟨p₁_new, p₁_old⟩|`` of the first basis vectors is kept; when the
-    last ``window`` of them average at least ``threshold``, the gap of this leaf grows
-    by ``gap_growth``. The absolute value makes it blind to the sign of singular vectors.
+    After each refresh the overlap of the new basis with the old one is kept; when the last
+    ``window`` of them average at least ``threshold``, the gap of this leaf grows by
+    ``gap_growth``.
 
     Args:
         steps: the first gap.
         threshold: the mean overlap from which the gap grows.
         window: how many overlaps are averaged.
         gap_growth: the factor.
+        compare: the overlap is ``"first"``: ``|⟨p₁_new, p₁_old⟩|`` of the first basis
+            vectors, for bases whose columns are singular vectors in order; the absolute value
+            makes it blind to their signs. Or ``"span"``: ``‖P_newᵀ P_old‖²_F / r``, the mean
+            of ``cos²`` of the principal angles, which orthonormal columns may turn among
+            themselves without notice (:func:`lrjax.linalg.subspace_overlap`).
         when: see :class:`Schedule`.
+
+    Raises:
+        ValueError: for another word in ``compare``.
 
     Example:
         >>> import lrjax, optax
@@ -186,8 +194,16 @@ class Adaptive(Schedule):
     threshold: ArrayLike = 0.4
     window: int = 5
     gap_growth: ArrayLike = 2
+    compare: Literal["first", "span"] = "first"
     when: Literal["before", "after"] = "before"
     observes: ClassVar[bool] = True
+
+    def __check_init__(self):
+        if self.compare not in ("first", "span"):
+            raise ValueError(
+                "Adaptive compares the 'first' vectors of two bases or their whole 'span', "
+                f"got {self.compare!r}."
+            )
 
     def init(self, batch: tuple[int, ...]) -> AdaptiveState:
         """The first gap, and no overlaps yet."""
@@ -206,8 +222,12 @@ class Adaptive(Schedule):
         self, state: AdaptiveState, overlap: Array, context: ScheduleContext
     ) -> AdaptiveState:
         """Note the overlap, and lengthen the gap where nothing moves."""
-        cosine = jnp.abs(overlap[..., 0, 0]).astype(jnp.float32)
-        recent = jnp.concatenate([state.recent[..., 1:], cosine[..., None]], axis=-1)
+        if self.compare == "first":
+            kept = jnp.abs(overlap[..., 0, 0])
+        else:
+            kept = jnp.sum(overlap**2, axis=(-2, -1)) / overlap.shape[-1]
+        kept = kept.astype(jnp.float32)[..., None]
+        recent = jnp.concatenate([state.recent[..., 1:], kept], axis=-1)
         # The first refresh compares with a basis that no gradient chose: not counted.
         seen = state.seen + 1
         still = (seen > self.window) & (jnp.mean(recent, axis=-1) >= self.threshold)

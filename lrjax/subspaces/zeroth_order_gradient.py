@@ -14,7 +14,7 @@ from .._matrices import Where
 from ..linalg import working_dtype
 from ._directions import directions
 from .bases import Basis
-from .random_subspace import RandomSubspace
+from .affine_subspace import AffineSubspace
 
 
 def zeroth_order_gradient(
@@ -22,7 +22,7 @@ def zeroth_order_gradient(
     params: PyTree,
     *args: Any,
     key: PRNGKeyArray,
-    subspace: Basis | tuple[Basis, Basis] | RandomSubspace | None = None,
+    subspace: Basis | tuple[Basis, Basis] | AffineSubspace | None = None,
     queries: int = 1,
     scale: ArrayLike = 1e-3,
     ranked: bool = False,
@@ -53,7 +53,7 @@ def zeroth_order_gradient(
       ``U Vᵀ`` of LOZO, or ``RandomOrthonormal``, ``SelectedRows(choice="uniform")``;
     - two of them, ``(RandomOrthonormal(r), RandomOrthonormal(r))``, of its rows and its
       columns: ``Q Ξ Pᵀ``, as in SubZero;
-    - a :class:`RandomSubspace` of all parameters together.
+    - a :class:`AffineSubspace` of all parameters together.
 
     ``count`` numbers the steps: perturbations differ in each, bases in every
     ``period``-th; nothing is stored. In between, an optimizer can keep its moments in the
@@ -92,7 +92,7 @@ def zeroth_order_gradient(
     Raises:
         TypeError: for parameters that are no floating-point arrays, or another subspace.
         ValueError: for no queries, less than two that are ranked, a loss that is no number,
-            or a :class:`RandomSubspace` of other parameters.
+            or a :class:`AffineSubspace` of other parameters.
 
     Example:
         >>> import jax, jax.numpy as jnp, lrjax, optax

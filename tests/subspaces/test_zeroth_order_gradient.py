@@ -300,7 +300,7 @@ def test_what_it_cannot_do_is_refused(getkey):
         of(ranked=True)
     with pytest.raises(ValueError, match="at least 1 queries, got 0"):
         of(queries=0)
-    with pytest.raises(ValueError, match="RandomSubspace of other parameters"):
+    with pytest.raises(ValueError, match="AffineSubspace of other parameters"):
         of(subspace=lrjax.random_subspace(jnp.ones(9), 2, key=key))
     with pytest.raises(ValueError, match=r"a loss that is a number, got \(8,\)"):
         lrjax.zeroth_order_gradient(lambda w: w.sum(0), w, key=key)
