@@ -1,6 +1,16 @@
 """Several changes of one model made one: on trees of LowRank nodes and of arrays."""
 
 from .add_factors import add_factors as add_factors
+from .aggregate_gradients import aggregate_gradients as aggregate_gradients
+from .aggregation_rules import (
+    CoordinateRule as CoordinateRule,
+    FlagMean as FlagMean,
+    GeometricMedian as GeometricMedian,
+    GramRule as GramRule,
+    Krum as Krum,
+    Mean as Mean,
+    TrimmedMean as TrimmedMean,
+)
 from .cluster_units import cluster_units as cluster_units
 from .elect_signs import elect_signs as elect_signs, ties as ties
 from .fisher_average import fisher_average as fisher_average

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -6,13 +6,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from ..linalg import eigh, nonzero, working_dtype
+from ..linalg import working_dtype
 from ..lowrank import LowRank, inner
 from ._changes import even, map_changes, materialized
+from .aggregation_rules import FlagMean, GeometricMedian
 from .weighted_sum import weighted_sum
-
-
-LEAST = 1e-3  # of the typical distance: nearer than this, a weight grows no more
 
 
 def geometric_median(changes: Sequence[PyTree], *, steps: int = 50) -> PyTree:
@@ -45,20 +43,7 @@ def geometric_median(changes: Sequence[PyTree], *, steps: int = 50) -> PyTree:
         K. Pillutla, S. M. Kakade, Z. Harchaoui, "Robust aggregation for federated learning"
         (2019), arXiv 1912.13445.
     """
-
-    def weights(gram: Array) -> Array:
-        squares = jnp.diagonal(gram)
-
-        def step(_, w: Array) -> Array:
-            gaps = squares - 2 * gram @ w + w @ gram @ w
-            distances = jnp.sqrt(jnp.maximum(gaps, 0))
-            floor = LEAST * jnp.median(distances) + jnp.finfo(w.dtype).tiny
-            w = 1 / jnp.maximum(distances, floor)
-            return w / jnp.sum(w)
-
-        return lax.fori_loop(0, steps, step, jnp.full_like(squares, 1 / len(gram)))
-
-    return _by_gram("geometric_median", changes, weights)
+    return _by_gram("geometric_median", changes, GeometricMedian(steps))
 
 
 def flag_mean(changes: Sequence[PyTree], *, rank: int = 1, steps: int = 1) -> PyTree:
@@ -96,39 +81,14 @@ def flag_mean(changes: Sequence[PyTree], *, rank: int = 1, steps: int = 1) -> Py
         training under failures and augmented losses using convex optimization" (2023),
         arXiv 2302.05865.
     """
-    if not 1 <= rank <= len(changes):
-        raise ValueError(
-            f"flag_mean's rank is from 1 to the number of trees, {len(changes)}; got "
-            f"{rank}."
-        )
-
-    def weights(gram: Array) -> Array:
-        lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
-        unit = gram / nonzero(lengths)[:, None] / nonzero(lengths)[None, :]
-        ones = jnp.ones_like(lengths)
-
-        def projected(a: Array) -> tuple[Array, Array]:
-            """``Y = X diag(a) Z``: the coefficients, and ``Yᵀ X``."""
-            values, vectors = eigh(a[:, None] * unit * a[None, :])
-            values, vectors = values[-rank:], vectors[:, -rank:]
-            coefficients = a[:, None] * vectors / jnp.sqrt(nonzero(values))[None, :]
-            return coefficients, coefficients.T @ unit
-
-        def step(_, a: Array) -> Array:
-            inside = jnp.sum(projected(a)[1] ** 2, axis=0)
-            return (jnp.abs(1 - inside) + 1e-7) ** -0.25
-
-        coefficients, inside = projected(lax.fori_loop(0, steps, step, ones))
-        mean = coefficients @ (inside @ ones) / len(gram)
-        return jnp.median(lengths) * mean / nonzero(lengths)
-
-    return _by_gram("flag_mean", changes, weights)
+    return _by_gram("flag_mean", changes, FlagMean(rank, steps))
 
 
 def _by_gram(
-    owner: str, changes: Sequence[PyTree], weights: Callable[[Array], Array]
+    owner: str, changes: Sequence[PyTree], rule: FlagMean | GeometricMedian
 ) -> PyTree:
     """The sum of trees with weights that follow from their inner products."""
+    rule.check(len(changes))
     products = []
 
     def note(path: str, leaves: list[Any], _: Array) -> Any:
@@ -140,7 +100,7 @@ def _by_gram(
     if not products:
         return weighted_sum(changes)
     gram: Float[Array, "k k"] = sum(products[1:], products[0])
-    return weighted_sum(changes, weights(gram))
+    return weighted_sum(changes, rule.weights(gram))
 
 
 def _products(leaves: list[Any]) -> Float[Array, "k k"]:

@@ -30,8 +30,8 @@ class HessianOverlap(NamedTuple):
 class HessianSpace(NamedTuple):
     """The eigenvectors of the largest eigenvalues of a Hessian, as trees.
 
-    It is a basis for :func:`lrjax.project_out`, which then trains in the bulk: all but these
-    directions.
+    It is a basis for :func:`lrjax.project_out`, which then trains in the bulk: all but
+    these directions.
 
     Attributes:
         values: the ``k`` largest eigenvalues, descending.
@@ -56,7 +56,9 @@ class HessianSpace(NamedTuple):
 
     def share(self, tree: PyTree) -> Float[Array, ""]:
         """How much of a tree lies inside: ``Σ_i ⟨v_i, g⟩² / ‖g‖²``; zero of zeros."""
-        total = sum(jnp.sum(x.astype(self.values.dtype) ** 2) for x in jax.tree.leaves(tree))
+        total = sum(
+            jnp.sum(x.astype(self.values.dtype) ** 2) for x in jax.tree.leaves(tree)
+        )
         return jnp.sum(self._coefficients(tree) ** 2) / nonzero(jnp.asarray(total))
 
     def overlap(self, other: "HessianSpace") -> Float[Array, ""]:
@@ -84,7 +86,8 @@ def hessian_space(
 ) -> HessianSpace:
     """The top eigenspace of a Hessian: what most of the gradient of a classifier lies in.
 
-    Lanczos as in :func:`hessian_overlap`, and the Ritz vectors ``(k, parameters)`` as trees.
+    Lanczos as in :func:`hessian_overlap`, and the Ritz vectors ``(k, parameters)`` as
+    trees.
     Training in this space alone stalls, and in its complement does not::
 
         grads = space.project(grads)       # dominant
@@ -110,7 +113,8 @@ def hessian_space(
         >>> import jax, jax.numpy as jnp, lrjax
         >>> loss = lambda x: 0.5 * jnp.sum(jnp.array([9.0, 4.0, 1.0]) * x**2)
         >>> x = jnp.array([1.0, 1.0, 1.0])
-        >>> space = lrjax.metrics.hessian_space(loss, x, k=1, key=jax.random.key(0), steps=3)
+        >>> key = jax.random.key(0)
+        >>> space = lrjax.metrics.hessian_space(loss, x, k=1, key=key, steps=3)
         >>> print(space.project_out(jax.grad(loss)(x)).round(3) + 0.0)
         [0. 4. 1.]
 
@@ -175,7 +179,7 @@ def hessian_overlap(
 
 
 class _Top(NamedTuple):
-    """The largest Ritz values, their vectors in the Lanczos basis, and the basis as rows."""
+    """The largest Ritz values, their vectors in the Lanczos basis, and that as rows."""
 
     values: Float[Array, " k"]
     vectors: Float[Array, "s k"]

@@ -14,6 +14,7 @@ from .._matrices import MatrixLeaf, Where, choose
 from .._sharding import placed_like, shards_of
 from ..linalg import working_dtype
 from ..lowrank import LowRank
+from .affine_subspace import AffineSubspace
 from .bases import (
     Basis,
     DenseProjector,
@@ -23,7 +24,6 @@ from .bases import (
     RefreshContext,
     SelectedRows,
 )
-from .affine_subspace import AffineSubspace
 
 
 PIECE = 2**18  # how many numbers are drawn at a time

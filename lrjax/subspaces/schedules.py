@@ -168,10 +168,10 @@ class Adaptive(Schedule):
         window: how many overlaps are averaged.
         gap_growth: the factor.
         compare: the overlap is ``"first"``: ``|⟨p₁_new, p₁_old⟩|`` of the first basis
-            vectors, for bases whose columns are singular vectors in order; the absolute value
-            makes it blind to their signs. Or ``"span"``: ``‖P_newᵀ P_old‖²_F / r``, the mean
-            of ``cos²`` of the principal angles, which orthonormal columns may turn among
-            themselves without notice (:func:`lrjax.linalg.subspace_overlap`).
+            vectors, for bases whose columns are singular vectors in order; the absolute
+            value makes it blind to their signs. Or ``"span"``: ``‖P_newᵀ P_old‖²_F / r``,
+            the mean of ``cos²`` of the principal angles, which orthonormal columns may turn
+            among themselves without notice (:func:`lrjax.linalg.subspace_overlap`).
         when: see :class:`Schedule`.
 
     Raises:

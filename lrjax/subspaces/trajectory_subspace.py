@@ -12,13 +12,13 @@ from .affine_subspace import AffineSubspace, Columns
 def trajectory_subspace(
     snapshots: PyTree, dim: int, *, start: PyTree | None = None
 ) -> AffineSubspace:
-    """The subspace in which a run has moved: a function from a few numbers to all parameters.
+    """The subspace in which a run has moved: all parameters out of a few numbers.
 
-    ``x ↦ θ_0 + P x`` with the ``dim`` leading principal components ``P (D, dim)``, orthonormal,
-    of the snapshots ``θ_1, …, θ_T`` of a run about their mean. They come from the inner
-    products of the snapshots, ``(T, T)``: nothing of D × D is formed. Train ``x`` from zero, by
-    any optimizer; with so few numbers also a quasi-Newton method is cheap. Of a run whose
-    snapshots span fewer directions than ``dim``, the last columns are zero.
+    ``x ↦ θ_0 + P x`` with the ``dim`` leading principal components ``P (D, dim)``,
+    orthonormal, of the snapshots ``θ_1, …, θ_T`` of a run about their mean. They come from
+    the inner products of the snapshots, ``(T, T)``: nothing of D × D is formed. Train ``x``
+    from zero, by any optimizer; with so few numbers also a quasi-Newton method is cheap. Of
+    a run whose snapshots span fewer directions than ``dim``, the last columns are zero.
 
     Args:
         snapshots: a tree like the parameters, with a leading axis of T on every array: what
@@ -52,14 +52,14 @@ def trajectory_subspace(
     counts = {jnp.shape(x)[:1] for x in stacks}
     if len(counts) != 1 or () in counts:
         raise ValueError(
-            "trajectory_subspace needs snapshots stacked along a leading axis of one length, "
-            f"got arrays of shapes {[jnp.shape(x) for x in stacks]}."
+            "trajectory_subspace needs snapshots stacked along a leading axis of one "
+            f"length, got arrays of shapes {[jnp.shape(x) for x in stacks]}."
         )
     count = counts.pop()[0]
     if not 1 <= dim < count:
         raise ValueError(
-            f"trajectory_subspace needs dim between 1 and {count - 1}, fewer than the {count} "
-            f"snapshots; got {dim}."
+            f"trajectory_subspace needs dim between 1 and {count - 1}, fewer than the "
+            f"{count} snapshots; got {dim}."
         )
     first = lambda x: x[0] if eqx.is_inexact_array(x) else x
     like = jax.tree.map(first, snapshots)
@@ -75,7 +75,8 @@ def trajectory_subspace(
     dtype = jnp.result_type(jnp.float32, *stacks)
     flat = [lax.stop_gradient(x).astype(dtype).reshape(count, -1) for x in stacks]
     flat = [x - jnp.mean(x, axis=0, keepdims=True) for x in flat]
-    gram = sum(outer(x, x) for x in flat)
+    products = [outer(x, x) for x in flat]
+    gram = sum(products[1:], products[0])
     values, vectors = eigh(gram)
     values, vectors = values[::-1][:dim], vectors[:, ::-1][:, :dim]
     # What rounding alone makes of a direction that the run never took is none.

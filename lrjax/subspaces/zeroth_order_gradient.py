@@ -13,8 +13,8 @@ from .._arguments import check_key, check_parameters
 from .._matrices import Where
 from ..linalg import working_dtype
 from ._directions import directions
-from .bases import Basis
 from .affine_subspace import AffineSubspace
+from .bases import Basis
 
 
 def zeroth_order_gradient(

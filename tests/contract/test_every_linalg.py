@@ -152,6 +152,33 @@ def from_eigen(values, left, right=None):
     return linalg.outer(linalg.times(left, jnp.diag(values)), right)
 
 
+def near(x, y):
+    """A matrix whose columns span almost what those of ``x`` do."""
+    return x + y / 10
+
+
+def projector_and_cost(average, x, y):
+    """Of three subspaces, two of them near each other: signs of vectors are left out."""
+    found = average(jnp.stack([x, near(x, y), x]))
+    return found.basis @ found.basis.T, found.cost
+
+
+def mean_error(x, y, out):
+    q = [jnp.linalg.qr(a)[0] for a in (x, near(x, y), x)]
+    values, vectors = jnp.linalg.eigh(sum(a @ a.T for a in q))
+    top = vectors[:, -R:]
+    return off(out[0], top @ top.T) + jnp.abs(out[1] - (3 * R - jnp.sum(values[-R:])))
+
+
+def median_error(x, y, out):
+    """Where two of three are one, that is the median, but for the floor of its weights."""
+    q, other = jnp.linalg.qr(x)[0], jnp.linalg.qr(near(x, y))[0]
+    away = jnp.sqrt(R - norm(q.T @ other) ** 2)
+    floor = 1e-6 * R**0.5
+    wrong = jnp.maximum(off(out[0], q @ q.T) - floor, 0)
+    return wrong + jnp.maximum(jnp.abs(out[1] - away) - 4 * floor, 0)
+
+
 KEY = jr.key(0)
 svd_row = lambda call, **kw: Row(
     call, ("matrix",), lambda x, out: svd_error(x, out.left, out.values, out.right), **kw
@@ -408,6 +435,41 @@ TABLE = {
         lambda s, x: off(x.ravel(), s[1:2]),
         SAME,
     ),
+    **{
+        name: Row(
+            functools.partial(projector_and_cost, getattr(linalg, name)),
+            ("thin", "thin"),
+            wanted,
+        )
+        for name, wanted in (
+            ("subspace_mean", mean_error),
+            ("subspace_median", median_error),
+        )
+    },
+    "subspace_difference": Row(
+        lambda x, y: linalg.subspace_difference(x, near(x, y)).angles,
+        ("thin", "thin"),
+        lambda x, y, angles: angle_error(x, near(x, y), angles[::-1]),
+    ),
+    "subspace_acceleration": Row(  # there and back again: from the start to the turn
+        lambda x, y: linalg.subspace_acceleration(x, near(x, y), x).angles,
+        ("thin", "thin"),
+        lambda x, y, angles: angle_error(x, near(x, y), angles[::-1]),
+    ),
+    "subspace_overlap": Row(
+        lambda x, y: linalg.subspace_overlap(x, y),
+        ("thin", "thin"),
+        lambda x, y, share: off(
+            share, norm(jnp.linalg.qr(x)[0].T @ jnp.linalg.qr(y)[0]) ** 2 / R
+        ),
+    ),
+    "subspace_error": Row(
+        lambda values: linalg.subspace_error(values.at[0].add(1), 1, 9).square,
+        ("values",),
+        lambda v, square: off(
+            square, 2 / 9 * jnp.sum((v[0] + 1) * v[1:] / (v[0] + 1 - v[1:]) ** 2)
+        ),
+    ),
     "walsh_hadamard": Row(
         linalg.walsh_hadamard,
         ("vector",),
@@ -433,6 +495,9 @@ TABLE = {
 # Of host numbers, dtypes and contexts, and the type of a result.
 NO_ROW = {
     "InverseLowRankPlusDiagonal",
+    "SubspaceAverage",
+    "SubspaceDifference",
+    "SubspaceError",
     "TruncatedSVD",
     "Woodbury",
     "check_polar_method",

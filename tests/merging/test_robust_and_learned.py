@@ -152,7 +152,7 @@ def test_nothing_gives_nothing():
         (lambda x: merging.fisher_average([x.left], []), "for each of 1"),
         (lambda x: merging.fisher_average([x.left], [x.left], [1, 2]), "each of 1 trees"),
         (lambda x: merging.masked_sum([x], x), "entries of a matrix"),
-        (lambda x: merging.flag_mean([x], rank=2), "the number of trees, 1; got 2"),
+        (lambda x: merging.flag_mean([x], rank=2), "trees, 1; got 2"),
     ],
 )
 def test_refusals(call, sentence):

@@ -93,6 +93,31 @@ def test_hessian_overlap_agrees_with_the_dense_hessian(x64):
         metrics.hessian_overlap(quadratic, x, a, k=5, key=jr.key(3), steps=4)
 
 
+def test_the_hessian_space_is_that_of_the_dense_hessian(x64):
+    n, k = 30, 3
+    values = jnp.concatenate([jnp.array([9.0, 7.0, 5.0]), jnp.linspace(-1, 1, n - 3)])
+    q = jnp.linalg.qr(jr.normal(jr.key(0), (n, n)))[0]
+    a = (q * values[None]) @ q.T
+    x = {"a": jr.normal(jr.key(1), (4, 5)), "b": jr.normal(jr.key(2), (10,))}
+    space = metrics.hessian_space(quadratic, x, a, k=k, key=jr.key(3), steps=25)
+    flat = lambda tree: jnp.concatenate([tree["a"].ravel(), tree["b"]])
+    g, top = flat(x), q[:, :k]
+    assert_close(space.values, values[:k], rtol=1e-9)
+    assert_close(flat(space.project(x)), top @ (top.T @ g), rtol=1e-7)
+    assert_close(flat(space.project_out(x)), g - top @ (top.T @ g), rtol=1e-7)
+    assert_close(space.share(x), jnp.sum((top.T @ g) ** 2) / jnp.sum(g**2), rtol=1e-7)
+    assert space.share(jax.tree.map(jnp.zeros_like, x)) == 0
+    assert space.residuals.shape == (k,)
+    assert space.residuals[-1] < 1e-4
+    # Of a Hessian with one of these directions and two others.
+    turned = a - 20 * top[:, 1:] @ top[:, 1:].T
+    other = metrics.hessian_space(quadratic, x, turned, k=k, key=jr.key(3), steps=30)
+    assert_close(space.overlap(other), jnp.array(1 / 3), rtol=1e-7)
+    assert_close(space.overlap(space), jnp.array(1.0), rtol=1e-9)
+    with pytest.raises(ValueError, match="hessian_space needs k <= steps"):
+        metrics.hessian_space(quadratic, x, a, k=5, key=jr.key(3), steps=4)
+
+
 def test_a_clustered_spectrum_makes_no_ghosts():
     """Four distinct eigenvalues exhaust the Krylov space long before the steps end.
 

@@ -366,6 +366,35 @@ def test_adaptive_gaps_grow_while_the_subspace_rests(getkey):
     assert state.schedule.gap == 1
 
 
+def turning(overlap, compare, steps=5):
+    """The gap after refreshes whose bases have this overlap with the ones before."""
+    schedule = sub.Adaptive(1, window=2, threshold=0.9, compare=compare)
+    state = schedule.init(())
+    for count in range(steps):
+        when = sub.ScheduleContext(jnp.asarray(count), 0, 1)
+        state = schedule.observe(state, overlap, when)
+    return int(state.gap)
+
+
+def test_adaptive_may_compare_spans_in_place_of_first_vectors():
+    """Columns that turn among themselves rest as a span; one that leaves it moves it."""
+    swap = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
+    assert turning(swap, "span") == 8
+    assert turning(swap, "first") == 1
+    left = jnp.diag(jnp.array([1.0, 0.0]))  # half of the span has gone
+    assert turning(left, "span") == 1
+    assert turning(left, "first") == 8
+    # cos² of 18.4 degrees is 0.9: the mean over both.
+    angles = jnp.array([0.3, 0.34])
+    assert abs(float(jnp.mean(jnp.cos(angles) ** 2)) - 0.9) < 0.01
+    assert turning(jnp.diag(jnp.cos(angles)), "span") == 8
+    assert turning(jnp.diag(jnp.cos(1.1 * angles)), "span") == 1
+    with pytest.raises(
+        ValueError, match="'first' vectors of two bases or their whole 'span'"
+    ):
+        sub.Adaptive(1, compare="all")
+
+
 def test_the_inner_transform_sees_one_tree(getkey):
     """Global norms and masks inside work on projected and other leaves together."""
     g = {"m": jr.normal(getkey(), (6, 9)), "v": jr.normal(getkey(), (5,))}

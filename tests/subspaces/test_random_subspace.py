@@ -128,3 +128,68 @@ def test_numbers_of_another_shape_are_refused():
 def test_refusals(params, dim, kind, says):
     with pytest.raises(ValueError, match=says):
         lrjax.random_subspace(params, dim, kind=kind, key=jr.key(0))
+
+
+# The principal components of a run -----------------------------------------------------
+
+
+def run_of(key, steps, rank, dtype):
+    """Snapshots of parameters that move along ``rank`` directions, and those directions."""
+    k_start, k_moves, k_times = jr.split(key, 3)
+    start = params_of(k_start, dtype)
+    numbers, rest = eqx.partition(start, eqx.is_inexact_array)
+    leaves, treedef = jax.tree.flatten(numbers)
+    keys = jr.split(k_moves, len(leaves))
+    times = jr.normal(k_times, (steps, rank), dtype).at[0].set(0)
+    times = times * 2.0 ** -jnp.arange(rank)[None]
+    stacked = [
+        x[None] + jnp.tensordot(times, jr.normal(k, (rank, *x.shape), dtype), 1)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return start, eqx.combine(treedef.unflatten(stacked), rest)
+
+
+def rows(snapshots, count):
+    at = lambda i: jax.tree.map(lambda x: x[i] if eqx.is_inexact_array(x) else x, snapshots)
+    return np.stack([np.asarray(flat(at(i))) for i in range(count)])
+
+
+def test_columns_are_the_principal_components_of_a_run(getkey, x64):
+    start, snapshots = jax.jit(run_of, static_argnums=(1, 2, 3))(
+        getkey(), 9, 8, jnp.float64
+    )
+    subspace = lrjax.trajectory_subspace(snapshots, 4)
+    x = rows(snapshots, 9)
+    v = np.linalg.svd(x - x.mean(0))[2][:4]
+    p = np.asarray(columns(subspace))
+    np.testing.assert_allclose(np.abs(np.sum(p.T * v, 1)), 1, rtol=1e-9)
+    np.testing.assert_allclose(p.T @ p, np.eye(4), atol=1e-9)
+    assert_close(subspace(jnp.zeros(4)), start)  # the first snapshot
+
+
+def test_a_run_of_few_directions_is_within_them(getkey, x64):
+    """From the first snapshot to the last: and what is asked for beyond is zero."""
+    start, snapshots = jax.jit(run_of, static_argnums=(1, 2, 3))(
+        getkey(), 9, 3, jnp.float64
+    )
+    other = jax.tree.map(lambda x: x + 1 if eqx.is_inexact_array(x) else x, start)
+    subspace = lrjax.trajectory_subspace(snapshots, 5, start=other)
+    p = np.asarray(columns(subspace))
+    assert (np.linalg.norm(p, axis=0) > 0.5).tolist() == [True] * 3 + [False] * 2
+    moves = rows(snapshots, 9) - rows(snapshots, 1)
+    assert relative_error(moves @ p @ p.T, moves) < 1e-9
+    assert_close(subspace(jnp.zeros(5)), other)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda x: lrjax.trajectory_subspace({"a": x, "b": x[1:]}, 1), "of one length"),
+        (lambda x: lrjax.trajectory_subspace(x[0, 0], 1), "of one length"),
+        (lambda x: lrjax.trajectory_subspace(x, 4), "between 1 and 3"),
+        (lambda x: lrjax.trajectory_subspace(x, 1, start=x), "the arrays of one snapshot"),
+    ],
+)
+def test_runs_that_are_none_are_refused(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(jnp.ones((4, 3)))

@@ -11,7 +11,9 @@ from ..decompositions import eigh, svd
 from ..orthonormalize import orthonormalize
 
 
-LEAST = 1e-6  # of the largest distance that there is: nearer than this, a weight grows no more
+LEAST = (
+    1e-6  # of the largest distance that there is: nearer than this, a weight grows no more
+)
 
 
 class SubspaceAverage(NamedTuple):
@@ -20,8 +22,8 @@ class SubspaceAverage(NamedTuple):
     Attributes:
         basis: orthonormal columns of the average; within a block, those that the
             subspaces agree on most come first.
-        agreement: ``yᵀ P_i y / Σ_j a_j`` of each column ``y`` of block ``i``, in [0, 1]: one
-            where all subspaces hold it.
+        agreement: ``yᵀ P_i y / Σ_j a_j`` of each column ``y`` of block ``i``, in [0, 1]:
+            one where all subspaces hold it.
         distances: of the average to each subspace.
         cost: what was minimized.
         residual: of the condition of first order, relative; zero at a minimum.
@@ -41,27 +43,27 @@ class SubspaceAverage(NamedTuple):
 
 def subspace_mean(
     bases: Float[Array, "p n k"],
-    weights: Float[Array, " p"] | None = None,
+    weights: Float[Array, " q"] | None = None,
     *,
     blocks: Sequence[int] | None = None,
     tol: ArrayLike | None = None,
-    max_steps: int = 1000,
+    max_steps: int | Int[Array, ""] = 1000,
 ) -> SubspaceAverage:
     """The mean of subspaces, or of flags, in the chordal distance.
 
         argmin_Y Σ_j a_j d²(X_j, Y),   d²(X, Y) = Σ_i (w_i − ‖X_iᵀ Y_i‖²_F)
 
     over orthonormal ``Y (n, k)``. With one block it is the mean of the Grassmann manifold:
-    the leading eigenvectors of ``Σ_j a_j X_j X_jᵀ``. With several, ``X_j = [X_j1, X_j2, …]``
-    of widths ``w_i``, it is that of the flag manifold: nested subspaces, the first block
-    within the first two and so on. The iteration
+    the leading eigenvectors of ``Σ_j a_j X_j X_jᵀ``. With several, ``X_j = [X_j1, X_j2,
+    …]`` of widths ``w_i``, it is that of the flag manifold: nested subspaces, the first
+    block within the first two and so on. The iteration
 
         Y ← U Vᵀ  of  [P_1 Y_1, P_2 Y_2, …] = U Σ Vᵀ,   P_i = Σ_j a_j X_ji X_jiᵀ
 
-    never raises the cost, as that is concave in Y. It needs neither a Hessian nor
-    ``P_i (n, n)``, and no more rows than all subspaces have columns. It starts at the
-    leading eigenvectors of all blocks together, turned to suit the blocks. Of flags the cost
-    may have several minima: what is found is one.
+    never raises the cost, as that is concave in Y. It needs neither a Hessian nor ``P_i (n,
+    n)``, and no more rows than all subspaces have columns. It starts at the leading
+    eigenvectors of all blocks together, turned to suit the blocks. Of flags the cost may
+    have several minima: what is found is one.
 
     Args:
         bases: a basis of each subspace; columns need not be orthonormal. Of flags, the
@@ -100,11 +102,11 @@ def subspace_mean(
 
 def subspace_median(
     bases: Float[Array, "p n k"],
-    weights: Float[Array, " p"] | None = None,
+    weights: Float[Array, " q"] | None = None,
     *,
     blocks: Sequence[int] | None = None,
     tol: ArrayLike | None = None,
-    max_steps: int = 1000,
+    max_steps: int | Int[Array, ""] = 1000,
 ) -> SubspaceAverage:
     """The median of subspaces, or of flags: less than half of them may be anything.
 
@@ -162,17 +164,19 @@ def _checked(
 ) -> tuple[Float[Array, "p n k"], tuple[int, ...], Float[Array, " p"]]:
     p, n, k = bases.shape
     if not p:
-        raise ValueError(f"{owner} needs at least one subspace, got bases of shape {(p, n, k)}.")
+        raise ValueError(
+            f"{owner} needs at least one subspace, got bases of shape {(p, n, k)}."
+        )
     if not 1 <= k <= n:
         raise ValueError(
-            f"{owner} needs bases (p, n, k) with 1 <= k <= n, a column for each dimension of "
-            f"a subspace; got shape {(p, n, k)}."
+            f"{owner} needs bases (p, n, k) with 1 <= k <= n, a column for each dimension "
+            f"of a subspace; got shape {(p, n, k)}."
         )
     widths = (k,) if blocks is None else tuple(blocks)
     if sum(widths) != k or min(widths) < 1:
         raise ValueError(
-            f"{owner} needs blocks of at least one column each that add up to the {k} columns "
-            f"of a basis, got {widths}."
+            f"{owner} needs blocks of at least one column each that add up to the {k} "
+            f"columns of a basis, got {widths}."
         )
     dtype = working_dtype(bases.dtype)
     weights = jnp.ones(p, dtype) if weights is None else jnp.asarray(weights, dtype)
@@ -208,7 +212,7 @@ class _Blocks(NamedTuple):
         )
 
     def squares(self, y: Array, inside: list[Array]) -> Float[Array, " p"]:
-        """The squared distances, by what is left outside: small ones to their own rounding."""
+        """The squared distances, by what is left outside: right also where it is small."""
         left = [
             jnp.sum((y_i[None] - einsum("pnk,pkl->pnl", x_i, c)) ** 2, axis=(1, 2))
             for x_i, y_i, c in zip(self.cut(self.x), self.cut(y), inside, strict=True)
@@ -216,7 +220,7 @@ class _Blocks(NamedTuple):
         return sum(left[1:], left[0])
 
     def aligned(self, y: Array, image: Array) -> tuple[Array, Array]:
-        """Each block turned to eigenvectors of its form ``Y_iᵀ P_i Y_i``, and the values."""
+        """Each block turned to eigenvectors of ``Y_iᵀ P_i Y_i``, and the eigenvalues."""
         values, turned = [], []
         for y_i, image_i in zip(self.cut(y), self.cut(image), strict=True):
             form = cross(y_i, image_i)
@@ -258,7 +262,7 @@ def _average(
     widths: tuple[int, ...],
     rule: Rule,
     tol: ArrayLike | None,
-    max_steps: int,
+    max_steps: int | Int[Array, ""],
 ) -> SubspaceAverage:
     p, n, k = x.shape
     # No average leaves the sum of all subspaces: work in coordinates of it.

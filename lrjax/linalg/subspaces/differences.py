@@ -30,12 +30,12 @@ class SubspaceDifference(NamedTuple):
 
     @property
     def magnitude(self) -> Float[Array, "*b"]:
-        """``Σ_i ‖v_i − u_i‖² = 2 Σ_i (1 − cos θ_i)``, near ``Σ_i θ_i²`` where all are small."""
+        """``Σ_i ‖v_i − u_i‖² = 2 Σ_i (1 − cos θ_i)``, for small angles ``Σ_i θ_i²``."""
         return jnp.sum(4 * jnp.sin(self.angles / 2) ** 2, axis=-1)
 
 
 def subspace_difference(
-    x: Float[Array, "*b n k"], y: Float[Array, "*b n k"]
+    x: Float[Array, "*b n k"], y: Float[Array, "*b m r"]
 ) -> SubspaceDifference:
     """The directions by which one subspace differs from another: the velocity of a path.
 
@@ -88,8 +88,8 @@ def subspace_acceleration(
 ) -> SubspaceDifference:
     """The second difference of three subspaces in a row: by how much a path is bent.
 
-    ``y`` beside the middle of ``x`` and ``z``, as ``y − (x + z)/2`` of vectors: it is nothing
-    for three equally spaced points of a geodesic.
+    ``y`` beside the middle of ``x`` and ``z``, as ``y − (x + z)/2`` of vectors: it is
+    nothing for three equally spaced points of a geodesic.
 
     Args:
         x: a basis of the first; columns need not be orthonormal.

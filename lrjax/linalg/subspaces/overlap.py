@@ -6,12 +6,14 @@ from ..orthonormalize import orthonormalize
 
 
 def subspace_overlap(
-    x: Float[Array, "*b n r"], y: Float[Array, "*b n s"]
+    x: Float[Array, "*b n r"], y: Float[Array, "*b k s"]
 ) -> Float[Array, "*b"]:
     """The share of the smaller of two subspaces that lies in the larger one.
 
-    ``‖QₓᵀQ_y‖²_F / min(r, s)`` with orthonormal bases, the mean of ``cos²`` of the principal
-    angles: one if the one holds the other, zero if they are orthogonal. Two random subspaces
+    ``‖QₓᵀQ_y‖²_F / min(r, s)`` with orthonormal bases, the mean of ``cos²`` of the
+    principal
+    angles: one if the one holds the other, zero if they are orthogonal. Two random
+        subspaces
     have ``max(r, s) / n`` on average.
 
     Args:

@@ -17,8 +17,8 @@ class SubspaceError(NamedTuple):
     Attributes:
         square: ``E‖P̂ − P‖²_F``, twice the sum of ``sin²`` of the principal angles.
         angle: ``√(square / 2 rank)``, the root mean square of the sines of the angles.
-        trusted: whether the samples are enough for the expansion, of first order, to be right
-            within a tenth.
+        trusted: whether the samples are enough for the expansion, of first order, to be
+            right within a tenth.
     """
 
     square: Float[Array, "*b"]
