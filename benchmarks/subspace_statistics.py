@@ -67,7 +67,7 @@ def error_bars():
         squares, own = map(np.asarray, run(jr.split(jr.key(n), DRAWS)))
         kurtosis = 3 * (HEAVY - 2) / (HEAVY - 4) if heavy else 3.0
         told = lrjax.linalg.subspace_error(jnp.asarray(values), rank, n, kurtosis=kurtosis)
-        ratio = float(told.square) / squares.mean()
+        ratio = float(told.square) / float(squares.mean())
         rows.append(
             {
                 "spectrum": name + (", heavy tails" if heavy else ""),

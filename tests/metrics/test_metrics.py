@@ -4,7 +4,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from lrjax import LowRank, metrics
+from lrjax import LowRank, metrics, project_out
 
 from ..helpers import assert_close, random_low_rank, with_spectrum
 
@@ -107,6 +107,8 @@ def test_the_hessian_space_is_that_of_the_dense_hessian(x64):
     assert_close(flat(space.project_out(x)), g - top @ (top.T @ g), rtol=1e-7)
     assert_close(space.share(x), jnp.sum((top.T @ g) ** 2) / jnp.sum(g**2), rtol=1e-7)
     assert space.share(jax.tree.map(jnp.zeros_like, x)) == 0
+    tx = project_out(space)  # as a basis that projects itself
+    assert_close(tx.update(x, tx.init(x))[0], space.project_out(x))
     assert space.residuals.shape == (k,)
     assert space.residuals[-1] < 1e-4
     # Of a Hessian with one of these directions and two others.
