@@ -227,7 +227,7 @@ def in_subspace(subspace, static, data):
             x, state = carry
             value, grad = value_and_grad(x, state=state)
             updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=of)
-            return (optax.apply_updates(x, updates), state), None
+            return (x + updates, state), None
 
         x = jnp.zeros(subspace.dim)
         (x, _), _ = jax.lax.scan(step, (x, tx.init(x)), None, NEWTON)
