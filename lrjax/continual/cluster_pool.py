@@ -26,7 +26,8 @@ class ClusterPool(eqx.Module):
     A task that begins when all clusters are open has to take the nearest one of another
     task. With ``merge=True`` a point that is farther from every mean than the two nearest
     means are from each other opens a cluster of its own, and these two become one, of
-    their P newest points.
+    their P newest points. In streams of turned and of permuted digits that kept more of
+    what task labels are worth, for A-GEM and for OGD.
 
     Several pools lie in one object: one for each class, so that no label is crowded out.
 

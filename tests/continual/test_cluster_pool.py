@@ -179,4 +179,4 @@ def test_errors():
     with pytest.raises(ValueError, match=r"between 1 and 30 points.*got 31"):
         pool.sample(31, key=jr.key(0))
     with pytest.raises(TypeError, match=r"jax.random.key\(1\)"):
-        pool.sample(3, key=1)
+        pool.sample(3, key=1)  # pyright: ignore[reportArgumentType]
