@@ -27,6 +27,7 @@ from .bind import (
     merge as merge,
 )
 from .folds import (
+    Average as Average,
     Continue as Continue,
     FoldRule as FoldRule,
     KeepMoments as KeepMoments,
@@ -133,6 +134,7 @@ from .loftq import loftq as loftq
 from .many import (
     Stack as Stack,
     combine as combine,
+    federated_round as federated_round,
     select as select,
     stack as stack,
     swap as swap,
@@ -141,6 +143,12 @@ from .parameterization import (
     FactorSettings as FactorSettings,
     Parameterization as Parameterization,
     equivalent_hyperparameters as equivalent_hyperparameters,
+)
+from .posterior import (
+    IsotropicPosterior as IsotropicPosterior,
+    ScaleSearch as ScaleSearch,
+    isotropic_posterior as isotropic_posterior,
+    search_scale as search_scale,
 )
 from .protocol import (
     Adapter as Adapter,
@@ -179,3 +187,4 @@ from .tree import (
     map_adapters as map_adapters,
     partition as partition,
 )
+from .unmerge import unmerge as unmerge

@@ -189,8 +189,8 @@ def merge(model: PyTree, adapters: Adapters) -> PyTree:
     """The plain model with the adapters added into its weights, ``W + s·B A``.
 
     Classes and structure are those of ``model``: nothing of lrjax is left in it. The sum is
-    taken in float32 or higher and rounded once. Keep ``model`` to go back: subtracting is
-    not exact.
+    taken in float32 or higher and rounded once. Keep ``model`` to go back: subtracting,
+    :func:`lrjax.adapters.unmerge`, is not exact.
 
     Args:
         model: the module, or tree of parameters, that :func:`adapt` saw.

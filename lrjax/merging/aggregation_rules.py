@@ -75,18 +75,22 @@ class GeometricMedian(GramRule):
 
     steps: int = eqx.field(default=50, static=True)
 
-    def weights(self, gram: Float[Array, "p p"]) -> Float[Array, " p"]:
-        """After all steps, from even ones."""
+    def weights(
+        self, gram: Float[Array, "p p"], own: Float[Array, " p"] | None = None
+    ) -> Float[Array, " p"]:
+        """After all steps, from those that the workers have: even ones by default."""
         squares = jnp.diagonal(gram)
+        own = jnp.ones_like(squares) if own is None else own.astype(squares.dtype)
+        own = own / nonzero(jnp.sum(own))
 
         def step(_, w: Array) -> Array:
             gaps = squares - 2 * gram @ w + w @ gram @ w
             distances = jnp.sqrt(jnp.maximum(gaps, 0))
             floor = LEAST * jnp.median(distances) + jnp.finfo(w.dtype).tiny
-            w = 1 / jnp.maximum(distances, floor)
-            return w / jnp.sum(w)
+            w = own / jnp.maximum(distances, floor)
+            return w / nonzero(jnp.sum(w))
 
-        return lax.fori_loop(0, self.steps, step, jnp.full_like(squares, 1 / len(gram)))
+        return lax.fori_loop(0, self.steps, step, own)
 
 
 class FlagMean(GramRule):

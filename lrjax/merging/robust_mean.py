@@ -8,23 +8,27 @@ from jaxtyping import Array, Float, PyTree
 
 from ..linalg import working_dtype
 from ..lowrank import LowRank, inner
-from ._changes import even, map_changes, materialized
+from ._changes import Weights, checked_weights, even, map_changes, materialized
 from .aggregation_rules import FlagMean, GeometricMedian
 from .weighted_sum import weighted_sum
 
 
-def geometric_median(changes: Sequence[PyTree], *, steps: int = 50) -> PyTree:
+def geometric_median(
+    changes: Sequence[PyTree], weights: Weights | None = None, *, steps: int = 50
+) -> PyTree:
     """The geometric median of trees: less than half of them may be anything.
 
-        argmin_Δ Σ_k ‖Δ − Δ_k‖
+        argmin_Δ Σ_k α_k ‖Δ − Δ_k‖
 
-    over all arrays of a tree together, by Weiszfeld's iteration ``w_k ∝ 1/‖Δ − Δ_k‖``,
+    over all arrays of a tree together, by Weiszfeld's iteration ``w_k ∝ α_k/‖Δ − Δ_k‖``,
     ``Δ = Σ_k w_k Δ_k``. It needs the inner products of the trees alone, ``(k, k)``; those
     of nodes come from their factors, and the median has them beside each other as
     :func:`weighted_sum` does.
 
     Args:
         changes: trees of one structure: gradients of workers, or changes of clients.
+        weights: ``α (k,)``, not negative; by default all alike. Less than half of their
+            sum may be that of trees that are anything.
         steps: of the iteration.
 
     Returns:
@@ -43,7 +47,8 @@ def geometric_median(changes: Sequence[PyTree], *, steps: int = 50) -> PyTree:
         K. Pillutla, S. M. Kakade, Z. Harchaoui, "Robust aggregation for federated learning"
         (2019), arXiv 1912.13445.
     """
-    return _by_gram("geometric_median", changes, GeometricMedian(steps))
+    own = checked_weights("geometric_median", weights, changes, even)
+    return _by_gram("geometric_median", changes, GeometricMedian(steps), own)
 
 
 def flag_mean(changes: Sequence[PyTree], *, rank: int = 1, steps: int = 1) -> PyTree:
@@ -85,7 +90,7 @@ def flag_mean(changes: Sequence[PyTree], *, rank: int = 1, steps: int = 1) -> Py
 
 
 def _by_gram(
-    owner: str, changes: Sequence[PyTree], rule: FlagMean | GeometricMedian
+    owner: str, changes: Sequence[PyTree], rule: FlagMean | GeometricMedian, *own: Array
 ) -> PyTree:
     """The sum of trees with weights that follow from their inner products."""
     rule.check(len(changes))
@@ -100,7 +105,7 @@ def _by_gram(
     if not products:
         return weighted_sum(changes)
     gram: Float[Array, "k k"] = sum(products[1:], products[0])
-    return weighted_sum(changes, rule.weights(gram))
+    return weighted_sum(changes, rule.weights(gram, *own))
 
 
 def _products(leaves: list[Any]) -> Float[Array, "k k"]:

@@ -6,6 +6,15 @@ from .balance import (
     imbalance as imbalance,
     relative_imbalance as relative_imbalance,
 )
+from .calibration import (
+    ReliabilityBins as ReliabilityBins,
+    TemperatureFit as TemperatureFit,
+    brier_score as brier_score,
+    expected_calibration_error as expected_calibration_error,
+    fit_temperature as fit_temperature,
+    negative_log_likelihood as negative_log_likelihood,
+    reliability_bins as reliability_bins,
+)
 from .fisher import diagonal_fisher as diagonal_fisher
 from .forgetting import (
     ContinualScores as ContinualScores,

@@ -1,24 +1,34 @@
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax import lax
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from ..._sites import Site
 from ..adapt import KindRule, adapt
 from ..bind import map_adapted, merge
+from ..kinds.biased import Biased
 from ..kinds.full import FullCopy
 from ..kinds.magnitude import Magnitude
 from ..kinds.pair import Factors
 from ..protocol import Adapter, AdapterKind, innermost
 from ..tree import Adapters, map_adapters
 from ._parts import over_parts
-from .heads import change_of, head_count, head_keys, mean_change, merge_heads, part_of
+from .heads import (
+    change_of,
+    head_count,
+    head_keys,
+    head_shares,
+    mean_change,
+    merge_heads,
+    part_of,
+    shared_sum,
+)
 from .moments import KeepMoments, MomentRule
 from .starts import start_here
 
@@ -28,7 +38,13 @@ class FoldRule(eqx.Module):
 
     @abc.abstractmethod
     def __call__(
-        self, model: PyTree, adapters: Adapters, state: PyTree, *, key: PRNGKeyArray
+        self,
+        model: PyTree,
+        adapters: Adapters,
+        state: PyTree,
+        *,
+        key: PRNGKeyArray,
+        weights: ArrayLike | None = None,
     ) -> tuple[PyTree, Adapters, PyTree]:
         """The model with the adapters in its weights, adapters at no change, a state.
 
@@ -37,6 +53,8 @@ class FoldRule(eqx.Module):
             adapters: all of them, no half of a partition.
             state: of the optimizer of the trained half.
             key: for random numbers.
+            weights: of heads, one for each on this device; see
+                :func:`lrjax.adapters.merge_heads`.
         """
 
 
@@ -61,10 +79,13 @@ class Restart(FoldRule):
             apart. Their mean change is merged (:func:`lrjax.adapters.merge_heads`), and
             each begins with numbers of its own.
         axis_name: under ``shard_map``, the axis of the mesh that heads lie along.
+        mean: in place of the mean of heads, a rule of :mod:`lrjax.merging` that outliers
+            cannot move; as in :func:`lrjax.adapters.merge_heads`.
 
     Raises:
         TypeError: if ``kind`` is neither.
-        ValueError: for a kind that starts from data; when it folds, by path, for adapters
+        ValueError: for a kind that starts from data; for a ``mean`` without heads; when it
+            folds, by path, for adapters
             that are not those of the model, or a quantized weight.
 
     Example:
@@ -87,6 +108,7 @@ class Restart(FoldRule):
     moments: MomentRule
     heads: bool = eqx.field(static=True)
     axis_name: str | None = eqx.field(static=True)
+    mean: Callable[..., PyTree] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -95,6 +117,7 @@ class Restart(FoldRule):
         *,
         heads: bool = False,
         axis_name: str | None = None,
+        mean: Callable[..., PyTree] | None = None,
     ):
         if not isinstance(kind, AdapterKind) and (
             isinstance(kind, type) or not callable(kind)
@@ -112,12 +135,17 @@ class Restart(FoldRule):
             )
         self.kind = kind
         self.moments = KeepMoments() if moments is None else moments
-        self.heads, self.axis_name = heads, axis_name
+        if mean is not None and not heads:
+            raise ValueError("Restart(mean=…) is a mean of heads: say heads=True as well.")
+        self.heads, self.axis_name, self.mean = heads, axis_name, mean
 
-    def __call__(self, model, adapters, state, *, key):
+    def __call__(self, model, adapters, state, *, key, weights=None):
         """Merge, begin anew, take off what the new ones start with."""
+        if self.mean is not None:
+            _check_no_copies(adapters)
         k_new, k_moments = jr.split(key)
-        merged, old = merged_with(self, model, adapters), agreed(self, adapters)
+        merged = merged_with(self, model, adapters, weights, self.mean)
+        old = agreed(self, adapters, weights)
         begin = lambda old, key: self._new(merged, old, key)
         carry = lambda state, new, key: self.moments(state, adapters, new, key=key)
         if self.heads:
@@ -147,6 +175,7 @@ class Restart(FoldRule):
     def _without(self, model: PyTree, new: Adapters) -> PyTree:
         """The model without what adapters start with."""
         one = jax.tree.map(lambda x: x[0], new) if self.heads else new
+        shares = head_shares(new, None, self.axis_name) if self.heads else None
 
         def put(site: Site, _: Adapter) -> Any:
             own, pool = part_of(new, site.path)
@@ -154,7 +183,7 @@ class Restart(FoldRule):
             if isinstance(own, FullCopy):
                 return site.layer
             if self.heads:
-                start = mean_change(site, own, pool, self.axis_name)
+                start = mean_change(site, own, pool, shares, self.axis_name)
             else:
                 start = change_of(site, own, pool)
             return site.put(site.read() - start, site.bias)
@@ -200,42 +229,78 @@ class Continue(FoldRule):
     heads: bool = eqx.field(static=True, default=False)
     axis_name: str | None = eqx.field(static=True, default=None)
 
-    def __call__(self, model, adapters, state, *, key):
+    def __call__(self, model, adapters, state, *, key, weights=None):
         """Merge, and count the changes from here."""
-        merged = merged_with(self, model, adapters)
-        return merged, start_here(agreed(self, adapters)), state
+        merged = merged_with(self, model, adapters, weights)
+        return merged, start_here(agreed(self, adapters, weights)), state
 
 
-def merged_with(rule: Restart | Continue, model: PyTree, adapters: Adapters) -> PyTree:
+def merged_with(
+    rule: Restart | Continue,
+    model: PyTree,
+    adapters: Adapters,
+    weights: ArrayLike | None,
+    mean: Callable[..., PyTree] | None = None,
+) -> PyTree:
     """The model with the adapters, or the mean of the heads, in its weights."""
-    if not rule.heads:
-        return merge(model, adapters)
-    return merge_heads(model, adapters, axis_name=rule.axis_name)
+    if rule.heads:
+        own = {"weights": weights, "mean": mean, "axis_name": rule.axis_name}
+        return merge_heads(model, adapters, **own)
+    if weights is not None:
+        raise ValueError(
+            f"{type(rule).__name__} got weights, which are those of heads, and has none: "
+            "say heads=True."
+        )
+    return merge(model, adapters)
 
 
-def agreed(rule: Restart | Continue, adapters: Adapters) -> Adapters:
+def agreed(
+    rule: Restart | Continue, adapters: Adapters, weights: ArrayLike | None
+) -> Adapters:
     """Heads with the mean of their copies and biases; all else as it is."""
     if not rule.heads:
         return adapters
-
-    def mean(x):
-        whole = jnp.mean(x, axis=0, keepdims=True)
-        if rule.axis_name is not None:
-            whole = lax.pmean(whole, rule.axis_name)
-        return jnp.broadcast_to(whole, x.shape).astype(x.dtype)
+    mean = mean_of_heads(head_shares(adapters, weights, rule.axis_name), rule.axis_name)
 
     beside = lambda own: own if isinstance(own, Magnitude) else jax.tree.map(mean, own)
     both = lambda _, own: over_parts(lambda inner: inner, beside, own)
     return map_adapters(both, adapters)
 
 
+def _check_no_copies(adapters: Adapters) -> None:
+    """Refuse numbers that go on by their mean, which an outlier moves."""
+    whole = lambda x: isinstance(x, FullCopy | Biased)
+    found = [
+        path
+        for path, own in adapters.layers.items()
+        if any(map(whole, jax.tree.leaves(own, is_leaf=whole)))
+    ]
+    if found:
+        raise ValueError(
+            f"Restart(mean=…) takes the change of the weights alone, and {found} have "
+            "copies or biases, which go on as their plain mean: leave these out."
+        )
+
+
+def mean_of_heads(
+    shares: Float[Array, " h"], axis_name: str | None
+) -> Callable[[Array], Array]:
+    """What gives every head the mean of them all."""
+
+    def mean(x: Array) -> Array:
+        whole = shared_sum(shares, x, axis_name)[None]
+        return jnp.broadcast_to(whole, x.shape).astype(x.dtype)
+
+    return mean
+
+
 def _carried(old: Adapter, new: Adapter) -> Adapter:
-    """The new adapter, but for masks of ranks, copies and biases."""
+    """The new adapter, but for masks of ranks with their scales, copies and biases."""
 
     def inner(was: Any, now: Any) -> Any:
         both = isinstance(was, Factors) and isinstance(now, Factors)
         if both and was.mask is not None and was.mask.shape[-1] == now.pair.rank:
-            return dataclasses.replace(now, mask=was.mask)
+            return dataclasses.replace(now, mask=was.mask, scale=was.scale)
         return now
 
     beside = lambda was, now: now if isinstance(was, Magnitude) else was
