@@ -71,7 +71,10 @@ def base_weights():
     return jax.lax.scan(step, (arrays, tx.init(arrays)), keys)[0][0]
 
 
-BASE = eqx.combine(base_weights(), eqx.filter(eqx.nn.MLP(64, 10, 64, 2, key=jr.key(0)), eqx.is_array, inverse=True))
+BASE = eqx.combine(
+    base_weights(),
+    eqx.filter(eqx.nn.MLP(64, 10, 64, 2, key=jr.key(0)), eqx.is_array, inverse=True),
+)
 
 
 def split(seed, alpha=0.5):
@@ -217,9 +220,7 @@ def algebra():
     kind = kinds(64)
     ranks = jnp.array([64, 32, 16, 16, 8, 8, 4, 4])
     counts = jnp.array([5.0, 9.0, 2.0, 6.0, 5.0, 3.0, 5.0, 8.0])
-    mesh = jax.make_mesh(
-        (8,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,)
-    )
+    mesh = jax.make_mesh((8,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
     x, y = (jr.normal(k, (CLIENTS, 32, 256)) for k in jr.split(jr.key(1)))
 
     def train(model, adapters, data, key):
@@ -262,7 +263,9 @@ def algebra():
     nodes = [node(h) for h in range(CLIENTS)]
     stacked = lrjax.merging.weighted_sum(nodes, shares.astype(np.float32))
     wide = [np.asarray(f, np.float64) for f in (stacked.left, stacked.right)]
-    averaged = np.einsum("h,hmr->mr", shares, left) @ np.einsum("h,hnr->nr", shares, right).T
+    averaged = (
+        np.einsum("h,hmr->mr", shares, left) @ np.einsum("h,hnr->nr", shares, right).T
+    )
     of = lambda other: float(np.linalg.norm(other - want) / size)
     collective = [
         line.split("=")[1].split("(")[0] if "=" in line else ""
@@ -313,7 +316,8 @@ def main():
         ),
         bound(
             "what the frozen factor loses of accuracy from noise 0 to 1",
-            end["A frozen, ranks 16 to 1", 1.0, 0.0] - end["A frozen, ranks 16 to 1", 1.0, 1.0],
+            end["A frozen, ranks 16 to 1", 1.0, 0.0]
+            - end["A frozen, ranks 16 to 1", 1.0, 1.0],
             at_most=0.1,
         ),
     ]

@@ -31,7 +31,7 @@ class IsotropicPosterior(eqx.Module):
 
     Attributes:
         mean: the adapters, ``left = U diag(d)`` and ``right``, of the same change.
-        deviations: ``{path: 1 / (d + 1e-6)}``, of each column of ``right`` for a scale of 1.
+        deviations: ``{path: 1 / (d + 1e-6)}``, of the columns of ``right`` at a scale of 1.
         scale: ``σ``, the deviation of a weight's change along each column of U.
     """
 
@@ -71,9 +71,7 @@ class IsotropicPosterior(eqx.Module):
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), each)
 
 
-def isotropic_posterior(
-    adapters: Adapters, scale: ArrayLike = 0.0
-) -> IsotropicPosterior:
+def isotropic_posterior(adapters: Adapters, scale: ArrayLike = 0.0) -> IsotropicPosterior:
     """A posterior of trained adapters without training: noise of one width in the weights.
 
     With the singular value decomposition ``s B = U diag(d) Vᵀ`` the same change is
@@ -197,7 +195,8 @@ def search_scale(
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp, lrjax
         >>> layer = eqx.nn.Linear(4, 3, key=jax.random.key(0))
-        >>> adapters = lrjax.adapt(layer, lrjax.LoRA(2, init="small"), key=jax.random.key(1))
+        >>> kind = lrjax.LoRA(2, init="small")
+        >>> adapters = lrjax.adapt(layer, kind, key=jax.random.key(1))
         >>> x, y = jax.random.normal(jax.random.key(2), (50, 4)), jnp.arange(50) % 3
         >>> def log_likelihoods(own):
         ...     scores = jax.nn.log_softmax(jax.vmap(lrjax.bind(layer, own))(x))
@@ -271,13 +270,19 @@ def _by_singular_vectors(
 
 def _around(own: Adapter, new: Factors) -> Adapter:
     """A new adapter of the weight beside the bias of the old one."""
-    return Biased(own=own.own, inner=_around(own.inner, new)) if isinstance(own, Biased) else new
+    return (
+        Biased(own=own.own, inner=_around(own.inner, new))
+        if isinstance(own, Biased)
+        else new
+    )
 
 
 def _check_bracket(bracket: tuple[Any, Any], steps: int) -> None:
     known = [x for x in bracket if not isinstance(x, Tracer)]
-    if steps < 1 or not np.all(np.asarray(known, float) > 0) or (
-        len(known) == 2 and not known[0] < known[1]
+    if (
+        steps < 1
+        or not np.all(np.asarray(known, float) > 0)
+        or (len(known) == 2 and not known[0] < known[1])
     ):
         raise ValueError(
             "search_scale needs a bracket of two positive scales, the smaller one first, "

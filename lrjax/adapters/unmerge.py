@@ -49,15 +49,15 @@ def unmerge(merged: PyTree, adapters: Adapters) -> PyTree:
         found = stacked_factors(own, adapters.pools.get(own.pool_name() or ""))
         if found is None:
             raise ValueError(
-                f"The adapter at {site.path!r} is a {type(own).__name__}, whose change is no "
-                "product of factors that could be taken off: keep the model that it was "
+                f"The adapter at {site.path!r} is a {type(own).__name__}, whose change is "
+                "no product of factors that could be taken off: keep the model that it was "
                 "merged into."
             )
         if working_dtype(site.dtype) != site.dtype:
             raise ValueError(
-                f"The weight at {site.path!r} is {site.dtype}, whose rounding is of the size "
-                "of what adapters change, so that subtracting does not give it back: keep "
-                "the model, or merge into a float32 copy of it."
+                f"The weight at {site.path!r} is {site.dtype}, whose rounding is of the "
+                "size of what adapters change, so that subtracting does not give it back: "
+                "keep the model, or merge into a float32 copy of it."
             )
         pair, scale = found
         weight = site.read()

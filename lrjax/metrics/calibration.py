@@ -225,7 +225,7 @@ def fit_temperature(
 
     In ``β = 1/T`` it is convex, with the slope ``E[z] − z_y`` and the curvature ``Var[z]``
     under ``softmax(β z)``. Newton's steps, or a bisection of ``log β`` where these leave
-    the bracket that the slopes give, which begins at ``10^±4`` over the spread of the logits.
+    the bracket that the slopes give, which is at first ``10^±4`` over the logits' spread.
 
     Args:
         logits: ``(n, c)`` of examples that the model was not trained on.
@@ -241,7 +241,7 @@ def fit_temperature(
 
     Example:
         >>> import jax.numpy as jnp, lrjax
-        >>> logits = jnp.array([[4.0, 0.0]] * 4)  # sure of it, and right three times in four
+        >>> logits = jnp.array([[4.0, 0.0]] * 4)  # sure, and right three times in four
         >>> fit = lrjax.metrics.fit_temperature(logits, jnp.array([0, 0, 0, 1]))
         >>> print(fit.temperature.round(4), (4 / jnp.log(3)).round(4), fit.converged)
         3.641 3.641 True
@@ -290,8 +290,8 @@ def _checked(
     weights = jnp.ones(count) if weights is None else jnp.asarray(weights)
     if labels.shape != (count,) or weights.shape != (count,):
         raise ValueError(
-            f"{function} got logits of {count} examples, labels of shape {labels.shape} and "
-            f"weights of shape {weights.shape}: one label and one weight for each."
+            f"{function} got logits of {count} examples, labels of shape {labels.shape} "
+            f"and weights of shape {weights.shape}: one label and one weight for each."
         )
     known = not isinstance(labels, Tracer) and not isinstance(weights, Tracer)
     if known:

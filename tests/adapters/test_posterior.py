@@ -16,11 +16,9 @@ from tests.helpers import assert_close
 MODEL = OneAndStack(jr.key(0), 3)
 PATHS = ["one", "stack"]
 KINDS = {
-    "LoRA": lrjax.LoRA(2, 6.0),
-    "a frozen start": lrjax.LoRA(2, init="pissa"),
     "more columns than rows": lrjax.LoRA(9),
     "a pool": lrjax.VeRA(rank=3),
-    "a bias beside": room.WithBias(lrjax.LoRA(2)),
+    "a frozen start, a bias beside": room.WithBias(lrjax.LoRA(2, 6.0, init="pissa")),
 }
 
 
@@ -47,7 +45,7 @@ def test_its_mean_is_the_adapters_and_its_noise_lies_in_the_span_of_b(name, getk
         weight = lambda key: lrjax.merge(MODEL, posterior.sample(key=key)).one.weight
         change = lrjax.merge(MODEL, adapters).one.weight - MODEL.one.weight
         mean = lrjax.merge(MODEL, adapters).one.weight
-        return *both, jax.vmap(weight)(jr.split(key, count)) - mean, change
+        return *both, jax.vmap(weight)(jr.split(key, count)) - mean[None], change
 
     want, mean, noise, change = drawn(getkey())
     assert_close(mean, want, condition=100)
@@ -61,31 +59,38 @@ def test_its_mean_is_the_adapters_and_its_noise_lies_in_the_span_of_b(name, getk
 
 
 def test_the_noise_does_not_depend_on_how_the_product_is_cut(getkey):
-    """Nor on its scale: only on the span of B."""
+    """Nor on its scale: its directions are those of the span of B, all alike."""
     layer = eqx.nn.Linear(5, 6, key=getkey())
     own = trained(lrjax.LoRA(2, 4.0), getkey(), layer, None)
     turn = jr.normal(getkey(), (2, 2)) + 2 * jnp.eye(2)
-    pair = own[""].pair
-    other = lrjax.LowRank(pair.left @ turn * 8, pair.right @ jnp.linalg.inv(turn).T)
-    where = lambda a: (a.layers[""].pair, a.layers[""].scale)
-    cut = eqx.tree_at(where, own, (other, own[""].scale / 8))
-    key = getkey()
+    pair, key = own[""].pair, getkey()
+
+    def cut(left, right, scale):
+        where = lambda a: (a.layers[""].pair, a.layers[""].scale)
+        whole = lrjax.LowRank(pair.left @ left, pair.right @ right)
+        return eqx.tree_at(where, own, (whole, own[""].scale / scale))
 
     @jax.jit
-    def sampled(own):
+    def described(own):
         posterior = room.isotropic_posterior(own, 0.3)
-        return lrjax.merge(layer, posterior.sample(key=key)).weight, posterior.deviations
+        left = posterior.mean[""].pair.left * posterior.deviations[""][None]
+        drawn = lrjax.merge(layer, posterior.sample(key=key)).weight
+        return left @ left.T, drawn, posterior.deviations[""]
 
-    (one, its), (two, others) = sampled(own), sampled(cut)
-    assert_close(two, one, rtol=1e-4)
-    assert_close(its, others, rtol=1e-4)
+    span, drawn, deviations = described(own)
     values = np.linalg.svd(np.asarray(own[""].scale * pair.left, np.float64))[1]
-    assert_close(its[""], jnp.asarray(1 / (values + 1e-6), jnp.float32), rtol=1e-4)
+    assert_close(deviations, jnp.asarray(1 / (values + 1e-6), jnp.float32), rtol=1e-4)
+    turned = described(cut(turn, jnp.linalg.inv(turn).T, 1))
+    assert_close(turned[0], span, rtol=1e-3)
+    scaled = described(cut(8 * jnp.eye(2), jnp.eye(2), 8))
+    assert_close(scaled[1], drawn, rtol=1e-4)
 
 
 def test_where_nothing_was_learnt_there_is_no_noise(getkey):
     layer = eqx.nn.Linear(5, 6, key=getkey())
-    posterior = room.isotropic_posterior(lrjax.adapt(layer, lrjax.LoRA(2), key=getkey()), 9.0)
+    posterior = room.isotropic_posterior(
+        lrjax.adapt(layer, lrjax.LoRA(2), key=getkey()), 9.0
+    )
     drawn = lrjax.merge(layer, posterior.sample(key=getkey()))
     assert_close(drawn, layer)
 
@@ -162,7 +167,7 @@ def test_a_loss_that_is_not_a_number_never_holds(getkey):
 def test_refusals(getkey):
     layer = eqx.nn.Linear(4, 3, key=getkey())
     dora = lrjax.adapt(layer, lrjax.DoRA(2), key=getkey())
-    with pytest.raises(ValueError, match=r"a Magnitude, whose change .* as_lora"):
+    with pytest.raises(ValueError, match=r"a Magnitude, whose change .*as_lora"):
         room.isotropic_posterior(dora)
     own = lrjax.adapt(layer, lrjax.LoRA(2), key=getkey())
     with pytest.raises(ValueError, match="only a part of one"):
@@ -171,7 +176,10 @@ def test_refusals(getkey):
     for bracket, steps in (((0.0, 1.0), 8), ((2.0, 1.0), 8), ((0.1, 1.0), 0)):
         with pytest.raises(ValueError, match="two positive scales, the smaller one first"):
             room.search_scale(
-                lambda a: a[""].scale[None], posterior, key=getkey(), bracket=bracket,
+                lambda a: a[""].scale[None],
+                posterior,
+                key=getkey(),
+                bracket=bracket,
                 steps=steps,
             )
     with pytest.raises(TypeError, match="needs a key"):

@@ -16,7 +16,7 @@ from lrjax.merging import geometric_median
 from tests.helpers import assert_close, relative_error
 
 
-OUT, IN, R, CLIENTS = 48, 64, 4, 8
+OUT, IN, R, CLIENTS = 80, 96, 4, 8
 RANKS = jnp.array([4, 4, 2, 2, 2, 1, 1, 1])
 COUNTS = jnp.array([3.0, 1.0, 2.0, 5.0, 0.0, 1.0, 1.0, 1.0])
 LAYER = eqx.nn.Linear(IN, OUT, key=jr.key(0))
@@ -92,7 +92,9 @@ def sends(compiled):
     """The shapes that devices send to each other."""
     pattern = r"= (.*?) (?:all-reduce|all-gather|all-to-all|collective-permute)\("
     found = re.findall(pattern, compiled.as_text())
-    return [tuple(map(int, s.split(","))) for x in found for s in re.findall(r"\[([\d,]+)\]", x)]
+    return [
+        tuple(map(int, s.split(","))) for x in found for s in re.findall(r"\[([\d,]+)\]", x)
+    ]
 
 
 @pytest.mark.parametrize("name", ["stacked", "averaged", "median", "continued"])
@@ -126,7 +128,9 @@ def test_stacking_is_the_loop_and_exact_for_any_ranks(getkey):
     shares = np.asarray(COUNTS / COUNTS.sum(), np.float64)
     # New small factors are taken off the weights, so that the model is what it was.
     got = model.weight - LAYER.weight
-    got += np.mean([s * b @ a.T for b, a, s in (factors(at(after, h)) for h in range(8))], 0)
+    got += np.mean(
+        [s * b @ a.T for b, a, s in (factors(at(after, h)) for h in range(8))], 0
+    )
     size = float(jnp.linalg.norm(LAYER.weight))
     want = mean_product(trained, shares)
     assert np.linalg.norm(got - want) < 1e-6 * size
@@ -141,7 +145,9 @@ def test_stacking_is_the_loop_and_exact_for_any_ranks(getkey):
 
 def random_clients(key, kind=KIND, shared=False):
     """Clients with random factors, of which one may be the same for all."""
-    clients = jax.vmap(lambda key: lrjax.adapt(LAYER, kind, key=key))(jr.split(key, CLIENTS))
+    clients = jax.vmap(lambda key: lrjax.adapt(LAYER, kind, key=key))(
+        jr.split(key, CLIENTS)
+    )
     if shared:
         clients = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), clients)
     params, frozen = lrjax.partition(clients)
@@ -167,7 +173,9 @@ def test_averages_of_factors_miss_and_the_weights_take_it(getkey):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_with_one_factor_frozen_and_shared_the_average_is_exact(side, getkey):
     kind = lrjax.LoRA(R, train=side)
-    assert error_after(room.Average(exact=False), random_clients(getkey(), kind, True)) < 1e-5
+    assert (
+        error_after(room.Average(exact=False), random_clients(getkey(), kind, True)) < 1e-5
+    )
     if side == "left":
         apart = random_clients(getkey(), kind)
         assert error_after(room.Average(exact=False), apart) > 0.5
@@ -188,7 +196,9 @@ def test_absent_clients_may_hold_anything(getkey):
         own = {"weights": COUNTS, "mean": merge}
         got = jax.jit(lambda c, own=own: room.merge_heads(LAYER, c, **own))(broken)
         few = {"weights": COUNTS[here], "mean": merge}
-        want = jax.jit(lambda c, few=few: room.merge_heads(LAYER, c, **few))(at(clients, here))
+        want = jax.jit(lambda c, few=few: room.merge_heads(LAYER, c, **few))(
+            at(clients, here)
+        )
         assert_close(got, want, condition=1e3)
     nobody = room.merge_heads(LAYER, broken, weights=jnp.zeros(CLIENTS))
     assert_close(nobody, LAYER)
@@ -253,7 +263,9 @@ def test_clients_and_rounds_have_noise_of_their_own(getkey):
         del model
         params, frozen = lrjax.partition(adapters)
         update, _ = private_update(params, frozen, *data, 1e-3, 1e6, key)
-        return eqx.combine(optax.apply_updates(params, update), frozen), update[""].pair.left
+        return eqx.combine(optax.apply_updates(params, update), frozen), update[
+            ""
+        ].pair.left
 
     play = jax.jit(room.federated_round(train, rules()["stacked"]))
     clients, data = even_clients(getkey()), data_of(getkey())
@@ -283,7 +295,9 @@ def test_refusals(getkey):
         room.merge_heads(LAYER, clients, weights=-COUNTS)
     with pytest.raises(ValueError, match="those of heads, and has none"):
         room.Restart(KIND)(LAYER, at(clients, 0), (), key=key, weights=COUNTS)
-    adapt = lambda kind: jax.vmap(lambda k: lrjax.adapt(LAYER, kind, key=k))(jr.split(key, 2))
+    adapt = lambda kind: jax.vmap(lambda k: lrjax.adapt(LAYER, kind, key=k))(
+        jr.split(key, 2)
+    )
     with pytest.raises(ValueError, match="Magnitude, whose change is no product"):
         room.Average()(LAYER, adapt(lrjax.DoRA(2)), (), key=key)
     with pytest.raises(ValueError, match="copies or biases"):

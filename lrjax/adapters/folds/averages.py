@@ -35,7 +35,8 @@ class Average(FoldRule):
     averaging of factors, FedIT, which is exact only where one factor is frozen and all
     heads have the same (FFA-LoRA): ``lrjax.LoRA(train="left")``, made once and repeated::
 
-        heads = jax.tree.map(lambda x: jnp.stack([x] * 8), lrjax.adapt(model, kind, key=key))
+        one = lrjax.adapt(model, kind, key=key)
+        heads = jax.tree.map(lambda x: jnp.stack([x] * 8), one)
 
     Numbers that are frozen stay what they are in each head. A column that a mask takes
     away from a head counts as zeros there, and stays away.
@@ -117,15 +118,15 @@ def _check_can_be_exact(path: str, heads: Adapter, pool: Any) -> None:
     own = weight_part(heads)
     if isinstance(own, Factors) and own.mask is not None:
         raise ValueError(
-            f"The heads at {path!r} have masks, of ranks that may differ, and then each has "
-            "another part of the mean: fold them with lrjax.adapters.Restart, which is "
+            f"The heads at {path!r} have masks, of ranks that may differ, and then each "
+            "has another part of the mean: fold them with lrjax.adapters.Restart, which is "
             "exact, or with Average(exact=False)."
         )
     if not isinstance(own, FullCopy) and not is_product(own, pool):
         raise ValueError(
-            f"The adapter at {path!r} is a {type(own).__name__}, whose change is no product "
-            "of factors: what the mean misses would not be a change of the weight alone. "
-            "Fold with lrjax.adapters.Restart, or with Average(exact=False)."
+            f"The adapter at {path!r} is a {type(own).__name__}, whose change is no "
+            "product of factors: what the mean misses would not be a change of the weight "
+            "alone. Fold with lrjax.adapters.Restart, or with Average(exact=False)."
         )
 
 

@@ -127,9 +127,7 @@ def head_shares(
     return weights / nonzero(_sum_over(jnp.sum(weights), axis_name))
 
 
-def shared_sum(
-    shares: Float[Array, " h"], x: Array, axis_name: str | None = None
-) -> Array:
+def shared_sum(shares: Float[Array, " h"], x: Array, axis_name: str | None = None) -> Array:
     """``Σ_h p_h x_h`` over the leading axis, without what heads of no share hold."""
     x = x.astype(working_dtype(x.dtype))
     total = jnp.sum(_along(shares, x) * _present(shares, x), axis=0)

@@ -26,7 +26,7 @@ def federated_round(train: Train, rule: FoldRule, *, mesh: Mesh | None = None) -
 
     ===================================================== ==================================
     ``Restart(kind, heads=True)``                         stacking, exact for any ranks
-                                                          (FLoRA): ``W ← W + Σ p_h s B_h A_h``,
+                                                          (FLoRA): ``W + Σ p_h s B_h A_h``
                                                           and new factors
     ``Average()``                                         the mean of the factors, and in W
                                                           what it misses: exact (FedEx-LoRA)
@@ -109,8 +109,8 @@ def federated_round(train: Train, rule: FoldRule, *, mesh: Mesh | None = None) -
     """
     if not isinstance(rule, FoldRule):
         raise TypeError(
-            "federated_round takes a rule such as lrjax.adapters.Restart(kind, heads=True), "
-            f"got {rule!r}."
+            "federated_round takes a rule such as lrjax.adapters.Restart(kind, "
+            f"heads=True), got {rule!r}."
         )
     if not getattr(rule, "heads", True):
         raise ValueError(
