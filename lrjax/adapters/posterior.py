@@ -139,6 +139,7 @@ class ScaleSearch(NamedTuple):
         posterior: with the scale that was found.
         scale: ``σ``; zero if not even the lower end of the bracket holds.
         nll_before: the negative log-likelihood of the adapters themselves.
+        nll_least: the least of any scale that was tried, and of none.
         nll_after: that of the mean over the draws, at ``scale``.
         at_lower: whether the lower end raises it too much already: give a lower bracket.
         at_upper: whether the upper end holds: a larger scale may hold as well.
@@ -148,6 +149,7 @@ class ScaleSearch(NamedTuple):
     posterior: IsotropicPosterior
     scale: Float[Array, ""]
     nll_before: Float[Array, ""]
+    nll_least: Float[Array, ""]
     nll_after: Float[Array, ""]
     at_lower: Bool[Array, ""]
     at_upper: Bool[Array, ""]
@@ -161,20 +163,26 @@ def search_scale(
     key: PRNGKeyArray,
     tolerance: ArrayLike = 0.003,
     bracket: tuple[ArrayLike, ArrayLike] = (1e-4, 1.0),
-    steps: int = 8,
+    points: int = 13,
+    steps: int = 5,
     samples: int = 10,
 ) -> ScaleSearch:
-    """The widest posterior that explains examples as well as the adapters do, nearly.
+    """The widest posterior that explains examples as well as any does, nearly.
 
-    The largest σ, by bisection of its logarithm, of which
+    The largest σ above the best one of which
 
-        NLL(σ) ≤ NLL(0) + tolerance · |NLL(0)|,
+        NLL(σ) ≤ NLL* + tolerance · |NLL*|,   NLL* = min_σ NLL(σ), σ = 0 too,
         NLL(σ) = −1/n Σ_i log 1/S Σ_s p(y_i | adapters_s)
 
-    with the same noise for every σ. It is one that was tried and holds, up to a factor
-    ``(high / low)^(1 / 2^steps)``, 1.04 by default. Take examples that the adapters were
-    not trained on, or some of the training examples if there are no others; of those that
-    are fitted perfectly ``NLL(0)`` is zero, and nothing may be lost.
+    with the same noise for every σ: first of ``points``, evenly spaced in ``log σ``, then
+    by bisection up to the next of them. It is one that was tried, and up to a factor
+    ``(high / low)^(1 / ((points − 1) 2^steps))``, 1.02 by default, the largest.
+
+    On examples that the adapters were trained on ``NLL*`` is that of the adapters, and the
+    search is its authors'. Where these are fitted perfectly nothing may be lost, and there
+    is hardly a posterior. Take examples that were set apart: some width explains them
+    better than none, and far beyond it one that explains them as badly as none, which a
+    comparison with ``NLL(0)`` would find.
 
     Args:
         log_likelihoods: ``log p(y_i | adapters)`` of n examples, for adapters of one draw.
@@ -183,6 +191,7 @@ def search_scale(
         tolerance: how much of the negative log-likelihood may be lost.
         bracket: the smallest and the largest scale, positive. The authors' is
             ``(0.001, 0.015)``, for language models.
+        points: tried over the bracket, at least two.
         steps: of bisection; all are made, so that it can be jitted.
         samples: S.
 
@@ -190,7 +199,8 @@ def search_scale(
         What was found.
 
     Raises:
-        ValueError: for a bracket that is not positive and increasing, or no steps.
+        ValueError: for a bracket that is not positive and increasing, less than two points
+            or a negative number of steps.
 
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp, lrjax
@@ -212,39 +222,68 @@ def search_scale(
         language models" (2024), arXiv:2412.05723.
     """
     check_key("search_scale", key)
-    _check_bracket(bracket, steps)
+    _check_bracket(bracket, points, steps)
     keys = jr.split(key, samples)
     at = lambda scale: eqx.tree_at(lambda p: p.scale, posterior, scale)
 
-    def nll(scale: Array) -> Array:
-        draw = lambda key: log_likelihoods(at(scale).sample(key=key))
+    def nll(log_scale: Array) -> Array:
+        scaled = at(jnp.exp(log_scale))
+        draw = lambda key: log_likelihoods(scaled.sample(key=key))
         each = jax.nn.logsumexp(jax.vmap(draw)(keys), axis=0)
-        return -jnp.mean(each - jnp.log(samples))
+        value = -jnp.mean(each - jnp.log(samples))
+        return jnp.where(jnp.isnan(value), jnp.inf, value)
 
     before = -jnp.mean(log_likelihoods(posterior.mean))
-    limit = before + tolerance * jnp.abs(before)
-    dtype = posterior.scale.dtype
-    lower, upper = (jnp.log(jnp.asarray(x, dtype)) for x in bracket)
+    lower, upper = (jnp.log(jnp.asarray(x, posterior.scale.dtype)) for x in bracket)
+    gap = (upper - lower) / (points - 1)
+    # The points and the bisection are one loop, so that the model is compiled once.
+    first = (jnp.full(points, jnp.inf, before.dtype), upper, upper, before)
 
     def step(carry, index):
-        low, high, best, its_nll = carry
-        middle = (low + high) / 2
-        point = jnp.select([index == 0, index == 1], [upper, lower], middle)
-        value = nll(jnp.exp(point))
-        holds = value <= limit  # not NaN
-        better = holds & (point > best)
-        low = jnp.where(holds, jnp.maximum(low, point), low)
-        high = jnp.where(holds, high, jnp.minimum(high, point))
-        best, its_nll = (
-            jnp.where(better, new, old) for new, old in ((point, best), (value, its_nll))
+        values, low, high, its_nll = carry
+        on_grid = index < points
+        point = jnp.where(on_grid, lower + index * gap, (low + high) / 2)
+        value = nll(point)
+        at_index = jnp.minimum(index, points - 1)
+        values = jnp.where(on_grid, values.at[at_index].set(value), values)
+        last, its_last = _last_that_holds(values, before, tolerance)
+        holds = value <= _limit(values, before, tolerance)
+        put = lambda grid, found, old: jnp.where(
+            on_grid, grid, jnp.where(found, point, old)
         )
-        return (low, high, best, its_nll), holds
+        low, high = (
+            put(lower + last * gap, holds, low),
+            put(lower + (last + 1) * gap, ~holds, high),
+        )
+        its_nll = jnp.where(on_grid, its_last, jnp.where(holds, value, its_nll))
+        return (values, low, high, its_nll), None
 
-    start = (lower, upper, jnp.full((), -jnp.inf, dtype), before)
-    (_, _, best, after), held = lax.scan(step, start, jnp.arange(steps + 2))
-    scale, at_lower, at_upper = jnp.exp(best), ~held[1], held[0]
+    (values, best, _, after), _ = lax.scan(step, first, jnp.arange(points + steps))
+    last, _ = _last_that_holds(values, before, tolerance)
+    at_lower, at_upper = last < 0, last == points - 1
+    ends = jnp.where(at_lower, -jnp.inf, jnp.where(at_upper, upper, best))
+    after = jnp.select([at_lower, at_upper], [before, values[-1]], after)
+    scale = jnp.exp(ends)
+    least = jnp.minimum(before, jnp.min(values))
     trusted = jnp.isfinite(before) & ~at_lower & ~at_upper
-    return ScaleSearch(at(scale), scale, before, after, at_lower, at_upper, trusted)
+    return ScaleSearch(at(scale), scale, before, least, after, at_lower, at_upper, trusted)
+
+
+def _limit(values: Array, before: Array, tolerance: ArrayLike) -> Array:
+    least = jnp.minimum(before, jnp.min(values))
+    return least + tolerance * jnp.abs(least)
+
+
+def _last_that_holds(
+    values: Float[Array, " g"], before: Array, tolerance: ArrayLike
+) -> tuple[Array, Array]:
+    """The last point, from the best one on, up to which all hold; −1 for none."""
+    count = len(values)
+    best = jnp.where(jnp.min(values) < before, jnp.argmin(values), -1)
+    holds = values <= _limit(values, before, tolerance)
+    beyond = ~holds & (jnp.arange(count) > best)
+    last = jnp.where(jnp.any(beyond), jnp.argmax(beyond), count) - 1
+    return last, values[last]
 
 
 def _by_singular_vectors(
@@ -277,14 +316,12 @@ def _around(own: Adapter, new: Factors) -> Adapter:
     )
 
 
-def _check_bracket(bracket: tuple[Any, Any], steps: int) -> None:
+def _check_bracket(bracket: tuple[Any, Any], points: int, steps: int) -> None:
     known = [x for x in bracket if not isinstance(x, Tracer)]
-    if (
-        steps < 1
-        or not np.all(np.asarray(known, float) > 0)
-        or (len(known) == 2 and not known[0] < known[1])
-    ):
+    positive = np.all(np.asarray(known, float) > 0)
+    increasing = len(known) < 2 or known[0] < known[1]
+    if not (positive and increasing and points >= 2 and steps >= 0):
         raise ValueError(
             "search_scale needs a bracket of two positive scales, the smaller one first, "
-            f"and at least one step; got {bracket} and steps={steps}."
+            f"and at least two points; got {bracket}, points={points} and steps={steps}."
         )

@@ -110,45 +110,56 @@ def test_copies_stay_and_averages_are_the_loop(getkey):
     assert_close(average(posterior)["p"], jnp.asarray(np.mean(each, 0)), rtol=1e-5)
 
 
-def quadratic(direction):
-    """A likelihood that falls with the distance from the mean: known in closed form."""
-    return lambda own: -1 - jnp.sum((own[""].pair.materialize() - direction) ** 2, axis=1)
-
-
 def test_the_search_finds_the_largest_scale_that_holds(getkey):
     layer = eqx.nn.Linear(5, 6, key=getkey())
     posterior = room.isotropic_posterior(trained(lrjax.LoRA(2), getkey(), layer, None))
-    loss = quadratic(posterior.mean[""].pair.materialize())
-    key = getkey()
-    search = jax.jit(
-        lambda tolerance, steps, **kw: room.search_scale(
-            loss, posterior, key=key, tolerance=tolerance, steps=steps, samples=4, **kw
-        ),
-        static_argnums=1,
-    )
-    found = search(0.01, 10)
-    assert bool(found.trusted)
-    assert_close(found.nll_before, jnp.ones(()))
-    assert float(found.nll_after) <= 1.01
+    mean, key = posterior.mean[""].pair.materialize(), getkey()
 
-    def nll(scale):  # by hand
-        wide = eqx.tree_at(lambda p: p.scale, posterior, jnp.asarray(scale))
-        draws = [loss(wide.sample(key=k)) for k in jr.split(key, 4)]
-        return -np.mean(np.log(np.mean(np.exp(np.asarray(draws, np.float64)), axis=0)))
+    def loss(best):
+        """Least at some distance from the mean, as on examples set apart."""
 
-    assert abs(nll(found.scale) - float(found.nll_after)) < 1e-5
-    assert nll(1.02 * found.scale) > 1.01  # (1 / 1e-4)^(2^-10) is 1.009
-    assert float(found.posterior.scale) == float(found.scale)
-    # At either end of the bracket that is what is said.
-    low = search(0.01, 2, bracket=(1e-6, 1e-5))
-    assert bool(low.at_upper)
-    assert not bool(low.trusted)
-    assert_close(low.scale, jnp.asarray(1e-5), rtol=1e-5)
-    high = search(0.01, 2, bracket=(10.0, 20.0))
-    assert bool(high.at_lower)
-    assert not bool(high.trusted)
-    assert float(high.scale) == 0
-    assert_close(high.nll_after, high.nll_before)
+        def of_each(own):
+            away = jnp.linalg.norm(own[""].pair.materialize() - mean)
+            return -1 - (away - best) ** 2 * jnp.ones(3)
+
+        return of_each
+
+    def found(best, bracket=(1e-4, 1.0)):
+        return room.search_scale(
+            loss(best), posterior, key=key, tolerance=0.01, bracket=bracket, samples=4
+        )
+
+    @jax.jit
+    def searches(best):
+        return found(best), found(best, (1e-6, 1e-5)), found(best, (10.0, 20.0))
+
+    @jax.jit
+    def nll(scale, best):  # by hand
+        wide = eqx.tree_at(lambda p: p.scale, posterior, scale)
+        draw = lambda key: jnp.exp(loss(best)(wide.sample(key=key)))
+        return -jnp.mean(jnp.log(jnp.mean(jax.vmap(draw)(jr.split(key, 4)), axis=0)))
+
+    for best in (0.0, 0.5):
+        own, low, high = searches(best)
+        assert bool(own.trusted)
+        assert_close(own.nll_before, 1 + jnp.array(best) ** 2, rtol=1e-6)
+        scales = jnp.geomspace(1e-4, 1, 300)
+        curve = np.asarray(jax.vmap(nll, in_axes=(0, None))(scales, best))
+        limit = 1.01 * float(own.nll_least)
+        assert curve.min() - 1e-6 <= float(own.nll_least) < 1.1 * curve.min()
+        assert float(own.nll_after) <= limit + 1e-6
+        assert abs(float(nll(own.scale, best)) - float(own.nll_after)) < 1e-5
+        # 1.02 is the resolution: no scale beyond it holds.
+        assert curve[np.asarray(scales) > 1.05 * own.scale].min() > limit
+        assert float(own.posterior.scale) == float(own.scale)
+        # At either end of the bracket that is what is said.
+        assert bool(low.at_upper)
+        assert not bool(low.trusted)
+        assert_close(low.scale, jnp.asarray(1e-5), rtol=1e-5)
+        assert bool(high.at_lower)
+        assert not bool(high.trusted)
+        assert float(high.scale) == 0
+        assert_close(high.nll_after, high.nll_before)
 
 
 def test_a_loss_that_is_not_a_number_never_holds(getkey):
@@ -161,7 +172,9 @@ def test_a_loss_that_is_not_a_number_never_holds(getkey):
     assert 0.005 < float(found.scale) < 0.06
     assert np.isfinite(found.nll_after)
     broken = lambda own: jnp.full(3, jnp.nan) * own[""].scale
-    assert not bool(room.search_scale(broken, posterior, key=getkey(), steps=1).trusted)
+    assert not bool(
+        room.search_scale(broken, posterior, key=getkey(), points=2, steps=1).trusted
+    )
 
 
 def test_refusals(getkey):
@@ -173,14 +186,14 @@ def test_refusals(getkey):
     with pytest.raises(ValueError, match="only a part of one"):
         room.isotropic_posterior(lrjax.partition(own)[0])
     posterior = room.isotropic_posterior(own)
-    for bracket, steps in (((0.0, 1.0), 8), ((2.0, 1.0), 8), ((0.1, 1.0), 0)):
+    for bracket, points in (((0.0, 1.0), 8), ((2.0, 1.0), 8), ((0.1, 1.0), 1)):
         with pytest.raises(ValueError, match="two positive scales, the smaller one first"):
             room.search_scale(
                 lambda a: a[""].scale[None],
                 posterior,
                 key=getkey(),
                 bracket=bracket,
-                steps=steps,
+                points=points,
             )
     with pytest.raises(TypeError, match="needs a key"):
         posterior.sample(key=3)
