@@ -195,5 +195,3 @@ def test_refusals(getkey):
                 bracket=bracket,
                 points=points,
             )
-    with pytest.raises(TypeError, match="needs a key"):
-        posterior.sample(key=3)
