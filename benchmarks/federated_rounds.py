@@ -4,7 +4,7 @@ First the algebra: a round over eight devices against the same round on one, and
 that a server has from eight trained clients against ``Σ p_h s_h B_h A_h`` in float64. Then
 the digits of scikit-learn: a network learnt mirrored images, and eight clients, with few
 labels of some classes each (Dirichlet 0.5), learn upright ones by 15 rounds of ten local
-steps. Each rule at that of four rates that is best on images set apart, the mean of five
+steps. Each rule at that of three rates that is best on images set apart, the mean of five
 seeds; all of a rule is one program. The noisy runs clip the gradient of each example to 1.
 """
 
@@ -31,7 +31,7 @@ from lrjax import adapters as room
 
 CLIENTS, ROUNDS, LOCAL, BATCH, SEEDS = 8, 15, 10, 16, 5
 RANKS = jnp.array([16, 8, 4, 4, 2, 2, 1, 1])
-RATES = jnp.array([0.03, 0.1, 0.3, 1.0])
+RATES = jnp.array([0.03, 0.1, 0.3])
 PRIVATE = jnp.array([[1e6, 0.0], [1.0, 0.0], [1.0, 0.5], [1.0, 1.0]])  # clip, noise
 TRAIN, VALID = 1000, 300
 
@@ -56,7 +56,7 @@ def loss(model, x, y):
 @jax.jit
 def base_weights():
     """A network that knows mirrored digits."""
-    model = eqx.nn.MLP(64, 10, 64, 2, key=jr.key(0))
+    model = eqx.nn.MLP(64, 10, 64, 1, key=jr.key(0))
     arrays, static = eqx.partition(model, eqx.is_array)
     tx = optax.adam(3e-3)
 
@@ -73,7 +73,7 @@ def base_weights():
 
 BASE = eqx.combine(
     base_weights(),
-    eqx.filter(eqx.nn.MLP(64, 10, 64, 2, key=jr.key(0)), eqx.is_array, inverse=True),
+    eqx.filter(eqx.nn.MLP(64, 10, 64, 1, key=jr.key(0)), eqx.is_array, inverse=True),
 )
 
 
@@ -135,17 +135,14 @@ def clients_of(kind, ranks, key, shared):
 
 def methods():
     """Kind, ranks, whether clients begin with the same numbers, the rule."""
-    wide, even, left = kinds(16), kinds(4), kinds(4, "left")
-    stack = lambda kind: room.Restart(kind(4), heads=True)
-    inexact, exact = room.Average(exact=False), room.Average()
+    wide, even = kinds(16), kinds(4)
+    stack, inexact = room.Restart(wide(16), heads=True), room.Average(exact=False)
     return {
-        "stacking, ranks 16 to 1": (wide, RANKS, False, stack(wide)),
+        "stacking, ranks 16 to 1": (wide, RANKS, False, stack),
         "factors averaged, ranks 16 to 1": (wide, RANKS, True, inexact),
         "A frozen, ranks 16 to 1": (kinds(16, "left"), RANKS, True, inexact),
-        "stacking, rank 4": (even, None, False, stack(even)),
         "factors averaged, rank 4": (even, None, True, inexact),
-        "averaged and the rest in W, rank 4": (even, None, True, exact),
-        "A frozen, rank 4": (left, None, True, inexact),
+        "averaged and the rest in W, rank 4": (even, None, True, room.Average()),
     }
 
 

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -47,12 +47,12 @@ class IsotropicPosterior(eqx.Module):
         """
         check_key("sample", key)
         layers = dict(self.mean.layers)
+        right_of = lambda own: cast(Factors, weight_part(own)).pair.right
         for path, deviations in self.deviations.items():
             own = layers[path]
-            right = weight_part(own).pair.right
+            right = right_of(own)
             noise = jr.normal(fold_in_path(key, path), right.shape, right.dtype)
             moved = right + (self.scale * deviations)[..., None, :] * noise
-            right_of = lambda a: weight_part(a).pair.right
             layers[path] = eqx.tree_at(right_of, own, moved.astype(right.dtype))
         return Adapters(layers, self.mean.pools, self.mean.axes)
 

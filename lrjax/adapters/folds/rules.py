@@ -175,7 +175,7 @@ class Restart(FoldRule):
     def _without(self, model: PyTree, new: Adapters) -> PyTree:
         """The model without what adapters start with."""
         one = jax.tree.map(lambda x: x[0], new) if self.heads else new
-        shares = head_shares(new, None, self.axis_name) if self.heads else None
+        shares = head_shares(new, None, self.axis_name) if self.heads else jnp.ones(1)
 
         def put(site: Site, _: Adapter) -> Any:
             own, pool = part_of(new, site.path)
