@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError as _NotInstalled, version as
 
 from . import (
     adapters as adapters,
+    clustering as clustering,
     compression as compression,
     continual as continual,
     flows as flows,

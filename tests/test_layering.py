@@ -19,7 +19,7 @@ LEVELS = [
     {"subspaces", "metrics"},
     {"transforms"},
     {"recipes"},
-    {"flows", "recovery", "nn", "merging"},
+    {"flows", "recovery", "nn", "merging", "clustering"},
     {"adapters", "compression", "continual"},
     {"_tour"},
     {"__main__"},
