@@ -21,6 +21,10 @@ import lrjax
 APART = {
     "recovery": ("lrjax.recovery.sklearn",),
     "adapters": ("lrjax.adapters.nnx", "lrjax.adapters.qwix"),
+# Modules that need an extra: a room does not import them, users do.
+APART = {
+    "clustering": ("lrjax.clustering.sklearn",),
+    "recovery": ("lrjax.recovery.sklearn",),
 }
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("[0-9]*.ipynb"))
 

@@ -91,9 +91,10 @@ def _start(lassos: Lassos, affine: bool, width: int) -> State:
     """Nothing in the support; of the affine problem the nearest sample alone."""
     x, products = lassos.x, lassos.products
     n, dtype = len(x), x.dtype
-    empty = jnp.zeros((n, width), dtype)
+    # No constant, or the compiler would search it for free slots, and take long to.
+    empty = jnp.broadcast_to(0 * products[:, :1], (n, width))
     state = State(
-        atoms=empty.astype(jnp.int32),
+        atoms=jnp.zeros((n, width), jnp.int32),
         values=empty,
         signs=empty,
         gram=jnp.zeros((n, width, width), dtype),
@@ -144,7 +145,7 @@ def _step(lassos: Lassos, state: State, affine: bool) -> State:
     one = state.one | (length == 0)
     state, outside = _joined(lassos, state._replace(one=one), whole)
     residual = jnp.where(whole, jnp.maximum(residual, outside), jnp.inf)
-    done = jnp.all(state.full | (residual <= lassos.tol))
+    done = jnp.all(state.full | ~(residual > lassos.tol))  # what is no number stays so
     return state._replace(
         one=one & ~whole,
         residual=residual,
@@ -158,11 +159,17 @@ def _newton(lassos: Lassos, state: State, affine: bool) -> tuple[Array, Array]:
     used = state.signs != 0
     n, width = used.shape
     squares = jnp.where(used, jnp.diagonal(state.gram, axis1=1, axis2=2), 0)
+    gram, lift = state.gram, jnp.zeros((), squares.dtype)
+    if affine:
+        # Directions that keep the sum at one do not see a constant; d + 1 points that
+        # have no linear dependence left but this one get a matrix of full rank by it.
+        lift = jnp.mean(jnp.diagonal(lassos.products))
+        gram, squares = gram + lift, jnp.where(used, squares + lift, 0)
     # Dependent atoms have a factor with rounding on the diagonal; steps correct themselves.
     eps = jnp.finfo(squares.dtype).eps
     diagonal = lassos.ridge + 8 * eps * jnp.sum(squares, axis=1)
     diagonal = jnp.where(used, diagonal[:, None], 1)
-    matrix = jnp.where(used[:, :, None] & used[:, None, :], state.gram, 0)
+    matrix = jnp.where(used[:, :, None] & used[:, None, :], gram, 0)
     matrix = matrix + diagonal[:, :, None] * jnp.eye(width, dtype=matrix.dtype)[None]
     lower = cholesky(matrix)
     slope = jnp.take_along_axis(state.slope, state.atoms, axis=1)
@@ -177,7 +184,8 @@ def _newton(lassos: Lassos, state: State, affine: bool) -> tuple[Array, Array]:
         return direction, state.multiplier
     missing = 1 - jnp.sum(state.values, axis=1)
     multiplier = (jnp.sum(direction, axis=1) - missing) / nonzero(jnp.sum(ones, axis=1))
-    return direction - multiplier[:, None] * ones, multiplier
+    direction = direction - multiplier[:, None] * ones
+    return direction, multiplier + lift * missing
 
 
 def _joined(lassos: Lassos, state: State, whole: Array) -> tuple[State, Array]:

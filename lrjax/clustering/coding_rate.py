@@ -59,7 +59,7 @@ def coding_rate(
 
 def coding_rate_reduction(
     samples: Float[ArrayLike, "n d"],
-    members: Float[ArrayLike, "n k"],
+    members: Float[ArrayLike, "m k"],
     *,
     distortion: ArrayLike = 0.1,
 ) -> Float[Array, ""]:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from .._arguments import check_key
 from .._sharding import gathered
@@ -44,17 +44,19 @@ class KSubspaces(eqx.Module):
     converged: Bool[Array, ""]
     steps: Int[Array, ""]
 
-    def distances(self, samples: Float[Array, "n d"]) -> Float[Array, "n k"]:
+    def distances(self, samples: Float[ArrayLike, "n d"]) -> Float[Array, "n k"]:
         """The squared distance of each sample and each subspace."""
-        return _distances(self.bases, self.means, as_samples("KSubspaces.distances", samples, 1))
+        return _distances(
+            self.bases, self.means, as_samples("KSubspaces.distances", samples, 1)
+        )
 
-    def predict(self, samples: Float[Array, "n d"]) -> Int[Array, " n"]:
+    def predict(self, samples: Float[ArrayLike, "n d"]) -> Int[Array, " n"]:
         """The nearest subspace of each sample."""
         return jnp.argmin(self.distances(samples), axis=1)
 
 
 def k_subspaces(
-    samples: Float[Array, "n d"],
+    samples: Float[ArrayLike, "n d"],
     n_clusters: int,
     dim: int,
     *,
@@ -125,7 +127,7 @@ def k_subspaces(
 
         def step(carry):
             bases, means, labels, _, steps = carry
-            new = jnp.argmin(_distances(bases, means, x), axis=1)
+            new = jnp.argmin(_distances(bases, means, x), axis=1).astype(jnp.int32)
             member = (new[None, :] == jnp.arange(n_clusters)[:, None]).astype(x.dtype)
             bases, means = _fitted(x, member, bases, means, affine)
             return bases, means, new, jnp.any(new != labels), steps + 1

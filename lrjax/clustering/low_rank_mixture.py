@@ -32,23 +32,23 @@ class LowRankMixture(eqx.Module):
     noise: Float[Array, " k"]
 
     def log_density(
-        self, samples: Float[Array, "n d"], noise: ArrayLike = 0.0
+        self, samples: Float[ArrayLike, "n d"], noise: ArrayLike = 0.0
     ) -> Float[Array, " n"]:
         """The log density of samples with noise of a standard deviation added."""
         return logsumexp(self._joint(_matrix(samples), noise)[0], axis=1)
 
     def responsibilities(
-        self, samples: Float[Array, "n d"], noise: ArrayLike = 0.0
+        self, samples: Float[ArrayLike, "n d"], noise: ArrayLike = 0.0
     ) -> Float[Array, "n k"]:
         """The probability of each component, given a noisy sample."""
         return jax.nn.softmax(self._joint(_matrix(samples), noise)[0], axis=1)
 
-    def predict(self, samples: Float[Array, "n d"]) -> Int[Array, " n"]:
+    def predict(self, samples: Float[ArrayLike, "n d"]) -> Int[Array, " n"]:
         """The most probable component of each sample."""
         return jnp.argmax(self.responsibilities(samples), axis=1)
 
     def denoise(
-        self, samples: Float[Array, "n d"], noise: ArrayLike
+        self, samples: Float[ArrayLike, "n d"], noise: ArrayLike
     ) -> Float[Array, "n d"]:
         """The posterior mean ``E[x | x + σ ε = y]``: weighted, shrunk projections.
 
@@ -112,7 +112,7 @@ class _Carry(NamedTuple):
 
 
 def fit_low_rank_mixture(
-    samples: Float[Array, "n d"],
+    samples: Float[ArrayLike, "n d"],
     n_components: int,
     rank: int,
     *,
@@ -190,7 +190,9 @@ def fit_low_rank_mixture(
         return _Carry(new, value, value - carry.value, carry.steps + 1, history)
 
     infinite = jnp.asarray(jnp.inf, x.dtype)
-    first = _Carry(mixture, -infinite, infinite, jnp.array(0), jnp.zeros(max_steps, x.dtype))
+    first = _Carry(
+        mixture, -infinite, infinite, jnp.array(0), jnp.zeros(max_steps, x.dtype)
+    )
     least = jnp.asarray(tol, x.dtype) * d
     end = lax.while_loop(lambda c: (c.gain > least) & (c.steps < max_steps), step, first)
     found, shift = end.mixture, d * jnp.log(size)
@@ -266,5 +268,5 @@ def _woodbury(root: Array) -> tuple[Array, Array]:
     return jnp.linalg.inv(matrix), jnp.linalg.slogdet(matrix)[1]
 
 
-def _matrix(samples: Array) -> Array:
+def _matrix(samples: ArrayLike) -> Array:
     return as_samples("a mixture", samples, 1)

@@ -5,7 +5,7 @@ from jaxtyping import ArrayLike, Int
 from scipy.optimize import linear_sum_assignment
 
 
-def clustering_error(labels: Int[ArrayLike, " n"], truth: Int[ArrayLike, " n"]) -> float:
+def clustering_error(labels: Int[ArrayLike, " n"], truth: Int[ArrayLike, " m"]) -> float:
     """The share of samples in the wrong cluster, under the best naming of the clusters.
 
     ``1 − max_π Σ_k #{i: labels_i = k, truth_i = π(k)} / n`` over one-to-one maps π, found

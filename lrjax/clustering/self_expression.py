@@ -1,6 +1,5 @@
 """Each sample as a combination of the others."""
 
-
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
@@ -292,5 +291,3 @@ def affinity(
     sizes = sizes / nonzero(jnp.max(sizes, axis=1, keepdims=True))
     sizes = sizes / nonzero(jnp.sqrt(jnp.sum(sizes**2, axis=1, keepdims=True)))
     return sizes + sizes.T
-
-

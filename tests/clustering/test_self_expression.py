@@ -21,6 +21,9 @@ low_rank = jax.jit(clustering.low_rank_self_expression)
 ridge = jax.jit(clustering.ridge_self_expression, static_argnames=("zero_diagonal",))
 
 
+ONES = np.ones(2, int)
+
+
 def rng_of(getkey):
     return np.random.default_rng(int(jax.random.key_data(getkey())[-1]))
 
@@ -181,7 +184,9 @@ def test_affinity_is_a_graph(getkey):
     graph = np.asarray(clustering.affinity(c, keep=3))
     np.testing.assert_array_equal(graph, graph.T)
     assert not np.diagonal(graph).any()
-    scaled = clustering.affinity(c * np.linspace(1, 5, 7, dtype=np.float32)[:, None], keep=3)
+    scaled = clustering.affinity(
+        c * np.linspace(1, 5, 7, dtype=np.float32)[:, None], keep=3
+    )
     np.testing.assert_allclose(scaled, graph, rtol=1e-5)
     lonely = np.asarray(clustering.affinity(np.zeros((3, 3), np.float32)))
     assert not lonely.any()
@@ -197,11 +202,9 @@ def test_affinity_is_a_graph(getkey):
         (lambda x: clustering.low_rank_self_expression(x[:1]), "at least 2"),
         (lambda x: clustering.affinity(x), r"\(n, n\)"),
         (lambda x: clustering.affinity(x @ x.T, keep=0), "keep"),
-        (lambda x: clustering.clustering_error([0, 1], [0]), "one length"),
+        (lambda x: clustering.clustering_error(ONES, ONES[:1]), "one length"),
     ],
 )
 def test_refusals(call, error):
     with pytest.raises(Exception, match=error):
         call(np.ones((4, 2), np.float32))
-    with pytest.raises(TypeError, match="real samples"):
-        clustering.ridge_self_expression(np.ones((4, 2), np.complex64))

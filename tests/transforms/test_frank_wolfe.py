@@ -209,3 +209,42 @@ def test_what_it_does_not_know_is_refused(getkey):
     x = jnp.ones((8, 8))
     with pytest.raises(ValueError, match="params"):
         tx.update(x, tx.init(x))
+
+
+def test_an_orthogonal_dictionary_is_learned_online(getkey):
+    """Sparse codes are the spikiest: ``max E Σ|D y|³`` over the spectral ball finds them.
+
+    The relaxation of orthogonal dictionary learning (Xue et al., 2021, arXiv 2103.01484):
+    stochastic Frank-Wolfe with averaged gradients, a new batch in every step.
+    """
+    d, batch, steps = 8, 256, 300
+    keys = jr.split(getkey(), 3)
+    planted = jnp.linalg.qr(jr.normal(keys[0], (d, d)))[0]
+    tx = optax.chain(
+        optax.ema(0.8),
+        lrjax.frank_wolfe("spectral", where=anything),
+        optax.scale_by_learning_rate(lambda t: 2 / (t / 8 + 4)),
+    )
+
+    @jax.jit
+    def learn(start):
+        def step(carry, key):
+            w, state = carry
+            k_values, k_support = jr.split(key)
+            codes = jr.normal(k_values, (batch, d))
+            codes = jnp.where(jr.bernoulli(k_support, 0.25, codes.shape), codes, 0)
+            loss = lambda w: -jnp.mean(jnp.sum(jnp.abs(codes @ planted @ w.T) ** 3, axis=1))
+            updates, state = tx.update(jax.grad(loss)(w), state, w)
+            w = optax.apply_updates(w, updates)
+            return (w, state), jnp.linalg.norm(w, 2)
+
+        return jax.lax.scan(step, (start, tx.init(start)), jr.split(keys[1], steps))
+
+    start = jnp.linalg.qr(jr.normal(keys[2], (d, d)))[0]
+    (found, _), norms = learn(start)
+    assert norms.max() < 1.01  # up to what polynomials leave of a polar factor
+    # Each row of the product is one of the atoms, up to its sign and the noise of batches.
+    match = np.abs(np.asarray(found @ planted.T))
+    assert match.max(axis=1).min() > 0.99
+    assert len(set(match.argmax(axis=1))) == d
+    assert np.sort(match, axis=1)[:, -2].max() < 0.05
