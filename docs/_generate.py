@@ -19,10 +19,7 @@ import lrjax
 
 # Modules with names of their own, most of them for an extra.
 APART = {
-    "recovery": ("lrjax.recovery.sklearn",),
     "adapters": ("lrjax.adapters.nnx", "lrjax.adapters.qwix"),
-# Modules that need an extra: a room does not import them, users do.
-APART = {
     "clustering": ("lrjax.clustering.sklearn",),
     "recovery": ("lrjax.recovery.sklearn",),
 }

@@ -157,7 +157,7 @@ def _step(lassos: Lassos, state: State, affine: bool) -> State:
 def _newton(lassos: Lassos, state: State, affine: bool) -> tuple[Array, Array]:
     """From the values to the minimum with these signs, and the multiplier there."""
     used = state.signs != 0
-    n, width = used.shape
+    width = used.shape[1]
     squares = jnp.where(used, jnp.diagonal(state.gram, axis1=1, axis2=2), 0)
     gram, lift = state.gram, jnp.zeros((), squares.dtype)
     if affine:

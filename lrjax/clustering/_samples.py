@@ -12,8 +12,8 @@ def as_samples(function: str, samples: Any, least: int = 2) -> Float[Array, "n d
     samples = jnp.asarray(samples)
     if samples.ndim != 2 or len(samples) < least or not samples.shape[1]:
         raise ValueError(
-            f"{function} takes samples (n, d), one in a row and at least {least}, got shape "
-            f"{samples.shape}: images are to be flattened, x.reshape(len(x), -1)."
+            f"{function} takes samples (n, d), one in a row and at least {least}, got "
+            f"shape {samples.shape}: images are to be flattened, x.reshape(len(x), -1)."
         )
     if jnp.issubdtype(samples.dtype, jnp.complexfloating):
         raise TypeError(f"{function} takes real samples, got {samples.dtype}.")

@@ -40,8 +40,8 @@ def coding_rate(
     Example:
         >>> import jax, jax.numpy as jnp, lrjax
         >>> z = jnp.eye(2)  # ½ · 2 · log(1 + 2 / (2 ε²))
-        >>> print(lrjax.clustering.coding_rate(z, distortion=1.0).round(4), jnp.log(2).round(4))
-        0.6931 0.6931
+        >>> print(lrjax.clustering.coding_rate(z, distortion=1.0))
+        0.693147
         >>> bool(jnp.isfinite(jax.grad(lrjax.clustering.coding_rate)(0 * z)).all())
         True
 
@@ -51,9 +51,8 @@ def coding_rate(
         and Machine Intelligence. Special case: the singular values.
     """
     z = as_samples("coding_rate", samples)
-    n, d = z.shape
     if member is None:
-        return _rate(z, jnp.ones(n, z.dtype), distortion)
+        return _rate(z, jnp.ones(len(z), z.dtype), distortion)
     return _rate(z, jnp.asarray(member, z.dtype), distortion)
 
 
@@ -86,8 +85,9 @@ def coding_rate_reduction(
     Example:
         >>> import jax.numpy as jnp, lrjax
         >>> z = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-        >>> gain = lambda labels: lrjax.clustering.coding_rate_reduction(z, jnp.eye(2)[labels])
-        >>> right, wrong = gain(jnp.array([0, 0, 1, 1])), gain(jnp.array([0, 1, 0, 1]))
+        >>> gain = lambda *labels: lrjax.clustering.coding_rate_reduction(
+        ...     z, jnp.eye(2)[jnp.array(labels)])
+        >>> right, wrong = gain(0, 0, 1, 1), gain(0, 1, 0, 1)
         >>> print(right.round(2), abs(wrong.round(2)))
         1.96 0.0
 
@@ -114,9 +114,8 @@ def _rate(z: Array, weights: Array, distortion: ArrayLike) -> Array:
     n, d = z.shape
     count = jnp.sum(weights)
     scale = d / jnp.where(count > 0, count, 1) / jnp.asarray(distortion, z.dtype) ** 2
-    if d <= n:
-        products = cross(z, weights[:, None] * z)
-    else:  # the determinant of I + √w z zᵀ √w, whose root has no slope at zero
-        products = outer(z, z) * weights[:, None]
+    weighted = weights[:, None] * z
+    # The determinant of I + w z zᵀ is that of I + √w z zᵀ √w, and has a slope at zero.
+    products = cross(z, weighted) if d <= n else outer(weighted, z)
     matrix = jnp.eye(min(n, d), dtype=z.dtype) + scale * products
     return jnp.linalg.slogdet(matrix)[1] / 2

@@ -97,7 +97,8 @@ def k_subspaces(
     Example:
         >>> import jax, jax.numpy as jnp, lrjax
         >>> t = jnp.linspace(1.0, 2.0, 20)[:, None]
-        >>> x = jnp.concatenate([t * jnp.array([1.0, 2.0, 0.0]), t * jnp.array([0.0, 1.0, -1.0])])
+        >>> lines = [t * jnp.array([1.0, 2.0, 0.0]), t * jnp.array([0.0, 1.0, -1.0])]
+        >>> x = jnp.concatenate(lines)
         >>> found = lrjax.clustering.k_subspaces(x, 2, 1, key=jax.random.key(0))
         >>> labels = found.labels
         >>> bool((labels[:20] == labels[0]).all() & (labels[20:] != labels[0]).all())

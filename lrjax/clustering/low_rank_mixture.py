@@ -52,8 +52,9 @@ class LowRankMixture(eqx.Module):
     ) -> Float[Array, "n d"]:
         """The posterior mean ``E[x | x + σ ε = y]``: weighted, shrunk projections.
 
-        ``Σ_k p_k(y) (μ_k + C_k (C_k + σ² I)⁻¹ (y − μ_k))`` with ``C_k = W_k W_kᵀ + s_k² I``.
-        It is ``y + σ² ∇ log p_σ(y)``, what a diffusion model's network learns.
+        ``Σ_k p_k(y) (μ_k + C_k (C_k + σ² I)⁻¹ (y − μ_k))`` with the covariances
+        ``C_k = W_k W_kᵀ + s_k² I``. It is ``y + σ² ∇ log p_σ(y)``, what the network of a
+        diffusion model learns.
 
         Args:
             samples: y, ``(n, d)``.
@@ -67,7 +68,7 @@ class LowRankMixture(eqx.Module):
         return y - jnp.asarray(noise, y.dtype) ** 2 * score
 
     def _joint(self, x: Array, noise: ArrayLike) -> tuple[Array, Array]:
-        """``log π_k N(x; …)``, ``(n, k)``, and ``(C_k + σ² I)⁻¹ (x − μ_k)``, ``(k, n, d)``."""
+        """``log π_k N(x)``, ``(n, k)``, and ``(C_k + σ² I)⁻¹ (x − μ_k)``, ``(k, n, d)``."""
         variance = self.noise**2 + jnp.asarray(noise, x.dtype) ** 2
 
         def of_one(mean, factor, v):
@@ -151,10 +152,10 @@ def fit_low_rank_mixture(
 
     Example:
         >>> import jax, jax.numpy as jnp, lrjax
-        >>> keys = jax.random.split(jax.random.key(0), 3)
-        >>> on_line = lambda key, line: jax.random.normal(key, (50, 1)) * jnp.array(line)
-        >>> x = jnp.concatenate([on_line(keys[0], [3.0, 0, 0]), on_line(keys[1], [0, 3.0, 3.0])])
-        >>> x = x + 0.1 * jax.random.normal(keys[2], x.shape)
+        >>> keys = jax.random.split(jax.random.key(0))
+        >>> lines = jnp.array([[3.0, 0.0, 0.0], [0.0, 3.0, 3.0]])
+        >>> x = jax.random.normal(keys[0], (100, 1)) * jnp.repeat(lines, 50, axis=0)
+        >>> x = x + 0.1 * jax.random.normal(keys[1], x.shape)
         >>> fit = lrjax.clustering.fit_low_rank_mixture(x, 2, 1, key=jax.random.key(1))
         >>> print(fit.mixture.noise.round(1), fit.converged)
         [0.1 0.1] True

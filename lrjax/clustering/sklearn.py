@@ -72,7 +72,8 @@ class SubspaceClustering(ClusterMixin, BaseEstimator):
         >>> import numpy as np
         >>> from lrjax.clustering.sklearn import SubspaceClustering
         >>> rng = np.random.default_rng(0)
-        >>> planes = [rng.standard_normal((20, 2)) @ rng.standard_normal((2, 6)) for _ in "ab"]
+        >>> plane = lambda: rng.standard_normal((20, 2)) @ rng.standard_normal((2, 6))
+        >>> planes = [plane(), plane()]
         >>> labels = SubspaceClustering(2, random_state=0).fit_predict(np.vstack(planes))
         >>> bool((labels[:20] == labels[0]).all() and (labels[20:] != labels[0]).all())
         True
@@ -103,11 +104,6 @@ class SubspaceClustering(ClusterMixin, BaseEstimator):
         self.max_support = max_support
         self.max_iter = max_iter
         self.random_state = random_state
-
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.transformer_tags = None
-        return tags
 
     def fit(self, X: Any, y: Any = None) -> "SubspaceClustering":
         """Find the clusters.
