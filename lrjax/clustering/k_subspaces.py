@@ -96,9 +96,9 @@ def k_subspaces(
 
     Example:
         >>> import jax, jax.numpy as jnp, lrjax
-        >>> t = jnp.linspace(1.0, 2.0, 20)[:, None]
-        >>> lines = [t * jnp.array([1.0, 2.0, 0.0]), t * jnp.array([0.0, 1.0, -1.0])]
-        >>> x = jnp.concatenate(lines)
+        >>> t = jnp.linspace(1.0, 2.0, 20)
+        >>> lines = jnp.array([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0]])
+        >>> x = jnp.concatenate([jnp.outer(t, line) for line in lines])
         >>> found = lrjax.clustering.k_subspaces(x, 2, 1, key=jax.random.key(0))
         >>> labels = found.labels
         >>> bool((labels[:20] == labels[0]).all() & (labels[20:] != labels[0]).all())
@@ -133,12 +133,13 @@ def k_subspaces(
             bases, means = _fitted(x, member, bases, means, affine)
             return bases, means, new, jnp.any(new != labels), steps + 1
 
-        start = (bases, means, jnp.full(n, -1, jnp.int32), jnp.array(True), 0)
+        zero = jnp.zeros((), jnp.int32)
+        start = (bases, means, jnp.full(n, -1, jnp.int32), jnp.array(True), zero)
         going = lambda carry: carry[3] & (carry[4] < max_steps)
         bases, means, labels, changed, steps = lax.while_loop(going, step, start)
         # Labels rest before bases do.
         member = (labels[None, :] == jnp.arange(n_clusters)[:, None]).astype(x.dtype)
-        polish = lambda _, now: _fitted(x, member, *now, affine)
+        polish = lambda _, now: _fitted(x, member, now[0], now[1], affine)
         bases, means = lax.fori_loop(0, 10, polish, (bases, means))
         distances = _distances(bases, means, x)
         labels = jnp.argmin(distances, axis=1).astype(jnp.int32)
@@ -158,7 +159,7 @@ def k_subspaces(
         agreement,
         converged[best] & (jnp.sum(same) > 1),
         converged[best],
-        jnp.asarray(steps)[best],
+        steps[best],
     )
 
 

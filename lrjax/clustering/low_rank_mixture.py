@@ -192,7 +192,11 @@ def fit_low_rank_mixture(
 
     infinite = jnp.asarray(jnp.inf, x.dtype)
     first = _Carry(
-        mixture, -infinite, infinite, jnp.array(0), jnp.zeros(max_steps, x.dtype)
+        mixture,
+        -infinite,
+        infinite,
+        jnp.zeros((), jnp.int32),
+        jnp.zeros(max_steps, x.dtype),
     )
     least = jnp.asarray(tol, x.dtype) * d
     end = lax.while_loop(lambda c: (c.gain > least) & (c.steps < max_steps), step, first)

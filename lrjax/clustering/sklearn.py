@@ -116,11 +116,11 @@ class SubspaceClustering(ClusterMixin, BaseEstimator):
             raise ValueError(
                 f"SubspaceClustering: method must be one of {METHODS}, got {self.method!r}."
             )
-        X: Any = validate_data(self, X, dtype=FLOATS, ensure_min_samples=2)
+        x: Any = validate_data(self, X, dtype=FLOATS, ensure_min_samples=2)
         if self.method == "sparse":
-            most = self.max_support and min(self.max_support, len(X) - 1)
+            most = self.max_support and min(self.max_support, len(x) - 1)
             found = _sparse(
-                X,
+                x,
                 fit_weight=self.fit_weight,
                 l1_ratio=self.l1_ratio,
                 affine=self.affine,
@@ -131,10 +131,10 @@ class SubspaceClustering(ClusterMixin, BaseEstimator):
             self.converged_ = bool(found.converged)
             self.n_iter_ = max(1, int(found.steps))
         else:
-            centered = X - X.mean(axis=0) if self.affine else X
+            centered = x - x.mean(axis=0) if self.affine else x
             coefficients = _closed[self.method](centered, fit_weight=self.fit_weight)
             self.converged_, self.n_iter_ = True, 1
-        keep = self.keep and min(self.keep, len(X))
+        keep = self.keep and min(self.keep, len(x))
         self.coefficients_ = np.asarray(coefficients)
         self.affinity_matrix_ = np.asarray(affinity(coefficients, keep=keep))
         # The graph of clean samples has as many parts as there are subspaces: each is
