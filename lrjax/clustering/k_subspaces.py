@@ -147,8 +147,8 @@ def k_subspaces(
 
     labels, bases, means, costs, converged, steps = jax.vmap(one)(jr.split(key, restarts))
     best = jnp.argmin(costs)
-    slack = rounding(x.dtype, d) * jnp.mean(jnp.sum(x**2, axis=1))
-    same = costs <= costs[best] * (1 + SAME) + slack**2 + jnp.finfo(x.dtype).tiny
+    slack = rounding(x.dtype, d) ** 2 * jnp.mean(jnp.sum(x**2, axis=1))
+    same = costs <= costs[best] * (1 + SAME) + slack
     agreement = jnp.mean(same.astype(x.dtype))
     return KSubspaces(
         labels[best],
@@ -212,7 +212,7 @@ def _start(
         others = x[lax.top_k(near, count + 1)[1]]
         mean = jnp.mean(others, axis=0) if affine else jnp.zeros(d, x.dtype)
         rest = (others - mean[None, :]).T
-        basis = orthonormalize(rest[:, :dim] if d >= dim else rest)
+        basis = orthonormalize(rest[:, :dim])
         distance = _distances(basis[None], mean[None], x)[:, 0]
         return (jnp.minimum(far, distance), index + 1), (basis, mean)
 
