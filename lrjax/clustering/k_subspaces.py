@@ -14,7 +14,7 @@ from ._samples import as_samples, check_whole
 
 
 POWER_STEPS = 2  # of each basis, between two assignments
-SAME = 1e-3  # costs that are closer, as a share of the best, are those of one result
+SAME = 1e-5  # costs that are closer, as a share of the best, are those of one result
 
 
 class KSubspaces(eqx.Module):
@@ -26,9 +26,8 @@ class KSubspaces(eqx.Module):
         means: ``(K, d)``, a point of each subspace; zero for linear ones.
         cost: the mean squared distance of samples and subspaces, that of the best restart.
         costs: ``(restarts,)``, those of all.
-        agreement: the share of the restarts that ended within a thousandth of the best
-            cost. Where it is one over their number, nothing says that a further one would
-            not be better.
+        agreement: the share of the restarts that ended at the best cost. Where it is one
+            over their number, nothing says that a further one would not be better.
         trusted: whether at least two restarts ended at the best cost, and converged.
         converged: whether no sample of the best restart changed its subspace any more.
         steps: those of the best restart.
