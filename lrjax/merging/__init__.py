@@ -12,6 +12,10 @@ from .aggregation_rules import (
     TrimmedMean as TrimmedMean,
 )
 from .cluster_units import cluster_units as cluster_units
+from .column_network import (
+    ColumnNetwork as ColumnNetwork,
+    column_loss as column_loss,
+)
 from .elect_signs import elect_signs as elect_signs, ties as ties
 from .fisher_average import fisher_average as fisher_average
 from .masked_sum import concrete_mask as concrete_mask, masked_sum as masked_sum
