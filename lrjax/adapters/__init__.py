@@ -76,6 +76,7 @@ from .kinds import (
     DyLoRA as DyLoRA,
     EigenLoRAx as EigenLoRAx,
     Factors as Factors,
+    FLoRA as FLoRA,
     Full as Full,
     FullCopy as FullCopy,
     Fused as Fused,
@@ -99,6 +100,7 @@ from .kinds import (
     RandLoRA as RandLoRA,
     Rotation as Rotation,
     Scaled as Scaled,
+    ScaledProducts as ScaledProducts,
     Seeded as Seeded,
     SoRA as SoRA,
     StelLA as StelLA,
@@ -132,10 +134,18 @@ from .kinds.starts import (
 )
 from .loftq import loftq as loftq
 from .many import (
+    Arrow as Arrow,
+    Gate as Gate,
+    GateKind as GateKind,
+    LearnedGates as LearnedGates,
+    Mixture as Mixture,
     Stack as Stack,
     combine as combine,
+    feature_weights as feature_weights,
     federated_round as federated_round,
+    mix as mix,
     select as select,
+    softmax_weights as softmax_weights,
     stack as stack,
     swap as swap,
 )

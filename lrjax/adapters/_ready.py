@@ -1,6 +1,7 @@
 import abc
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -26,6 +27,21 @@ class Whole(Ready):
     def change(self, site, x):
         """What the output has more than the layer's."""
         return self.output(site, x) - site.base(x)
+
+
+class PerInput(Beside):
+    """A change that depends on the input by more than a product: it has no weight."""
+
+    path: str = eqx.field(static=True)
+
+    def weight(self, base):
+        """Refused."""
+        raise ValueError(
+            f"The adapter at {self.path or 'the root'} is another one for each input, so "
+            "there is no weight to merge or to read: call the bound layer, lrjax.bind, or "
+            "fix the weights of the mixture, lrjax.adapters.select(stack, ids, weights), "
+            "and merge that."
+        )
 
 
 class Product(Beside):

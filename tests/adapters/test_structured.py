@@ -23,6 +23,7 @@ KINDS = {
     "HiRA": (room.HiRA(2), ("linear", "table")),
     "LoHa": (room.LoHa(2, 3.0), ("linear", "table")),
     "LoHa of rank one": (room.LoHa(1), ("linear",)),
+    "fLoRA": (room.FLoRA(2), ALL),
     "IA3": (room.IA3(), ALL),
     "IA3 of inputs": (room.IA3("inputs"), ALL),
     "LoKr": (room.LoKr(1, 1.5), ("linear", "table")),
@@ -132,6 +133,10 @@ def hira(w, a):
     return reference.hira(w, f64(a.pair.left), f64(a.pair.right).T)
 
 
+def flora(w, a):
+    return reference.flora(w, f64(a.pair.left), f64(a.pair.right).T)
+
+
 def loha(w, a):
     pairs = (a.pair, a.other)
     return reference.loha(w, *(f64(x) for p in pairs for x in (p.left, p.right.T)), 1.5)
@@ -157,6 +162,7 @@ def soda(w, a):
         ("BAT", bat),
         ("GraLoRA", gralora),
         ("HiRA", hira),
+        ("fLoRA", flora),
         ("LoHa", loha),
         ("LoKr", lokr),
         ("OFT", oft),
@@ -571,3 +577,52 @@ def test_fused_rows_must_fit(kinds, sizes, message, getkey):
     layer = eqx.nn.Linear(5, 6, key=getkey())
     with pytest.raises(ValueError, match=message):
         lrjax.adapt(layer, room.FusedRows(kinds, sizes), key=getkey())
+
+
+def test_a_batch_with_scaled_products_of_its_own_shares_one_product(getkey):
+    """fLoRA under vmap is the loop over dense weights, and none of them is formed."""
+    layer, (batch, rank) = eqx.nn.Linear(10, 6, key=getkey()), (5, 2)
+    make = lambda key: lrjax.adapt(layer, room.FLoRA(rank), key=key)
+    many = jax.vmap(make)(jr.split(getkey(), batch))
+    params, frozen = lrjax.partition(many)
+    params, x = moved(params, getkey()), jr.normal(getkey(), (batch, 10))
+
+    def call(params, x):
+        one = lambda p, f, x: lrjax.bind(layer, eqx.combine(p, f))(x)
+        return jax.vmap(one)(params, frozen, x)
+
+    got = jax.jit(call)(params, x)
+    pair = params[""].pair
+    for i in range(batch):
+        weight = flora(f64(layer.weight), jax.tree.map(lambda a, i=i: a[i], params[""]))
+        want = weight @ f64(x[i]) + f64(layer.bias)
+        assert relative_error(got[i], want) < tol(got, condition=10)
+    # Its only product with the weight is that of all scaled inputs.
+    text = str(jax.make_jaxpr(call)(params, x))
+    assert f"f32[{batch},{rank},6] = dot_general" in text
+    assert f"f32[{batch},6,10]" not in text
+    assert pair.shape == (batch, 6, 10)
+
+
+def test_flora_of_rank_one_is_ia3_and_its_columns_come_apart(getkey):
+    layer = eqx.nn.Linear(10, 6, key=getkey())
+    gains, one = jr.normal(getkey(), (6, 1)), jnp.float32(1)
+    ones = jnp.ones((10, 1))
+    own = room.ScaledProducts(lrjax.LowRank(1 + gains, ones), one, None)
+    ia3 = room.Hadamard(lrjax.LowRank(gains, ones), None, one, None, "left")
+    weight = lambda adapter: lrjax.merge(layer, room.Adapters({"": adapter})).weight
+    assert_close(weight(own), weight(ia3))
+
+    x, target = jr.normal(getkey(), (10,)), jr.normal(getkey(), (6,))
+
+    @jax.jit
+    def gradient(spread, key):
+        params, frozen = lrjax.partition(
+            lrjax.adapt(layer, room.FLoRA(2, spread=spread), key=key)
+        )
+        loss = lambda p: jnp.vdot(lrjax.bind(layer, eqx.combine(p, frozen))(x), target)
+        return jax.grad(loss)(params)[""].pair.left
+
+    same, apart = gradient(0.0, jr.key(0)), gradient(0.1, jr.key(0))
+    assert np.array_equal(same[:, 0], same[:, 1])
+    assert relative_error(apart[:, 0], apart[:, 1]) > 1e-2

@@ -48,6 +48,7 @@ KINDS = {
     "LoTR": (room.LoTR(R), count(lambda m, n: R**2, shared=R * (12 + 7))),
     "VeRA": (lrjax.VeRA(5), count(lambda m, n: 5 + m)),
     "Tied-LoRA": (lrjax.TiedLoRA(R), count(lambda m, n: R + m, shared=R * (12 + 7))),
+    "fLoRA": (room.FLoRA(R), count(lambda m, n: R * (m + n))),
     "biases": (WithBias(lrjax.LoRA(R)), count(lambda m, n: R * (m + n), biases=5 * 4)),
     "Full": (room.Full(), count(lambda m, n: m * n, biases=5 * 4)),
 }

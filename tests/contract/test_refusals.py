@@ -111,6 +111,15 @@ WITH_KEY = {
     "adapters.loftq": lambda key: lrjax.adapters.loftq(
         MODEL, lrjax.LoRA(1), lrjax.adapters.NF4(), key=key
     ),
+    "adapters.feature_weights": lambda key: lrjax.adapters.feature_weights(
+        jnp.ones(2), key=key
+    ),
+    "adapters.mix": lambda key: lrjax.adapters.mix(
+        lrjax.adapters.stack([lrjax.adapt(MODEL, lrjax.LoRA(1), key=KEY)], MODEL),
+        lrjax.adapters.LearnedGates(),
+        MODEL,
+        key=key,
+    ),
     "flows.attention_task": lambda key: flows.attention_task(
         flows.Attention(*[lrjax.LowRank(jnp.eye(2), jnp.eye(2))] * 2),
         examples=1,
@@ -134,6 +143,9 @@ WITH_KEY = {
     ),
     "compression.layer_statistics": lambda key: compression.layer_statistics(
         MODEL, [jnp.ones((2, 3))], key=key
+    ),
+    "merging.ColumnNetwork": lambda key: lrjax.merging.ColumnNetwork(
+        [jnp.ones((2, 2))], key=key
     ),
     "merging.cluster_units": lambda key: lrjax.merging.cluster_units(
         [lowrank.LowRank(jnp.ones((3, 1)), jnp.ones((2, 1)))], 1, key=key

@@ -96,6 +96,11 @@ def hira(weight, b, a):
     return weight + weight * (b @ a)
 
 
+def flora(weight, b, a):
+    """Wen and Chaudhuri (2023): ``W ⊙ (B A)``, the mean over the rank."""
+    return weight * (b @ a) / len(a)
+
+
 def loha(weight, b, a, d, c, scale):
     """Hyeon-Woo et al. (2021): ``W + s (B A) ⊙ (D C)``."""
     return weight + scale * (b @ a) * (d @ c)

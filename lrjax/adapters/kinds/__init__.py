@@ -33,6 +33,7 @@ from .masked import NLS as NLS, CapaBoost as CapaBoost, DyLoRA as DyLoRA
 from .pair import Factors as Factors, LoRA as LoRA
 from .rotation import OFT as OFT, SODA as SODA, Rotation as Rotation
 from .scaled import Scaled as Scaled, TiedLoRA as TiedLoRA, VeRA as VeRA
+from .scaled_products import FLoRA as FLoRA, ScaledProducts as ScaledProducts
 from .seeded import NOLA as NOLA, Seeded as Seeded
 from .tensor import DoTA as DoTA, Tensor as Tensor, Tucker as Tucker
 from .tokens import TokenRows as TokenRows
