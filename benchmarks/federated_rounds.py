@@ -188,8 +188,9 @@ def learnt():
             rows, counts = parts[seed]
             return map(np.asarray, curves(name, rates, private, seed, wide(rows), counts))
 
-        def chosen(rate, play=play, count=len(private)):
-            ends = [next(play(jnp.full(count, rate), seed))[:, -1] for seed in TUNED]
+        def chosen(rate, play=play, private=private):
+            rates = jnp.full(len(private), rate)
+            ends = [next(play(rates, seed))[:, -1] for seed in TUNED]
             return np.mean(ends, axis=0)
 
         best = np.stack([chosen(rate) for rate in RATES]).argmax(axis=0)
