@@ -44,7 +44,9 @@ def samples(rng: np.random.Generator) -> np.ndarray:
 def failing(x, j, c, gamma, l1_ratio) -> float:
     """By how much the optimality conditions of sample j fail, over the l1 norm's weight."""
     slope = x @ (x[j] - c @ x) * gamma[j] - (1 - l1_ratio) * c
-    apart = np.where(c == 0, np.abs(slope) - l1_ratio, np.abs(slope - l1_ratio * np.sign(c)))
+    apart = np.where(
+        c == 0, np.abs(slope) - l1_ratio, np.abs(slope - l1_ratio * np.sign(c))
+    )
     return max(0.0, float(np.delete(apart, j).max()) / l1_ratio)
 
 
@@ -129,9 +131,7 @@ def speed() -> tuple[list[dict], list[dict]]:
                 float(alike),
                 at_least=1.0,
             ),
-            _harness.bound(
-                f"{kind}: optimality conditions", ours_fail, at_most=RESIDUAL
-            ),
+            _harness.bound(f"{kind}: optimality conditions", ours_fail, at_most=RESIDUAL),
         ]
     return rows, bounds
 
@@ -144,6 +144,7 @@ def digits() -> tuple[list[dict], list[dict]]:
     methods = {
         "k-means": KMeans(10, n_init=20, random_state=0).fit_predict,
         "SSC": estimator().fit_predict,
+        "SSC, fit_weight 20": estimator(fit_weight=20).fit_predict,
         "SSC, affine": estimator(affine=True).fit_predict,
         "EnSC, 0.9": estimator(l1_ratio=0.9).fit_predict,
         "LRSC": estimator(method="low_rank", keep=50).fit_predict,
