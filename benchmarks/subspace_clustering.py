@@ -100,8 +100,12 @@ def speed() -> tuple[list[dict], list[dict]]:
         )
         for tol in TOLERANCES:
             seconds, peers = one_by_one(x, drawn, gamma, l1_ratio, tol)
-            fail = max(failing(x, j, p, gamma, l1_ratio) for j, p in zip(drawn, peers))
-            alike = np.mean([((p != 0) == (c[j] != 0)).all() for j, p in zip(drawn, peers)])
+            fail = max(
+                failing(x, j, p, gamma, l1_ratio) for j, p in zip(drawn, peers, strict=True)
+            )
+            alike = np.mean(
+                [((p != 0) == (c[j] != 0)).all() for j, p in zip(drawn, peers, strict=True)]
+            )
             if tol != DEFAULT_TOL and fail > RESIDUAL:
                 continue
             rows.append(
