@@ -150,6 +150,7 @@ from .transforms import (
     frank_wolfe as frank_wolfe,
     freeze_factors as freeze_factors,
     keep_orthonormal as keep_orthonormal,
+    keep_rank as keep_rank,
     landing_field as landing_field,
     limit_norm_growth as limit_norm_growth,
     normalize_rows as normalize_rows,

@@ -421,6 +421,12 @@ TRANSFORMS: dict[str, Entry] = {
         {"threshold": 0.3},
         params="dense",
     ),
+    "keep_rank": Entry(
+        lrjax.keep_rank,
+        {"rank": 2, "where": lambda path, shape: len(shape) >= 2},
+        params="dense",
+        static=("rank",),
+    ),
     "scale_by_tangent": Entry(
         lrjax.scale_by_tangent, {"damping": 0.0}, {"damping": 0.3}, gauge="any"
     ),

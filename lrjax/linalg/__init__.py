@@ -54,6 +54,14 @@ from .pivoted_columns import pivoted_columns as pivoted_columns
 from .polar import check_polar_method as check_polar_method, polar as polar
 from .procrustes import procrustes as procrustes
 from .product_svd import product_svd as product_svd
+from .row_sampling import (
+    RowSample as RowSample,
+    Sensitivities as Sensitivities,
+    leverage_scores as leverage_scores,
+    lewis_weights as lewis_weights,
+    lp_sensitivities as lp_sensitivities,
+    sample_rows as sample_rows,
+)
 from .singular_value_maps import (
     energy_mask as energy_mask,
     map_singular_values as map_singular_values,
@@ -80,8 +88,10 @@ from .tall import (
     tall_svd as tall_svd,
 )
 from .thresholds import (
+    firm_threshold as firm_threshold,
     hard_threshold as hard_threshold,
     keep_largest as keep_largest,
+    lq_threshold as lq_threshold,
     order_statistic as order_statistic,
     soft_threshold as soft_threshold,
 )

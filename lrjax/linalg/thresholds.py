@@ -2,7 +2,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from ._numerics import working_dtype
+from ._numerics import nonzero, working_dtype
 
 
 def hard_threshold(x: Float[Array, "*s"], level: ArrayLike) -> Float[Array, "*s"]:
@@ -46,6 +46,85 @@ def soft_threshold(x: Float[Array, "*s"], level: ArrayLike) -> Float[Array, "*s"
     """
     level = jnp.asarray(level, x.dtype)
     return x - jnp.clip(x, -level, level)
+
+
+def firm_threshold(
+    x: Float[Array, "*s"], level: ArrayLike, upper: ArrayLike
+) -> Float[Array, "*s"]:
+    """Firm thresholding: zero below a level, unchanged above another, a line between.
+
+    ``sign(x) · upper · (|x| − level)/(upper − level)`` where ``level < |x| < upper``. The
+    proximal map of the minimax concave penalty (MCP), ``level · (|x| − x²/(2 upper))`` up
+    to ``upper`` and constant from there: large values keep their size, which soft
+    thresholding shrinks, and nothing jumps, as in hard thresholding. Those two are the
+    limits ``upper → ∞`` and ``upper → level``.
+
+    Args:
+        x: any shape.
+        level: in the units of ``x``; a number or an array that broadcasts.
+        upper: in the units of ``x``, not below ``level``.
+
+    Returns:
+        The shape and dtype of ``x``.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> print(lrjax.linalg.firm_threshold(jnp.array([-3.0, 0.5, 1.5]), 1.0, 2.0))
+        [-3.  0.  1.]
+
+    Reference:
+        H.-Y. Gao, A. G. Bruce, "WaveShrink with firm shrinkage" (1997), Statistica Sinica;
+        C.-H. Zhang, "Nearly unbiased variable selection under minimax concave penalty"
+        (2010), arXiv 1002.4734.
+    """
+    level, upper = jnp.asarray(level, x.dtype), jnp.asarray(upper, x.dtype)
+    between = upper / nonzero(upper - level) * soft_threshold(x, level)
+    return jnp.where(jnp.abs(x) >= upper, hard_threshold(x, level), between)
+
+
+def lq_threshold(
+    x: Float[Array, "*s"], weight: ArrayLike, q: ArrayLike
+) -> Float[Array, "*s"]:
+    """The proximal map of ``weight · Σ|x|^q`` for q from 0 to 1: between hard and soft.
+
+    ``argmin_z ½(z − x)² + weight · |z|^q``. It is zero up to ``τ = β + weight q β^(q−1)``
+    with ``β = (2 weight (1 − q))^(1/(2−q))``, jumps there to β, and is then the larger root
+    of ``z + weight q z^(q−1) = |x|``. With q = 1 it is soft thresholding at ``weight``,
+    with q = 0 hard thresholding at ``√(2 weight)``.
+
+    Args:
+        x: any shape.
+        weight: a number or an array that broadcasts, not negative.
+        q: in [0, 1]; may be a tracer.
+
+    Returns:
+        The shape and dtype of ``x``; differentiable in ``x`` and ``weight``.
+
+    Example:
+        >>> import jax.numpy as jnp, lrjax
+        >>> x = jnp.array([-3.0, 1.0, 2.0])
+        >>> [round(float(y), 3) for y in lrjax.linalg.lq_threshold(x, 1.0, 0.5)]
+        [-2.695, 0.0, 1.605]
+
+    Reference:
+        G. Marjanovic, V. Solo, "On l_q optimization and matrix completion" (2012), IEEE
+        Transactions on Signal Processing.
+    """
+    weight, q = jnp.asarray(weight, x.dtype), jnp.asarray(q, x.dtype)
+    jump = (2 * weight * (1 - q)) ** (1 / (2 - q))
+    pull = lambda z: weight * q * nonzero(z) ** (q - 1)
+    size = jnp.abs(x)
+    kept = size > jump + jnp.where(q < 1, pull(jump), weight)
+    safe = jnp.where(kept, size, 1 + jump)
+
+    def newton(z: Array) -> Array:
+        slope = 1 - (1 - q) * pull(z) / nonzero(z)
+        return jnp.maximum(z - (z + pull(z) - safe) / slope, jump)
+
+    # The function is convex and its slope above a half: from |x| Newton's method falls
+    # to the root. The last step carries the derivative.
+    root = lax.fori_loop(0, 8, lambda _, z: newton(z), safe)
+    return jnp.where(kept, jnp.sign(x) * newton(lax.stop_gradient(root)), 0)
 
 
 def keep_largest(x: Float[Array, "*b m n"], fraction: ArrayLike) -> Float[Array, "*b m n"]:

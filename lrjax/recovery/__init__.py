@@ -4,8 +4,11 @@ from ._inputs import MatrixEntries as MatrixEntries, matrix_entries as matrix_en
 from .completion import (
     CompletionFit as CompletionFit,
     Prior as Prior,
+    Representers as Representers,
     alternating_least_squares as alternating_least_squares,
     fit_completion as fit_completion,
+    representer_points as representer_points,
+    row_contributions as row_contributions,
 )
 from .isometry import (
     MixedNormRIP as MixedNormRIP,
@@ -42,6 +45,15 @@ from .problems import (
     matrix_sensing as matrix_sensing,
     phase_retrieval as phase_retrieval,
     robust_pca as robust_pca,
+)
+from .projected_power import (
+    NearestInRange as NearestInRange,
+    PowerSolution as PowerSolution,
+    projected_power as projected_power,
+)
+from .semidefinite import (
+    SemidefiniteSolution as SemidefiniteSolution,
+    solve_semidefinite as solve_semidefinite,
 )
 from .separation import (
     DescentLayers as DescentLayers,

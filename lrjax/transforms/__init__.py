@@ -83,6 +83,7 @@ from .rank_adaptive import (
     cubic_schedule as cubic_schedule,
     dynamical_low_rank as dynamical_low_rank,
     freeze_factors as freeze_factors,
+    keep_rank as keep_rank,
     prune_columns as prune_columns,
     prune_entries as prune_entries,
     pull_to_low_rank as pull_to_low_rank,

@@ -421,6 +421,54 @@ TABLE = {
         lambda x, y: off(x - y, jnp.clip(x, -0.2, 0.2)),
         SAME,
     ),
+    "firm_threshold": Row(
+        lambda x: linalg.firm_threshold(x, 0.1, 0.3),
+        ("matrix",),
+        lambda x, y: off(
+            y,
+            jnp.where(
+                jnp.abs(x) < 0.3,
+                x
+                - jnp.clip(x, -0.1, 0.1)
+                + (x - 0.1 * jnp.sign(x)) / 2 * (jnp.abs(x) > 0.1),
+                x,
+            ),
+        ),
+        SAME,
+    ),
+    "lq_threshold": Row(
+        lambda x: linalg.lq_threshold(x, 0.02, 0.5),
+        ("matrix",),
+        # Where it is not zero it is a stationary point.
+        lambda x, y: off(
+            jnp.where(y != 0, jnp.abs(y) + 0.01 / jnp.sqrt(jnp.abs(y) + (y == 0)), 0),
+            jnp.where(y != 0, jnp.abs(x), 0),
+        ),
+        SAME,
+    ),
+    "leverage_scores": Row(
+        linalg.leverage_scores,
+        ("thin",),
+        lambda x, t: jnp.abs(jnp.sum(t) - R) / R,
+    ),
+    "lewis_weights": Row(
+        lambda x: linalg.lewis_weights(x, 1.0, steps=60),
+        ("thin",),
+        lambda x, w: jnp.abs(jnp.sum(w) - R) / R,
+    ),
+    "lp_sensitivities": Row(
+        lambda x: jax.vmap(lambda x: linalg.lp_sensitivities(x, 2.0))(
+            x.reshape(-1, *x.shape[-2:])
+        ).lower.reshape(x.shape[:-1]),
+        ("thin",),
+        lambda x, low: off(low, linalg.leverage_scores(x)),
+    ),
+    "sample_rows": Row(
+        lambda x: linalg.sample_rows(jr.key(0), x, 6).weights,
+        ("values",),
+        lambda x, weights: jnp.abs(jnp.min(weights) * 6 * jnp.max(x) / jnp.sum(x) - 1),
+        exact=False,
+    ),
     "keep_largest": Row(
         lambda x: linalg.keep_largest(x, 0.5),
         ("matrix",),
@@ -492,6 +540,8 @@ TABLE = {
 }
 # Of host numbers, dtypes and contexts, and the type of a result.
 NO_ROW = {
+    "RowSample",
+    "Sensitivities",
     "InverseLowRankPlusDiagonal",
     "SubspaceAverage",
     "SubspaceDifference",

@@ -101,3 +101,35 @@ def test_soft_is_a_proximal_map_and_its_remainder_the_gradient_of_huber(getkey):
     assert_close(x - best, recovery.Huber(level).subgradient(jnp.asarray(x)))
     slope = jax.grad(lambda z: jnp.sum(soft_threshold(x, z)))(level)
     assert_close(slope, -np.sum(np.sign(best)))
+
+
+@pytest.mark.parametrize("q", [0.0, 0.3, 0.5, 0.9, 1.0])
+def test_lq_threshold_is_the_global_minimum(q):
+    """Against a search over a fine grid, both sides of the jump."""
+    x = np.linspace(0.0, 4.0, 33)
+    z = np.linspace(0.0, 4.0, 40_001)
+    weight = 0.7
+    with jax.enable_x64():
+        got = np.asarray(linalg.lq_threshold(jnp.asarray(x), weight, q))
+    powers = lambda z: weight * np.where(z > 0, np.maximum(z, 1e-300) ** q, 0)
+    least = np.min((z[None] - x[:, None]) ** 2 / 2 + powers(z)[None], axis=1)
+    mine = (got - x) ** 2 / 2 + powers(got)
+    # The grid misses the minimum by its spacing squared.
+    assert np.all(mine <= least + 1e-12)
+
+
+def test_limits_of_lq_and_firm_thresholds(getkey):
+    x = 2 * jr.normal(getkey(), (50,))
+    assert_close(linalg.lq_threshold(x, 0.5, 1.0), linalg.soft_threshold(x, 0.5))
+    assert_close(linalg.lq_threshold(x, 0.5, 0.0), linalg.hard_threshold(x, 1.0))
+    assert_close(linalg.firm_threshold(x, 0.5, 0.5), linalg.hard_threshold(x, 0.5))
+    wide = linalg.firm_threshold(x, 0.5, 1e6)
+    assert_close(wide, linalg.soft_threshold(x, 0.5), condition=100)
+
+
+def test_the_derivative_of_lq_is_that_of_the_root(getkey):
+    with jax.enable_x64():
+        x, h = jnp.array([1.5, 2.0, 3.0]), 1e-6
+        f = lambda x: linalg.lq_threshold(x, 0.4, 0.5)
+        slopes = jax.vmap(jax.grad(lambda x: f(x)))(x)
+        assert_close(slopes, (f(x + h) - f(x - h)) / (2 * h), condition=1e10)

@@ -79,6 +79,41 @@ def test_energy_mask_is_that_of_its_definition(getkey, x64, energy):
     assert not linalg.energy_mask(jnp.zeros(3), energy).any()
 
 
+def test_hard_thresholding_is_the_dense_loop(getkey):
+    """Of the singular values of each step, against NumPy; at full rank nothing is cut."""
+    x, g = (np.asarray(jr.normal(getkey(), (3, 7, 5))) for _ in range(2))
+    for rank in (2, 5):
+        tx = lrjax.keep_rank(rank, where=every_matrix)
+        got = x + np.asarray(jax.jit(tx.update)(-g, tx.init(x), x)[0])
+        u, s, vt = np.linalg.svd(x - g, full_matrices=False)
+        want = (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]
+        assert_close(got, want, condition=1e3)
+    with pytest.raises(ValueError, match="keep_rank needs a rank of at least 1, got 0"):
+        lrjax.keep_rank(0)
+
+
+def test_hard_thresholding_recovers_a_sensed_matrix():
+    """The dense baseline of recovery: singular value projection on matrix sensing."""
+    problem = lrjax.matrix_sensing(jr.key(0), (12, 10), 2, measurements=200)
+    residual = lambda x: problem.residual(lrjax.LowRank(x, jnp.eye(10)))
+    loss = lambda x: jnp.sum(residual(x) ** 2) / 2
+    # Steps a little below one over the mean curvature of the measurements.
+    rate = 0.7 * 120 / jnp.sum(problem.operator.matrices**2)
+    tx = optax.chain(optax.sgd(rate), lrjax.keep_rank(2, where=every_matrix))
+
+    def step(carry, _):
+        x, state = carry
+        updates, state = tx.update(jax.grad(loss)(x), state, x)
+        return (x + updates, state), None
+
+    @jax.jit
+    def run(x):
+        return jax.lax.scan(step, (x, tx.init(x)), length=150)[0][0]
+
+    x = lrjax.LowRank(run(jnp.zeros((12, 10))), jnp.eye(10))
+    assert problem.relative_error(x) < 1e-4
+
+
 def test_proximal_gradient_ends_at_the_penalized_minimum(getkey, x64):
     """On ½‖A(W) − b‖²: −G is a subgradient of the penalty, and the rank has fallen."""
     a = jr.normal(getkey(), (30, 40), jnp.float64) / 30**0.5

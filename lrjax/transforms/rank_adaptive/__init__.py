@@ -10,6 +10,7 @@ from .freeze_factors import (
     FreezeFactorsState as FreezeFactorsState,
     freeze_factors as freeze_factors,
 )
+from .keep_rank import keep_rank as keep_rank
 from .prune_columns import (
     PruneColumnsState as PruneColumnsState,
     prune_columns as prune_columns,
