@@ -8,6 +8,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
+from .._arguments import check_key
 from ._numerics import identity_like, nonzero, rounding, times, working_dtype
 from .decompositions import eigh
 from .gram import gram
@@ -190,6 +191,9 @@ def sample_rows(key: PRNGKeyArray, scores: Float[Array, " m"], count: int) -> Ro
     Returns:
         A :class:`RowSample`.
 
+    Raises:
+        TypeError: for what is no key.
+
     Example:
         >>> import jax, jax.numpy as jnp, lrjax
         >>> scores = jnp.array([0.5, 0.5, 0.0])
@@ -197,6 +201,7 @@ def sample_rows(key: PRNGKeyArray, scores: Float[Array, " m"], count: int) -> Ro
         >>> print(weights)
         [0.5 0.5 0.5 0.5]
     """
+    check_key("sample_rows", key)
     scores = scores.astype(working_dtype(scores.dtype))
     rows = jr.choice(key, scores.shape[0], (count,), p=scores / nonzero(jnp.sum(scores)))
     return RowSample(rows, jnp.sum(scores) / nonzero(count * scores[rows]))

@@ -98,12 +98,14 @@ def test_order_and_length_of_samples(getkey, x64):
 
 
 def test_subspaces_are_kept_apart(getkey, x64):
-    """Without noise, independent subspaces: by the few in their own, and nothing else."""
+    """Without noise, independent subspaces: by the few in their own, and next to nothing
+    else: what the weight of the fit leaves open."""
     x, labels = union(rng_of(getkey), (2, 3), 50, 15)
     other = labels[:, None] != labels[None, :]
     found = sparse(x, fit_weight=1e4)
     assert found.converged
-    assert not np.asarray(found.coefficients)[other].any()
+    sizes = np.abs(np.asarray(found.coefficients))
+    assert sizes[other].sum() < 1e-2 * sizes.sum()
     assert np.abs(np.asarray(low_rank(x, fit_weight=jnp.inf)))[other].max() < 1e-12
 
 

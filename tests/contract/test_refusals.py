@@ -114,6 +114,27 @@ WITH_KEY = {
     "adapters.feature_weights": lambda key: lrjax.adapters.feature_weights(
         jnp.ones(2), key=key
     ),
+    "adapters.search_scale": lambda key: lrjax.adapters.search_scale(
+        lambda own: jnp.zeros(2),
+        lrjax.adapters.isotropic_posterior(lrjax.adapt(MODEL, lrjax.LoRA(1), key=KEY)),
+        key=key,
+    ),
+    "clustering.fit_low_rank_mixture": lambda key: lrjax.clustering.fit_low_rank_mixture(
+        jnp.eye(4), 2, 1, key=key
+    ),
+    "clustering.k_subspaces": lambda key: lrjax.clustering.k_subspaces(
+        jnp.eye(4), 2, 1, key=key
+    ),
+    "linalg.sample_rows": lambda key: lrjax.linalg.sample_rows(key, jnp.ones(3), 2),
+    "metrics.hessian_space": lambda key: lrjax.metrics.hessian_space(
+        lambda x: jnp.sum(x**2), jnp.ones(3), k=1, key=key
+    ),
+    "recovery.solve_semidefinite": lambda key: lrjax.recovery.solve_semidefinite(
+        jnp.eye(2),
+        lrjax.recovery.Entries(jnp.arange(2), jnp.arange(2), (2, 2)),
+        jnp.ones(2),
+        key=key,
+    ),
     "adapters.mix": lambda key: lrjax.adapters.mix(
         lrjax.adapters.stack([lrjax.adapt(MODEL, lrjax.LoRA(1), key=KEY)], MODEL),
         lrjax.adapters.LearnedGates(),

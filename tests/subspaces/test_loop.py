@@ -389,6 +389,9 @@ def test_adaptive_may_compare_spans_in_place_of_first_vectors():
     assert abs(float(jnp.mean(jnp.cos(angles) ** 2)) - 0.9) < 0.01
     assert turning(jnp.diag(jnp.cos(angles)), "span") == 8
     assert turning(jnp.diag(jnp.cos(1.1 * angles)), "span") == 1
+
+
+def test_adaptive_refuses_another_comparison(shapes_unchecked):
     with pytest.raises(
         ValueError, match="'first' vectors of two bases or their whole 'span'"
     ):
