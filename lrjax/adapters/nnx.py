@@ -1,3 +1,3 @@
-"""Flax NNX: :func:`pack` into ``nnx.LoRA``, :func:`unpack`, and the rule :func:`pairs`."""
+"""Flax NNX: ``pack`` into ``nnx.LoRA``, ``unpack``, and the rule ``pairs``."""
 
 from .interop.nnx import pack as pack, pairs as pairs, unpack as unpack

@@ -1,3 +1,3 @@
-"""The factors that qwix keeps beside kernels: :func:`pack` and :func:`unpack`."""
+"""The factors that qwix keeps beside kernels: ``pack`` and ``unpack``."""
 
 from .interop.qwix import pack as pack, unpack as unpack

@@ -201,6 +201,8 @@ def column_loss(
 ) -> Float[Array, ""]:
     """How far a merge is from each change on the data of that one.
 
+    The sum that is to be small::
+
         Σ_k mean |f_k(Δ) − f_k(Δ_k)|² + λ Σ_{k<l} |cos(c_k, c_l)|
 
     where ``f_k`` is what the model with a change gives on the data of the k-th, the last

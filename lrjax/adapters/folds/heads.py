@@ -45,7 +45,7 @@ def merge_heads(
         heads: all of them, as ``jax.vmap`` of :func:`lrjax.adapt` over keys gives them.
         weights: ``w (H,)``, not negative, such as numbers of examples; by default all
             count alike. A head of weight zero is not there: it may hold NaN.
-        mean: a rule of :mod:`lrjax.merging` in place of the mean, for heads of which some
+        mean: a rule of ``lrjax.merging`` in place of the mean, for heads of which some
             may be anything: ``lrjax.merging.geometric_median``. It is called as
             ``mean(changes)``, or ``mean(changes, p)`` if there are weights.
         axis_name: under ``shard_map``, the axis of the mesh that heads lie along, beside

@@ -79,7 +79,7 @@ class Restart(FoldRule):
             apart. Their mean change is merged (:func:`lrjax.adapters.merge_heads`), and
             each begins with numbers of its own.
         axis_name: under ``shard_map``, the axis of the mesh that heads lie along.
-        mean: in place of the mean of heads, a rule of :mod:`lrjax.merging` that outliers
+        mean: in place of the mean of heads, a rule of ``lrjax.merging`` that outliers
             cannot move; as in :func:`lrjax.adapters.merge_heads`.
 
     Raises:
