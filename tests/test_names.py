@@ -75,6 +75,7 @@ ARGUMENTS = {
 }
 # ``rows`` are rows of a matrix, or their indices.
 ROWS = {
+    "recovery.representer_points",
     "recovery.Entries",
     "recovery.MatrixEntries",
     "recovery.fit_completion",

@@ -169,7 +169,7 @@ def search_scale(
 ) -> ScaleSearch:
     """The widest posterior that explains examples as well as any does, nearly.
 
-    The largest σ above the best one of which
+    The largest σ above the best one of which::
 
         NLL(σ) ≤ NLL* + tolerance · |NLL*|,   NLL* = min_σ NLL(σ), σ = 0 too,
         NLL(σ) = −1/n Σ_i log 1/S Σ_s p(y_i | adapters_s)

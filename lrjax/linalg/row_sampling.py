@@ -177,16 +177,16 @@ class RowSample(NamedTuple):
     weights: Float[Array, " count"]
 
 
-def sample_rows(key: PRNGKeyArray, scores: Float[Array, " m"], count: int) -> RowSample:
+def sample_rows(scores: Float[Array, " m"], count: int, *, key: PRNGKeyArray) -> RowSample:
     """Draw rows in proportion to their scores, with weights that keep sums unbiased.
 
     ``weights = Σscores / (count · scores)`` at the rows drawn, independently and with
     repetitions.
 
     Args:
-        key: a key.
         scores: ``(m,)``, not negative: leverage scores, Lewis weights, or ones.
         count: how many.
+        key: for the draw.
 
     Returns:
         A :class:`RowSample`.
@@ -197,7 +197,7 @@ def sample_rows(key: PRNGKeyArray, scores: Float[Array, " m"], count: int) -> Ro
     Example:
         >>> import jax, jax.numpy as jnp, lrjax
         >>> scores = jnp.array([0.5, 0.5, 0.0])
-        >>> rows, weights = lrjax.linalg.sample_rows(jax.random.key(0), scores, 4)
+        >>> rows, weights = lrjax.linalg.sample_rows(scores, 4, key=jax.random.key(0))
         >>> print(weights)
         [0.5 0.5 0.5 0.5]
     """

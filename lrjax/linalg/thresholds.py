@@ -83,22 +83,22 @@ def firm_threshold(
 
 
 def lq_threshold(
-    x: Float[Array, "*s"], weight: ArrayLike, q: ArrayLike
+    x: Float[Array, "*s"], sparse_weight: ArrayLike, q: ArrayLike
 ) -> Float[Array, "*s"]:
-    """The proximal map of ``weight · Σ|x|^q`` for q from 0 to 1: between hard and soft.
+    """The proximal map of ``λ Σ|x|^q`` for q from 0 to 1: between hard and soft.
 
-    ``argmin_z ½(z − x)² + weight · |z|^q``. It is zero up to ``τ = β + weight q β^(q−1)``
-    with ``β = (2 weight (1 − q))^(1/(2−q))``, jumps there to β, and is then the larger root
-    of ``z + weight q z^(q−1) = |x|``. With q = 1 it is soft thresholding at ``weight``,
-    with q = 0 hard thresholding at ``√(2 weight)``.
+    ``argmin_z ½(z − x)² + λ |z|^q``, λ being ``sparse_weight``. It is zero up to
+    ``τ = β + λ q β^(q−1)`` with ``β = (2 λ (1 − q))^(1/(2−q))``, jumps there to β, and is
+    then the larger root of ``z + λ q z^(q−1) = |x|``. With q = 1 it is soft thresholding at
+    λ, with q = 0 hard thresholding at ``√(2 λ)``.
 
     Args:
         x: any shape.
-        weight: a number or an array that broadcasts, not negative.
+        sparse_weight: a number or an array that broadcasts, not negative.
         q: in [0, 1]; may be a tracer.
 
     Returns:
-        The shape and dtype of ``x``; differentiable in ``x`` and ``weight``.
+        The shape and dtype of ``x``; differentiable in ``x`` and ``sparse_weight``.
 
     Example:
         >>> import jax.numpy as jnp, lrjax
@@ -110,11 +110,11 @@ def lq_threshold(
         G. Marjanovic, V. Solo, "On l_q optimization and matrix completion" (2012), IEEE
         Transactions on Signal Processing.
     """
-    weight, q = jnp.asarray(weight, x.dtype), jnp.asarray(q, x.dtype)
-    jump = (2 * weight * (1 - q)) ** (1 / (2 - q))
-    pull = lambda z: weight * q * nonzero(z) ** (q - 1)
+    sparse_weight, q = jnp.asarray(sparse_weight, x.dtype), jnp.asarray(q, x.dtype)
+    jump = (2 * sparse_weight * (1 - q)) ** (1 / (2 - q))
+    pull = lambda z: sparse_weight * q * nonzero(z) ** (q - 1)
     size = jnp.abs(x)
-    kept = size > jump + jnp.where(q < 1, pull(jump), weight)
+    kept = size > jump + jnp.where(q < 1, pull(jump), sparse_weight)
     safe = jnp.where(kept, size, 1 + jump)
 
     def newton(z: Array) -> Array:

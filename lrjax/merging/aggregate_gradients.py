@@ -35,11 +35,10 @@ def aggregate_gradients(
     Without ``axis_name`` the workers are a leading axis on all arrays, as ``jax.vmap`` of a
     gradient gives them. With it they are the members of that axis, of ``jax.shard_map`` or
     ``jax.vmap``, and each hands over its own tree. Then no device ever holds the gradients
-    of
-    all: each gets its share of the coordinates of all workers, as many numbers as one
-        gradient
-    has, in an all-to-all; the inner products are summed over the shares, and the result is
-    one sum over the workers, as that of the mean. Arrays have to be whole on each worker.
+    of all: each gets its share of the coordinates of all workers, as many numbers as one
+    gradient has, in an all-to-all; the inner products are summed over the shares, and the
+    result is one sum over the workers, as that of the mean. Arrays have to be whole on
+    each worker.
 
     Args:
         gradients: a tree of arrays, with a leading axis of the workers or within their

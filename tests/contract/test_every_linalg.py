@@ -464,7 +464,7 @@ TABLE = {
         lambda x, low: off(low, linalg.leverage_scores(x)),
     ),
     "sample_rows": Row(
-        lambda x: linalg.sample_rows(jr.key(0), x, 6).weights,
+        lambda x: linalg.sample_rows(x, 6, key=jr.key(0)).weights,
         ("values",),
         lambda x, weights: jnp.abs(jnp.min(weights) * 6 * jnp.max(x) / jnp.sum(x) - 1),
         exact=False,

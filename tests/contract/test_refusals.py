@@ -125,7 +125,7 @@ WITH_KEY = {
     "clustering.k_subspaces": lambda key: lrjax.clustering.k_subspaces(
         jnp.eye(4), 2, 1, key=key
     ),
-    "linalg.sample_rows": lambda key: lrjax.linalg.sample_rows(key, jnp.ones(3), 2),
+    "linalg.sample_rows": lambda key: lrjax.linalg.sample_rows(jnp.ones(3), 2, key=key),
     "metrics.hessian_space": lambda key: lrjax.metrics.hessian_space(
         lambda x: jnp.sum(x**2), jnp.ones(3), k=1, key=key
     ),

@@ -72,7 +72,7 @@ def test_a_weighted_sample_is_unbiased(uneven):
     """The mean over samples of a weighted sum is the sum, within five standard errors."""
     values = np.asarray(uneven[:, 0] ** 2)
     scores = linalg.leverage_scores(uneven)
-    draw = lambda key: linalg.sample_rows(key, scores, 40)
+    draw = lambda key: linalg.sample_rows(scores, 40, key=key)
     rows, weights = jax.jit(jax.vmap(draw))(jr.split(jr.key(3), 400))
     sums = np.sum(np.asarray(weights) * values[np.asarray(rows)], axis=1)
     error = np.std(sums) / np.sqrt(len(sums))

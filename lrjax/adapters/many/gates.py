@@ -100,6 +100,8 @@ class GateKind(eqx.Module):
 class Arrow(GateKind):
     """Gates that need no training: how much of an input each adapter would use.
 
+    The gates of a token or position x are::
+
         s_k = |v_kᵀ x|,   g = softmax of the largest s / T,   y = W x + Σ_k g_k ΔW_k x
 
     with ``v_k`` the right singular vector of ``ΔW_k`` for its largest singular value, the
