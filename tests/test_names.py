@@ -75,6 +75,7 @@ ARGUMENTS = {
 }
 # ``rows`` are rows of a matrix, or their indices.
 ROWS = {
+    "linalg.RowSample",
     "recovery.representer_points",
     "recovery.Entries",
     "recovery.MatrixEntries",
