@@ -11,10 +11,8 @@ def subspace_overlap(
     """The share of the smaller of two subspaces that lies in the larger one.
 
     ``‖QₓᵀQ_y‖²_F / min(r, s)`` with orthonormal bases, the mean of ``cos²`` of the
-    principal
-    angles: one if the one holds the other, zero if they are orthogonal. Two random
-        subspaces
-    have ``max(r, s) / n`` on average.
+    principal angles: one if the one holds the other, zero if they are orthogonal. Two
+    random subspaces have ``max(r, s) / n`` on average.
 
     Args:
         x: ``(*b, n, r)``; columns need not be orthonormal.
