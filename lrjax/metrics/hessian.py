@@ -87,8 +87,7 @@ def hessian_space(
     """The top eigenspace of a Hessian: what most of the gradient of a classifier lies in.
 
     Lanczos as in :func:`hessian_overlap`, and the Ritz vectors ``(k, parameters)`` as
-    trees.
-    Training in this space alone stalls, and in its complement does not::
+    trees. Training in this space alone stalls, and in its complement does not::
 
         grads = space.project(grads)       # dominant
         grads = space.project_out(grads)   # bulk, as lrjax.project_out(space) does

@@ -171,7 +171,7 @@ def _sides(subspace: Any) -> tuple[tuple[Basis, bool | None], ...]:
     bases = subspace if isinstance(subspace, tuple) else (subspace,)
     if len(bases) > 2 or not all(map(_is_random, bases)):
         raise TypeError(
-            "zeroth_order_gradient takes a AffineSubspace, or one basis or a pair of them "
+            "zeroth_order_gradient takes an AffineSubspace, or one basis or a pair of them "
             "that look at no gradient: Gaussian, RandomOrthonormal or "
             f"SelectedRows(choice='uniform'). Got {subspace!r}."
         )
@@ -208,8 +208,8 @@ def _of_all_together(params: PyTree, subspace: AffineSubspace) -> Directions:
         params
     ):
         raise ValueError(
-            "zeroth_order_gradient was given a AffineSubspace of other parameters: make it "
-            "by lrjax.random_subspace(params, dim, key=key)."
+            "zeroth_order_gradient was given an AffineSubspace of other parameters: make "
+            "it by lrjax.random_subspace(params, dim, key=key)."
         )
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
     draw = lambda keys, weights: _normal(keys, weights, (subspace.dim,), dtype)

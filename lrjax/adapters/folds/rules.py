@@ -85,8 +85,8 @@ class Restart(FoldRule):
     Raises:
         TypeError: if ``kind`` is neither.
         ValueError: for a kind that starts from data; for a ``mean`` without heads; when it
-            folds, by path, for adapters
-            that are not those of the model, or a quantized weight.
+            folds, by path, for adapters that are not those of the model, or a quantized
+            weight.
 
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp, lrjax, optax

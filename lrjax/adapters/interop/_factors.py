@@ -1,8 +1,12 @@
 """Adapters as factors and a scale, for formats that know LoRA alone."""
 
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
+from ..._sites import Site
+from ...lowrank import LowRank
+from ..as_lora import beyond_factors, stacked_factors
+from ..bind import adapted_sites
 from ..kinds.biased import Biased
 from ..kinds.full import FullCopy
 from ..kinds.magnitude import Magnitude
@@ -41,4 +45,25 @@ def factors_by_module(
             part.module,
             (np.asarray(pair.left), np.asarray(pair.right), float(scale)),
         )
+    return found
+
+
+def factors_by_path(
+    what: str, model: PyTree, adapters: Adapters
+) -> dict[str, tuple[Site, LowRank, Array]]:
+    """The site, the factors and the scale of every path, those of a stack together.
+
+    Raises:
+        ValueError: for adapters that are more than a product.
+    """
+    found = {}
+    for path, (site, adapter, ready) in adapted_sites(model, adapters).items():
+        factors = stacked_factors(adapter, adapters.pools.get(adapter.pool_name() or ""))
+        if factors is None or beyond_factors(site, ready()) is not None:
+            raise ValueError(
+                f"{what} holds a product of two factors, and the change at {path} by "
+                f"{type(adapter).__name__} is none: lrjax.adapters.as_lora(adapters, "
+                "params, rank=…) gives the nearest, lrjax.materialize the whole."
+            )
+        found[path] = site, *factors
     return found

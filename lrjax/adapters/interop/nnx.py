@@ -4,14 +4,14 @@ from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from ..._extras import load
 from ...lowrank import LowRank
 from ...transforms import Pair, pairs_by_name
-from ..as_lora import beyond_factors, stacked_factors
-from ..bind import adapted_sites
 from ..kinds import Factors
 from ..tree import Adapters
+from ._factors import factors_by_path
 
 
 def pairs(path: str) -> Pair | None:
@@ -70,7 +70,8 @@ def pack(model: Any, adapters: Adapters) -> Any:
     nnx = _nnx("lrjax.adapters.nnx.pack")
     params, model = nnx.state(model, nnx.Param), nnx.clone(model)
     modules = {_name(path): module for path, module in nnx.iter_modules(model)}
-    for path, (site, adapter, ready) in adapted_sites(params, adapters).items():
+    found = factors_by_path("nnx.LoRA", params, adapters)
+    for path, (_, pair, scale) in found.items():
         at, _, last = path.rpartition(".")
         linear = modules.get(at)
         if last != "kernel" or type(linear) is not nnx.Linear:
@@ -79,14 +80,8 @@ def pack(model: Any, adapters: Adapters) -> Any:
                 f"of {type(linear).__name__}: leave it out of the adapters with where=, or "
                 "use lrjax.materialize(nnx.state(model, nnx.Param), adapters)."
             )
-        found = stacked_factors(adapter, adapters.pools.get(adapter.pool_name() or ""))
-        if found is None or beyond_factors(site, ready()) is not None:
-            raise ValueError(
-                f"nnx.LoRA holds a product of two factors, and the change at {path} by "
-                f"{type(adapter).__name__} is none: lrjax.adapters.as_lora(adapters, "
-                "params, rank=…) gives the nearest, lrjax.materialize the whole."
-            )
-        model = _put(model, at, _around(nnx, linear, *found))
+        _check_single(path, pair.left)
+        model = _put(model, at, _around(nnx, linear, pair, scale))
     return model
 
 
@@ -130,6 +125,7 @@ def unpack(model: Any) -> tuple[Any, Adapters]:
                 f"The nnx.LoRA at {name or 'the root'} is around {type(linear).__name__}; "
                 "only around nnx.Linear can it be taken apart."
             )
+        _check_single(name, lora.lora_a[...])
         layers[f"{name}.kernel" if name else "kernel"] = Factors(
             LowRank(jnp.matrix_transpose(lora.lora_b[...]), lora.lora_a[...]),
             None,
@@ -151,6 +147,14 @@ def _nnx(purpose: str) -> ModuleType:
 
 def _name(path: tuple) -> str:
     return ".".join(map(str, path))
+
+
+def _check_single(path: str, factor: Array) -> None:
+    if factor.ndim != 2:
+        raise ValueError(
+            f"{path or 'the root'} is a stack {factor.shape[:-2]} of layers, and nnx.LoRA "
+            "is packed and unpacked for one: use lrjax.materialize(params, adapters)."
+        )
 
 
 def _around(nnx: ModuleType, linear: Any, pair: LowRank, scale: Any) -> Any:

@@ -10,10 +10,9 @@ from jaxtyping import Array, PyTree
 from ..._matrices import matrix_axes, named_leaves
 from ..._sites import Axes, Site, find_sites
 from ...lowrank import LowRank
-from ..as_lora import beyond_factors, stacked_factors
-from ..bind import adapted_sites
 from ..kinds import Factors
 from ..tree import Adapters
+from ._factors import factors_by_path
 
 
 _A, _B = "_lora_a", "_lora_b"
@@ -99,22 +98,13 @@ def pack(params: PyTree, adapters: Adapters, *, alpha: float) -> PyTree:
     leaves, treedef = named_leaves(params)
     own = dict(leaves)
     new = {path: jnp.zeros_like(x) for path, x in leaves if path.endswith(_B)}
-    for path, (site, adapter, ready) in adapted_sites(
-        _without_factors(params), adapters
-    ).items():
+    found = factors_by_path("qwix", _without_factors(params), adapters)
+    for path, (site, pair, scale) in found.items():
         if path + _A not in own or path + _B not in own:
             raise ValueError(
                 f"qwix put no LoRA at {path}: widen module_path= of its rule, or leave the "
                 "layer out of the adapters."
             )
-        found = stacked_factors(adapter, adapters.pools.get(adapter.pool_name() or ""))
-        if found is None or beyond_factors(site, ready()) is not None:
-            raise ValueError(
-                f"qwix holds a product of two factors, and the change at {path} by "
-                f"{type(adapter).__name__} is none: lrjax.adapters.as_lora(adapters, "
-                "params, rank=…) gives the nearest."
-            )
-        pair, scale = found
         times = (scale * own[path + _A].shape[-1] / alpha)[..., None, None]
         pair = LowRank(times * pair.left, pair.right)
         like = own[path + _A], own[path + _B]

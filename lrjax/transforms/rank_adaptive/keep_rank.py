@@ -1,13 +1,12 @@
 import numbers
 
 import optax
-from jaxtyping import Array
 
 from ..._arguments import checks_trees
 from ..._matrices import Where, check_real
 from ..._tree import check_params
-from ...linalg import map_singular_values
 from ..wrappers.on_matrices import check_chosen, on_matrices
+from ._factors import ending_at
 
 
 @checks_trees
@@ -68,12 +67,7 @@ def keep_rank(rank: int, *, where: Where | None = None) -> optax.GradientTransfo
 
     def update(updates, state, params=None):
         check_params("keep_rank", params)
-
-        def step(update: Array, x: Array) -> Array:
-            cut = lambda values: values.at[..., rank:].set(0)
-            goal = (x + update).astype(x.dtype)
-            return (map_singular_values(cut, goal) - x).astype(update.dtype)
-
-        return on_matrices(step, where)(updates, params), state
+        cut = lambda values: values.at[..., rank:].set(0)
+        return on_matrices(ending_at(cut), where)(updates, params), state
 
     return optax.GradientTransformation(init, update)

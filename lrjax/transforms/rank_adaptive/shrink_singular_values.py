@@ -1,14 +1,13 @@
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
 from ..._arguments import checks_trees
 from ..._matrices import Where, check_real
 from ..._tree import check_params
-from ...linalg import increment, map_singular_values, soft_threshold
+from ...linalg import increment, soft_threshold
 from .._checks import check_non_negative
 from ..wrappers.on_matrices import check_chosen, on_matrices
-from ._factors import at
+from ._factors import at, ending_at
 
 
 @checks_trees
@@ -64,13 +63,8 @@ def shrink_singular_values(
     def update(updates, state, params=None):
         check_params("shrink_singular_values", params)
         level = at(threshold, state.count)
-
-        def step(update: Array, x: Array) -> Array:
-            shrunk = lambda values: soft_threshold(values, level)
-            goal = (x + update).astype(x.dtype)
-            return (map_singular_values(shrunk, goal) - x).astype(update.dtype)
-
+        shrunk = lambda values: soft_threshold(values, level)
         state = optax.ScaleByScheduleState(count=increment(state.count))
-        return on_matrices(step, where)(updates, params), state
+        return on_matrices(ending_at(shrunk), where)(updates, params), state
 
     return optax.GradientTransformation(init, update)

@@ -210,3 +210,13 @@ def test_qwix_refuses_by_path():
         qx.pack(one | factors, made(lrjax.DoRA(2)), alpha=1.0)
     with pytest.raises(ValueError, match="qwix put no LoRA at kernel"):
         qx.pack(one, made(lrjax.LoRA(2)), alpha=1.0)
+
+
+def test_stacks_of_layers_are_refused_by_path():
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stacked(rngs):
+        return nnx.LoRALinear(4, 3, lora_rank=2, rngs=rngs)
+
+    layers = stacked(nnx.Rngs(0).split(2))
+    with pytest.raises(ValueError, match=r"the root is a stack \(2,\) of layers"):
+        lrjax.adapters.nnx.unpack(layers)
