@@ -121,11 +121,14 @@ def stack_params(key, dtype=jnp.float32):
 
 
 PARAMS = {
-    "pairs": pair_params,
-    "svd": svd_params,
-    "tucker": tucker_params,
-    "dense": dense_params,
-    "stack": stack_params,
+    name: jax.jit(make, static_argnums=1)
+    for name, make in {
+        "pairs": pair_params,
+        "svd": svd_params,
+        "tucker": tucker_params,
+        "dense": dense_params,
+        "stack": stack_params,
+    }.items()
 }
 
 
@@ -138,6 +141,10 @@ def loss(params):
     )
     leaves = jax.tree.leaves(dense)
     return sum(jnp.mean((x.astype(jnp.float32) - 0.5) ** 2) for x in leaves)
+
+
+# Compiled by itself, so that all programs that it is part of share one trace of it.
+value_and_grad = jax.jit(jax.value_and_grad(loss))
 
 
 def pair_rule(path):

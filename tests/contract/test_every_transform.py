@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import lrjax
 from tests.helpers import assert_close, random_low_rank, relative_error, split_factors
-from tests.registry import ENTRIES, PARAMS, PLUGINS, RECIPES, loss
+from tests.registry import ENTRIES, PARAMS, PLUGINS, RECIPES, loss, value_and_grad
 
 
 ALL = {**ENTRIES, **PLUGINS}
@@ -42,21 +43,45 @@ def has_kernels(entry):
 
 def problem(entry, dtype=jnp.float32):
     params = PARAMS[entry.params](KEY, dtype)
-    value, grads = jax.value_and_grad(loss)(params)
+    value, grads = value_and_grad(params)
     return params, value, grads
 
 
-def small(entry):
+# What is bound to the tree of the registry.
+OF_ONE_TREE = ENTRIES["project_out"], ENTRIES["scale_by_width"]
+
+
+def small(entry, dtype=jnp.float32):
     """One matrix, three or a pair by their nature, and a vector: enough for most checks."""
-    params, _, _ = problem(entry)
-    if entry is ENTRIES["project_out"]:  # its bases are those of the whole tree
+    params = PARAMS[entry.params](KEY, dtype)
+    if entry is ENTRIES["project_out"]:
         return params
     return {name: params[name] for name in ("stack", "bias")}
 
 
+def jitted(tx):
+    """A transform as two programs."""
+    return optax.GradientTransformationExtraArgs(jax.jit(tx.init), jax.jit(tx.update))
+
+
+@functools.lru_cache(maxsize=1)
+def compiled(entry):
+    """The entry as programs that all that is asked of it can share."""
+    tx = entry.make()
+    chex.clear_trace_counter()  # it counts by the place in this file
+    update = chex.assert_max_traces(lambda *args, **extra: tx.update(*args, **extra), n=1)
+    return jitted(tx._replace(update=update))
+
+
+def one_update(tx, state, params):
+    """What a transform returns for the gradients at these parameters."""
+    value, grads = value_and_grad(params)
+    return tx.update(grads, state, params, value=value, grad=grads)
+
+
 def step(tx, state, params, **extra):
     """One update with everything that some transform asks for."""
-    value, grads = jax.value_and_grad(loss)(params)
+    value, grads = value_and_grad(params)
     return tx.update(grads, state, params, value=value, grad=grads, **extra)
 
 
@@ -76,105 +101,126 @@ def apart(entry):
     """The updates of training with the entry's own numbers, and with the other ones."""
     points = [{name: entry.arguments[name] for name in entry.numbers}, entry.numbers]
     one = jax.jit(lambda point: run(entry.make(**point), small(entry))[1])
-    return [one(point) for point in points]
+    return [jax.device_get(one(point)) for point in points]
 
 
 @those(has_kernels, ALL)
 def test_jit_is_eager_and_compiles_once(entry):
-    params = small(entry)
+    params, tx = small(entry), compiled(entry)
+    updates, state = one_update(tx, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    got, _ = one_update(tx, state, params)
+    want, _ = step(entry.make(), state, params, an_unknown_extra_argument=1)
+    assert_close(got, want, condition=100)
+
+
+@those(has_kernels, ALL)
+def test_restored_states_continue_bit_for_bit(entry, tmp_path):
+    params, tx = small(entry), compiled(entry)
+    shapes = jax.eval_shape(tx.init, params)
+    if not jax.tree.leaves(shapes):
+        return  # nothing to store
+    _, state = one_update(tx, tx.init(params), params)
+    want, _ = one_update(tx, state, params)
+    eqx.tree_serialise_leaves(tmp_path / "state.eqx", state)
+    restored = eqx.tree_deserialise_leaves(tmp_path / "state.eqx", shapes)
+    assert_close(one_update(tx, restored, params)[0], want, rtol=0)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "orbax", shapes)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert_close(one_update(tx, restored, params)[0], want, rtol=0)
+
+
+DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
+
+
+def of_all_dtypes(entry):
+    """Trees of parameters: all dtypes in one, so that none leaves its mark on another."""
+    if entry.composed_of or entry in PLUGINS.values():
+        return [PARAMS[entry.params](KEY, jnp.bfloat16)]
+    if entry in OF_ONE_TREE:
+        return [PARAMS[entry.params](KEY, dtype) for dtype in DTYPES]
+    return [{dtype.__name__: small(entry, dtype) for dtype in DTYPES}]
+
+
+@every
+def test_dtypes_shapes_and_structure_are_fixed_points(entry, x64):
     tx = entry.make()
-    one = lambda state, params: step(tx, state, params, an_unknown_extra_argument=1)
-    chex.clear_trace_counter()  # it counts by the place in this file
-    jitted = jax.jit(chex.assert_max_traces(one, n=1))
-    state = tx.init(params)
-    first, first_state = jitted(state, params)
-    second, _ = jitted(first_state, params)
-    assert jax.tree.structure(first) == jax.tree.structure(params)
-    eager, eager_state = one(state, params)
-    assert_close(first, eager, condition=100)
-    assert_close(second, one(eager_state, params)[0], condition=100)
-
-
-WIDE, NARROW = (jnp.float32, jnp.float64), (jnp.bfloat16, jnp.float16)
-
-
-@pytest.mark.parametrize(
-    ("entry", "dtype"),
-    [
-        pytest.param(e, dtype, id=f"{name}-{dtype.__name__}")
-        for name, e in ALL.items()
-        for dtype in (NARROW[:1] if e.composed_of or name in PLUGINS else NARROW + WIDE)
-    ],
-)
-def test_dtypes_shapes_and_structure_are_fixed_points(entry, dtype, x64):
-    params, _, _ = problem(entry, dtype)
-    tx = entry.make()
-    state = jax.eval_shape(tx.init, params)
-    updates, new_state = jax.eval_shape(lambda s, p: step(tx, s, p), state, params)
-    for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True):
-        assert u.dtype == dtype
-        assert u.shape == p.shape
-    assert jax.tree.structure(new_state) == jax.tree.structure(state)
-    for before, after in zip(
-        jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True
-    ):
-        assert (before.shape, before.dtype) == (after.shape, after.dtype)
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    for params in of_all_dtypes(entry):
+        state = jax.eval_shape(tx.init, params)
+        updates, new_state = jax.eval_shape(lambda s, p: step(tx, s, p), state, params)
+        assert types(updates) == types(params)
+        assert types(new_state) == types(state)
 
 
 @every
 def test_state_holds_plain_arrays(entry):
-    params, _, _ = problem(entry)
+    params = PARAMS[entry.params](KEY)
     for leaf in jax.tree.leaves(entry.make().init(params)):
         assert isinstance(leaf, jax.Array)
         assert leaf.size > 0
         assert not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-@those(lambda e: e.numbers, ALL)
+@those(lambda e: e.numbers or has_kernels(e), ALL)
 def test_vmap_over_hyperparameters_is_a_loop(entry):
+    """Whatever becomes of another member of the sweep."""
     grid = {
-        name: jnp.array([entry.arguments[name], other])
+        name: np.array([entry.arguments[name], other, other])
         for name, other in entry.numbers.items()
     }
-    together = jax.vmap(lambda point: run(entry.make(**point), small(entry))[1])
+    bad = np.array([1, 1, np.nan])
+
+    def member(point, bad):
+        params = jax.tree.map(lambda x: x * bad, small(entry))
+        return run(entry.make(**point), params)[1]
+
+    together = jax.vmap(member)
     if entry.composed_of:  # its parts are compared number by number
-        jax.eval_shape(together, grid)
+        jax.eval_shape(together, grid, bad)
         return
     stacked = jax.tree.map(lambda *x: np.stack(x), *apart(entry))
-    assert_close(jax.jit(together)(grid), stacked, condition=1e3)
+    got = jax.device_get(jax.jit(together)(grid, bad))
+    assert_close(jax.tree.map(lambda x: x[:2], got), stacked, condition=1e3)
 
 
 @those(lambda e: e.stacks and has_kernels(e), ALL)
 def test_a_stack_is_a_loop_over_its_layers(entry):
-    params, _, _ = problem(entry)
-    tx = entry.make()
+    params = small(entry)
+    _, grads = value_and_grad(params)
 
-    @jax.jit
-    def two_steps(p, g):
-        extra = {"value": jnp.array(0.7), "grad": g}
-        updates, state = tx.update(g, tx.init(p), p, **extra)
-        return updates, tx.update(g, state, p, **extra)[0]
+    def second(tx, params, grads):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(
+                grads, state, params, value=jnp.float32(0.7), grad=grads
+            )
+        return updates["stack"]
 
-    params, gradient = ({"stack": x["stack"]} for x in (params, jax.grad(loss)(params)))
-    whole = two_steps(params, gradient)
+    alone = jitted(entry.make())
+    whole = second(compiled(entry), params, grads)
     for layer in range(3):
-        cut = lambda t, i=layer: jax.tree.map(lambda x: x[i], t)
-        assert_close(cut(whole), two_steps(cut(params), cut(gradient)), condition=1e3)
+        cut = lambda t, at=layer: jax.tree.map(lambda x: np.asarray(x)[at], t)
+        one = [tree | {"stack": cut(tree["stack"])} for tree in (params, grads)]
+        assert_close(cut(whole), second(alone, *one), condition=1e3)
 
 
 @those(lambda e: e.numbers)
-def test_inject_hyperparams_changes_nothing(entry):
+def test_inject_hyperparams_takes_them_without_being_told(entry):
+    """That numbers which are traced change nothing is known from vmap."""
     params = small(entry)
     # Strings, flags and None are not numbers; arguments that are functions are static.
     static = (*entry.static, *(k for k, v in entry.arguments.items() if callable(v)))
     injected = optax.inject_hyperparams(entry.factory, static_args=static)(
         **entry.arguments
     )
-    assert set(entry.numbers) <= set(jax.eval_shape(injected.init, params).hyperparams)
-    if entry.composed_of:
-        return  # that its numbers may be traced is known from vmap
-    got = jax.jit(lambda p: run(injected, p)[1])(params)
-    assert_close(got, apart(entry)[0], condition=1e3)
+    state = jax.eval_shape(injected.init, params)
+    assert set(entry.numbers) <= set(state.hyperparams)
+    _, after = jax.eval_shape(lambda s, p: step(injected, s, p), state, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
 @those(lambda e: "learning_rate" in e.arguments and has_kernels(e))
@@ -189,41 +235,26 @@ def test_learning_rate_may_be_a_schedule(entry):
 
 
 @those(lambda e: has_kernels(e) and not e.couples)
-def test_multi_steps_masked_and_partition(entry):
-    tx, is_node = entry.make(), lrjax.is_low_rank
+def test_multi_steps_and_partition(entry):
+    params, tx, is_node = small(entry), compiled(entry), lrjax.is_low_rank
+    plain, _ = one_update(tx, tx.init(params), params)
+    multi = jitted(optax.MultiSteps(entry.make(), every_k_schedule=2))
+    state = multi.init(params)
+    for _ in range(2):  # the second of two equal gradients acts
+        got, state = one_update(multi, state, params)
+    assert_close(got, plain, condition=1e3)
+    if entry.extra:
+        return
 
     def label(tree):
         name = lambda x: "matrix" if is_node(x) or x.ndim > 1 else "vector"
         return jax.tree.map(name, tree, is_leaf=is_node)
 
-    def mask(tree):
-        return jax.tree.map(lambda name: name == "matrix", label(tree))
-
-    wrappers = {"plain": tx, "multi": optax.MultiSteps(tx, every_k_schedule=2)}
-    if not entry.extra:
-        parts = {"matrix": tx, "vector": optax.sgd(1.0)}
-        wrappers["masked"] = optax.masked(tx, mask)
-        wrappers["partition"] = optax.partition(parts, label)
-
-    @jax.jit
-    def updates(params):
-        value, grads = jax.value_and_grad(loss)(params)
-        extra = {"value": value, "grad": grads}
-        got = {}
-        for name, wrapper in wrappers.items():
-            state = wrapper.init(params)
-            if name == "multi":  # the second of two equal gradients acts
-                _, state = wrapper.update(grads, state, params, **extra)
-            got[name], _ = wrapper.update(grads, state, params, **extra)
-        return got, grads
-
-    got, grads = updates(small(entry))
-    plain = got.pop("plain")
-    assert_close(got.pop("multi"), plain, condition=1e3)
-    for wrapped in got.values():
-        assert_close(wrapped["stack"], plain["stack"], condition=1e3)
-    if got:
-        assert_close(got["partition"]["bias"], -grads["bias"])
+    parts = {"matrix": entry.make(), "vector": optax.sgd(1.0)}
+    parted = jitted(optax.partition(parts, label))
+    got, _ = one_update(parted, parted.init(params), params)
+    assert_close(got["stack"], plain["stack"], condition=1e3)
+    assert_close(got["bias"], -value_and_grad(params)[1]["bias"])
 
 
 PARAMETER = object()
@@ -254,13 +285,13 @@ def test_map_params_reaches_all_that_belongs_to_a_parameter(entry):
 
 @every
 def test_zero_gradients_give_finite_numbers(entry):
-    params, value, grads = problem(entry)
-    tx = entry.make()
-    update = jax.jit(lambda p, g: tx.update(g, tx.init(p), p, value=value, grad=g))
+    params, tx = small(entry), compiled(entry)
+    value, grads = value_and_grad(params)
     zeros = jax.tree.map(jnp.zeros_like, grads)
-    chex.assert_tree_all_finite(update(params, zeros))
+    update = lambda p: tx.update(zeros, tx.init(p), p, value=value, grad=zeros)
+    chex.assert_tree_all_finite(update(params))
     if entry.params == "pairs":  # a pair of zero factors is what a careless start gives
-        chex.assert_tree_all_finite(update(zeros, zeros))
+        chex.assert_tree_all_finite(update(zeros))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -279,16 +310,6 @@ def test_the_zero_start_of_lora_is_left_whatever_keeps_divisions_safe(entry, dty
     chex.assert_tree_all_finite((params, state, updates))
     moved = np.any(np.asarray(params["pair"].left, np.float32), axis=(-2, -1))
     assert np.all(moved) or entry.factory is lrjax.subgm  # which moves by its own length
-
-
-@those(lambda e: e.params == "pairs" and has_kernels(e))
-def test_one_bad_member_of_a_sweep_stays_alone(entry):
-    params, tx = small(entry), entry.make()
-    spoil = lambda bad: jax.tree.map(lambda x: x * jnp.where(bad, jnp.nan, 1.0), params)
-    sweep = jax.jit(jax.vmap(lambda bad: run(tx, spoil(bad))[1]))
-    both = sweep(np.array([True, False]))
-    good = jax.tree.map(lambda x: np.asarray(x)[1], both)
-    assert_close(good, apart(entry)[0], condition=1e3)
 
 
 @those(lambda e: e.transposes and e.params == "pairs")
@@ -316,7 +337,7 @@ def test_the_step_of_the_product_ignores_how_it_is_factored(entry, x64):
 
     @jax.jit
     def step_of_product(x):
-        value, grad = jax.value_and_grad(loss)({"w": x})
+        value, grad = value_and_grad({"w": x})
         params = {"w": x}
         updates, _ = tx.update(grad, tx.init(params), params, value=value, grad=grad)
         return optax.apply_updates(params, updates)["w"].materialize()
