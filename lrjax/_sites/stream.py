@@ -23,11 +23,16 @@ def summed(
     total, count = None, 0
     for batch in batches:
         new = f(batch)
-        total = new if total is None else jax.tree.map(operator.add, total, new)
+        total = new if total is None else _added(total, new)
         count += 1
     if total is None:
         raise ValueError(f"{name} was given no batches.")
     return total, count
+
+
+@jax.jit  # one program for all leaves
+def _added(one: PyTree, other: PyTree) -> PyTree:
+    return jax.tree.map(operator.add, one, other)
 
 
 def check_repeatable(name: str, batches: Iterable[Any]) -> None:

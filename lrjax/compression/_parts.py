@@ -1,5 +1,6 @@
 """The matrices of a layer, what is known of their inputs, and what factors make of them."""
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -31,8 +32,18 @@ class Part(NamedTuple):
     inputs: Array  # the second moment, or its diagonal
     mean: Array | None  # of the inputs, where the bias takes the error that they share
     factors: WeightedFactors
-    importance: Array  # (*b,), of squared errors of these matrices beside those of others
-    has_bias: bool
+    spectrum: Array  # (*b, min(m, n)), comparable to those of other layers
+
+
+class Measured(NamedTuple):
+    """What some terms of a layer are, and what they lack."""
+
+    pair: LowRank
+    shift: Array | None  # (*b, m, 1), of the outputs, that the bias is to make good
+    error: Array  # ‖W − X‖², beside ‖W‖²
+    weight: Array
+    output_error: Array  # the mean square of (W − X) x − shift, beside that of W x
+    output: Array
 
 
 def averages(statistic: InputStatistic) -> tuple[Array, Array | None]:
@@ -45,10 +56,20 @@ def averages(statistic: InputStatistic) -> tuple[Array, Array | None]:
 
 def part_of(site: Site, statistic: InputStatistic, method: Method, damping: Any) -> Part:
     """The factors of a layer at full width."""
-    matrix, count, mean = site.read(), statistic.count, statistic.mean()
+    groups = getattr(site.layer, "groups", 1)
+    return _part(site.read(), statistic, damping, method, groups)
+
+
+# Layers of one shape are one program.
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _part(
+    matrix: Array, statistic: InputStatistic, damping: Any, method: Method, groups: int
+) -> Part:
+    count, mean = statistic.count, statistic.mean()
     inputs, outputs = averages(statistic)
-    if (groups := getattr(site.layer, "groups", 1)) > 1:
-        matrix = matrix.reshape(*site.stack, groups, -1, matrix.shape[-1])
+    if groups > 1:
+        stack = matrix.shape[:-2]
+        matrix = matrix.reshape(*stack, groups, -1, matrix.shape[-1])
         inputs, mean, count = inputs[..., None, :, :], mean[..., None, :], count[..., None]
         outputs = None if outputs is None else _diagonal_blocks(outputs, groups)
     weight, weighing, lookup = matrix, inputs, statistic.image is None
@@ -67,8 +88,9 @@ def part_of(site: Site, statistic: InputStatistic, method: Method, damping: Any)
     energy = jnp.sum(factors.values**2, axis=-1)
     importance = count if method == "sensitivity" else 1 / nonzero(energy)
     importance = jnp.broadcast_to(importance, energy.shape)
+    spectrum = factors.values * jnp.sqrt(importance)[..., None]
     mean = mean if method == "covariance" else None
-    return Part(matrix, inputs, mean, factors, importance, site.bias is not None)
+    return Part(matrix, inputs, mean, factors, spectrum)
 
 
 def _diagonal_blocks(x: Array, groups: int) -> Array:
@@ -80,7 +102,7 @@ def _diagonal_blocks(x: Array, groups: int) -> Array:
 
 def row_of(
     site: Site, part: Part | None, cut: Cut | None, reason: str | None
-) -> tuple[LayerFactors, LowRank | None]:
+) -> tuple[LayerFactors, Measured | None]:
     """The line of a layer in the report, and its factors if they are worth it."""
     if part is None:
         size = sum(x.size for x in jax.tree.leaves(site.layer.weight))
@@ -90,47 +112,49 @@ def row_of(
     dense = LayerFactors(site.path, shape, None, before, before, 0.0, None, 0.0)
     if cut is None:
         return dense._replace(kept_dense="the budget has room for it as it is"), None
-    pair = part.factors.cut(cut.rank, cut.inputs)
-    after = parameter_count(shape, pair.rank)
+    own = _measured(part, cut)
+    after = parameter_count(shape, own.pair.rank)
     if after >= before:
-        reason = f"factors of rank {pair.rank} would have no fewer numbers"
+        reason = f"factors of rank {own.pair.rank} would have no fewer numbers"
         return dense._replace(kept_dense=reason), None
-    errors = {"error": _error(part, pair), "output_error": _output_error(part, pair)}
-    return dense._replace(rank=pair.rank, after=after, **errors), pair
+    errors = {
+        "error": _ratio(own.error, own.weight),
+        "output_error": _ratio(own.output_error, own.output),
+    }
+    return dense._replace(rank=own.pair.rank, after=after, **errors), own
 
 
-def _error(part: Part, pair: LowRank) -> float:
-    """``‖W − X‖ / ‖W‖``."""
-    size = lambda x: float(jnp.sum(x**2))
-    whole = size(part.matrix)
-    return math.sqrt(size(part.matrix - pair.materialize()) / whole) if whole else 0.0
-
-
-def _output_error(part: Part, pair: LowRank) -> float:
-    """The root of the mean square of ``(W − X) x − shift`` over that of ``W x``."""
-    error = part.matrix - pair.materialize()
-    left = _mean_square(error, part.inputs)
+@functools.partial(jax.jit, static_argnums=1)
+def _measured(part: Part, cut: Cut) -> Measured:
+    pair = part.factors.cut(cut.rank, cut.inputs)
+    rest = part.matrix - pair.materialize()
+    size = lambda x: jnp.sum(x**2)
+    left, shift = _mean_square(rest, part.inputs), None
     if part.mean is not None:
-        left = left - jnp.sum(times(error, part.mean[..., None]) ** 2, axis=(-2, -1))
-    whole = float(jnp.sum(_mean_square(part.matrix, part.inputs)))
-    return math.sqrt(max(float(jnp.sum(left)), 0.0) / whole) if whole else 0.0
+        shift = times(rest, part.mean[..., None])
+        left = left - size(shift)
+    whole = _mean_square(part.matrix, part.inputs)
+    return Measured(pair, shift, size(rest), size(part.matrix), left, whole)
 
 
 def _mean_square(x: Array, inputs: Array) -> Array:
-    """``tr(X C Xᵀ)``."""
+    """``tr(X C Xᵀ)``, of all matrices together."""
     weighed = x * inputs[..., None, :] if inputs.ndim < x.ndim else times(x, inputs)
-    return jnp.sum(weighed * x, axis=(-2, -1))
+    return jnp.sum(weighed * x)
 
 
-def replaced(site: Site, part: Part, pair: LowRank) -> Any:
+def _ratio(part: Array, whole: Array) -> float:
+    """The root of the ratio of two squares."""
+    return math.sqrt(max(float(part), 0.0) / float(whole)) if whole else 0.0
+
+
+def replaced(site: Site, own: Measured) -> Any:
     """The layer of these factors, in the place of the one of the site."""
     bias = site.bias
-    if part.mean is not None:
-        error = part.matrix - pair.materialize()
-        shift = times(error, part.mean[..., None]).reshape(*site.stack, site.shape[0])
+    if own.shift is not None:
         dtype = site.dtype if bias is None else bias.dtype
         trailing = (1,) * getattr(site.layer, "num_spatial_dims", 0)
-        shift = shift.reshape(*shift.shape, *trailing).astype(dtype)
+        shift = own.shift.reshape(*site.stack, site.shape[0], *trailing).astype(dtype)
         bias = shift if bias is None else bias + shift
-    pair = jax.tree.map(lambda x: x.astype(site.dtype), pair)
+    pair = jax.tree.map(lambda x: x.astype(site.dtype), own.pair)
     return replace_weight(site.layer, pair.T if site.kind == "lookup" else pair, bias)

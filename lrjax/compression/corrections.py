@@ -1,6 +1,8 @@
+import functools
 from collections.abc import Mapping
 
-from jaxtyping import ArrayLike, PyTree
+import jax
+from jaxtyping import Array, ArrayLike, PyTree
 
 from .._sites import InputStatistic, Site, find_sites
 from ..lowrank import LowRank
@@ -68,13 +70,23 @@ def corrections(
         if path not in exact or path not in near:
             raise ValueError(f"There is no layer {path!r} in both models.")
         residual = _residual(exact[path], near[path])
-        inputs, outputs = averages(statistic)
-        outputs = outputs if sensitivity else None
-        factors = weighted_factors(residual, inputs, outputs, damping=damping)
-        width = factors.values.shape[-1]
-        own = rank[path] if isinstance(rank, Mapping) else min(rank, width)
-        found[path] = factors.cut(own)
+        own = rank[path] if isinstance(rank, Mapping) else min(rank, *residual.shape[-2:])
+        found[path] = _correction(residual, statistic, damping, own, sensitivity)
     return found
+
+
+# Layers of one shape are one program.
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _correction(
+    residual: Array,
+    statistic: InputStatistic,
+    damping: ArrayLike,
+    rank: int,
+    sensitivity: bool,
+) -> LowRank:
+    inputs, outputs = averages(statistic)
+    outputs = outputs if sensitivity else None
+    return weighted_factors(residual, inputs, outputs, damping=damping).cut(rank)
 
 
 def _residual(exact: Site, near: Site):

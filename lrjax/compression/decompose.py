@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
-from .._sites import InputStatistic, flat_leaves, refusals
+from .._sites import InputStatistic, Site, flat_leaves, refusals
 from ..linalg import times
 from ..lowrank import energy_ranks, knapsack_ranks
 from ..nn import FactorReport
@@ -39,8 +39,7 @@ class Decomposition:
     @property
     def spectra(self) -> dict[str, Array]:
         """By path the weighed singular values ``(*b, min(m, n))``, comparable."""
-        of = lambda part: part.factors.values * jnp.sqrt(part.importance)[..., None]
-        return {path: of(part) for path, part in self.parts.items()}
+        return {path: part.spectrum for path, part in self.parts.items()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -76,10 +75,10 @@ class Decomposition:
         new, rows = {}, []
         for path, site in layers_of(self.model).items():
             part = self.parts.get(path)
-            row, pair = row_of(site, part, cuts.get(path), self.kept.get(path))
+            row, own = row_of(site, part, cuts.get(path), self.kept.get(path))
             rows.append(row)
-            if part is not None and pair is not None:
-                new[path] = replaced(site, part, pair)
+            if own is not None:
+                new[path] = replaced(site, own)
         leaves, treedef = flat_leaves(self.model)
         small = treedef.unflatten([new.get(path, leaf) for path, leaf in leaves])
         return small, FactorReport(tuple(rows), _size(self.model), _size(small))
@@ -96,7 +95,8 @@ class Decomposition:
             )
         left = budget - (total - sum(map(math.prod, shapes.values())))
         if budget < total:
-            left -= sum(map(_new_bias, self.parts.values()))
+            sites = layers_of(self.model)
+            left -= sum(_new_bias(sites[path], part) for path, part in self.parts.items())
         spectra = {path: np.asarray(values) for path, values in self.spectra.items()}
         return {path: Cut(rank) for path, rank in allocate(spectra, shapes, left).items()}
 
@@ -181,11 +181,13 @@ def _check_size(budget: Any, energy: Any) -> None:
         )
 
 
-def _new_bias(part: Part) -> int:
+def _new_bias(site: Site, part: Part) -> int:
     """How many numbers a layer is to have for a bias that it had not."""
-    return 0 if part.mean is None or part.has_bias else math.prod(part.matrix.shape[:-1])
+    more = part.mean is not None and site.bias is None
+    return math.prod(part.matrix.shape[:-1]) if more else 0
 
 
+@jax.jit
 def _deviations(moment: Array, basis: Array) -> Array:
     """Of the inputs, the roots of the mean squares along some directions."""
     return jnp.sqrt(jnp.maximum(jnp.sum(basis * times(moment, basis), axis=-2), 0))
