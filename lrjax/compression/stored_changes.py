@@ -1,5 +1,6 @@
 """A fine-tuned model as what it changed: factors beside the model that it was made of."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -102,11 +103,7 @@ def store_change(
         if site.bias is not None
     }
     weights = {path: w for path, w in weights.items() if np.any(w != 0)}
-    found = {
-        path: truncated_svd(w, min(w.shape[-2:]))
-        for path, w in weights.items()
-        if w.ndim > 1
-    }
+    found = {path: _decomposed(w) for path, w in weights.items() if w.ndim > 1}
     spectra = {path: np.asarray(one.values) for path, one in found.items()}
     shapes = {path: weights[path].shape for path in found}
     ranks = _ranks(spectra, shapes, budget, energy)
@@ -188,9 +185,28 @@ def _stored(
         return StoredChange()
     if found is None or rank is None or _saves_nothing(weight.shape, rank):
         return StoredChange(dense=weight)
-    root = jnp.sqrt(found.values[..., :rank])[..., None, :]
-    factors = [(x[..., :rank] * root).mT for x in (found.left, found.right)]
+    factors = _factors(found, rank)
     return StoredChange(*(factors if codec is None else map(codec, factors)))
+
+
+# Layers of one shape are one program.
+@jax.jit
+def _decomposed(weight: Array) -> TruncatedSVD:
+    return truncated_svd(weight, min(weight.shape[-2:]))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _factors(found: TruncatedSVD, rank: int) -> tuple[Array, Array]:
+    root = jnp.sqrt(found.values[..., :rank])[..., None, :]
+    return (found.left[..., :rank] * root).mT, (found.right[..., :rank] * root).mT
+
+
+@eqx.filter_jit
+def _error(weight: Array, own: StoredChange) -> Array:
+    """What is lost of a change, relative to all of it."""
+    kept = own.matrix()
+    lost = weight if kept is None else weight - kept
+    return jnp.linalg.norm(lost.ravel()) / jnp.linalg.norm(weight.ravel())
 
 
 def _ranks(spectra: Any, shapes: Any, budget: Any, energy: Any) -> dict[str, int]:
@@ -206,9 +222,7 @@ def _saves_nothing(shape: tuple[int, ...], rank: int) -> bool:
 
 
 def _row(path: str, weight: Array, own: StoredChange, rank: int | None) -> LayerFactors:
-    kept = own.matrix()
-    lost = weight if kept is None else weight - kept
-    error = float(jnp.linalg.norm(lost.ravel()) / jnp.linalg.norm(weight.ravel()))
+    error = float(_error(weight, own))
     if own.dense is not None:
         reason = "factors would have no fewer numbers, or the budget has room"
         return LayerFactors(
