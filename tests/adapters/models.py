@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 
 import lrjax
 
@@ -70,14 +71,24 @@ block = eqx.filter_jit(lambda key, width=8: Block(key, width))
 adapt = eqx.filter_jit(lrjax.adapt)
 
 
-@eqx.filter_jit
+def normal_like(tree, key, scale=0.3):
+    """Random numbers in the layout of a tree; of NumPy, so that they are no program."""
+    leaves, treedef = jax.tree.flatten(tree)
+    if isinstance(key, jax.core.Tracer):
+        keys = jr.split(key, len(leaves))
+        draws = [jr.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+        return treedef.unflatten([scale * x for x in draws])
+    rng = np.random.default_rng(np.asarray(jr.key_data(key)))
+    draws = [scale * rng.standard_normal(x.shape) for x in leaves]
+    return treedef.unflatten(
+        [jnp.asarray(d, x.dtype) for d, x in zip(draws, leaves, strict=True)]
+    )
+
+
 def randomized(adapters, key):
     """Adapters with both factors of every pair at random, so that they act."""
     params, frozen = lrjax.partition(adapters)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jr.split(key, len(leaves))
-    new = [0.3 * jr.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return eqx.combine(jax.tree.unflatten(tree, new), frozen)
+    return eqx.combine(normal_like(params, key), frozen)
 
 
 class Table(eqx.nn.Embedding):
@@ -169,12 +180,9 @@ ZOO_PATHS = [
 zoo = eqx.filter_jit(lambda key: Zoo(key))
 
 
-@eqx.filter_jit
 def moved(params, key):
     """Trained numbers, each moved by a random amount."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jr.split(key, len(leaves))
-    new = [
-        x + 0.3 * jr.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, new)
+    if isinstance(key, jax.core.Tracer):
+        return jax.tree.map(jnp.add, params, normal_like(params, key))
+    add = lambda x, off: jnp.asarray(np.asarray(x) + np.asarray(off), x.dtype)
+    return jax.tree.map(add, params, normal_like(params, key))
