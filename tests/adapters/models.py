@@ -69,6 +69,7 @@ def everything(path, layer):
 tower = eqx.filter_jit(lambda key: Tower(key))
 block = eqx.filter_jit(lambda key, width=8: Block(key, width))
 adapt = eqx.filter_jit(lrjax.adapt)
+merge = eqx.filter_jit(lrjax.merge)
 
 
 def normal_like(tree, key, scale=0.3):
@@ -89,6 +90,14 @@ def randomized(adapters, key):
     """Adapters with both factors of every pair at random, so that they act."""
     params, frozen = lrjax.partition(adapters)
     return eqx.combine(normal_like(params, key), frozen)
+
+
+def assert_same(got, want):
+    """To the last bit, in one layout."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert jnp.result_type(a) == jnp.result_type(b)
+        np.testing.assert_array_equal(a, b)
 
 
 class Table(eqx.nn.Embedding):

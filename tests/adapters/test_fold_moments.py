@@ -10,7 +10,7 @@ import pytest
 
 import lrjax
 from lrjax import adapters as room
-from tests.adapters.models import OneAndStack, moved, normal_like
+from tests.adapters.models import OneAndStack, assert_same, moved, normal_like
 from tests.contract.test_optax_moments import MOMENTS
 from tests.helpers import assert_close, relative_error
 from tests.reference import folds as reference
@@ -72,13 +72,6 @@ def folded(moments, adapters, state, key, kind=rule_of):
 
 def begun(tx, adapters):
     return jax.jit(tx.init)(lrjax.partition(adapters)[0])
-
-
-def assert_same(got, want):
-    """To the last bit."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def arrays_of(state, shape):

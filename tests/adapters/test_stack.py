@@ -10,7 +10,7 @@ import pytest
 
 import lrjax
 from lrjax import adapters as room
-from tests.adapters.models import moved
+from tests.adapters.models import adapt, merge, moved
 from tests.helpers import assert_close
 
 
@@ -18,11 +18,19 @@ MODEL = eqx.filter_jit(lambda key: eqx.nn.MLP(6, 5, 8, 2, key=key))(jr.key(0))
 PATHS = ["layers.0", "layers.1", "layers.2"]
 
 
-@eqx.filter_jit
+stacked, swapped = eqx.filter_jit(room.stack), eqx.filter_jit(room.swap)
+plain = jax.jit(jax.vmap(MODEL))
+
+
 def trained(kind, key, where=None):
     """Adapters with random numbers in the place of what training would leave."""
-    params, frozen = lrjax.partition(lrjax.adapt(MODEL, kind, where=where, key=key))
+    params, frozen = lrjax.partition(adapt(MODEL, kind, where=where, key=key))
     return eqx.combine(moved(params, key), frozen)
+
+
+def normal(key, *shape):
+    rng = np.random.default_rng(np.asarray(jr.key_data(key)))
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
 
 @eqx.filter_jit
@@ -42,7 +50,7 @@ def alone(adapters, xs):
 
 def weights(adapters):
     """The adapted weights and biases in float64."""
-    merged = eqx.filter_jit(lrjax.merge)(MODEL, adapters)
+    merged = merge(MODEL, adapters)
     leaves = jax.tree.leaves(eqx.filter(merged, eqx.is_array))
     return [np.asarray(x, np.float64) for x in leaves]
 
@@ -81,14 +89,16 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_each_example_gets_its_own(name, getkey):
     row = [trained(kind, getkey(), where) for kind, where in ROWS[name]]
-    stack = room.stack(row, MODEL, pad_rank=3)
-    xs = jr.normal(getkey(), (7, 6))
-    wants = [jax.vmap(MODEL)(xs), *(alone(own, xs) for own in row)]
-    for ids in (jr.randint(getkey(), (7,), 0, len(stack)), jnp.arange(7) % len(stack)):
-        want = np.stack([np.asarray(wants[i])[k] for k, i in enumerate(ids)])
+    stack, xs = stacked(row, MODEL, pad_rank=3), normal(getkey(), 7, 6)
+    wants = [np.asarray(y) for y in (plain(xs), *(alone(own, xs) for own in row))]
+    for ids in (
+        np.asarray(jr.randint(getkey(), (7,), 0, len(stack))),
+        np.arange(7) % len(stack),
+    ):
+        want = np.stack([wants[i][k] for k, i in enumerate(ids)])
         assert_close(served(stack, ids, xs), want, condition=100)
     # And the base to the last bit, for nothing is added to it.
-    np.testing.assert_array_equal(served(stack, jnp.zeros(7, int), xs), wants[0])
+    np.testing.assert_array_equal(served(stack, np.zeros(7, int), xs), wants[0])
 
 
 SEVERAL = {
@@ -103,29 +113,33 @@ SEVERAL = {
 @pytest.mark.parametrize("name", SEVERAL)
 def test_several_at_once_are_the_weighted_sum_of_changes(name, getkey):
     row = [trained(SEVERAL[name], getkey()) for _ in range(3)]
-    stack, x = room.stack(row, MODEL), jr.normal(getkey(), (6,))
+    stack, x = stacked(row, MODEL), normal(getkey(), 6)
 
     @eqx.filter_jit
     def mixed(stack, ids, factors):
         own = room.select(stack, ids, factors)
-        return lrjax.merge(MODEL, own), lrjax.bind(MODEL, own)(x)
+        merged = lrjax.merge(MODEL, own)
+        return merged, lrjax.bind(MODEL, own)(x), merged(x)
 
-    base, each = weights(room.select(stack, 0)), [weights(own) for own in row]
+    of_base = eqx.filter_jit(lambda stack: lrjax.merge(MODEL, room.select(stack, 0)))
+    base = jax.tree.leaves(eqx.filter(of_base(stack), eqx.is_array))
+    base = [np.asarray(x, np.float64) for x in base]
+    each = [weights(own) for own in row]
     for factors in ([0.5, -1.5], [1.0, 0.0], [0.0, 0.0]):
-        merged, bound = mixed(stack, jnp.array([3, 1]), jnp.array(factors))
+        merged, bound, after = mixed(stack, np.array([3, 1]), np.array(factors, np.float32))
         got = jax.tree.leaves(eqx.filter(merged, eqx.is_array))
         for b, third, one, new in zip(base, each[2], each[0], got, strict=True):
             want = b + factors[0] * (third - b) + factors[1] * (one - b)
             assert_close(np.asarray(new, np.float64), want, rtol=1e-5)
-        assert_close(bound, merged(x), condition=1e3)
+        assert_close(bound, after, condition=1e3)
 
 
 @pytest.mark.parametrize("kind", [lrjax.LoRA(2, 3), lrjax.DoRA(2)])
 def test_weights_on_layers_of_a_scan(kind, getkey):
     """One weight for a whole adapter, whatever the layers' leading axes."""
-    model = eqx.filter_vmap(lambda key: eqx.nn.Linear(3, 4, key=key))(jr.split(getkey(), 2))
-    adapt = eqx.filter_jit(lambda key: lrjax.adapt(model, kind, key=key))
-    params, frozen = lrjax.partition(adapt(getkey()))
+    make = eqx.filter_jit(eqx.filter_vmap(lambda key: eqx.nn.Linear(3, 4, key=key)))
+    model = make(jr.split(getkey(), 2))
+    params, frozen = lrjax.partition(adapt(model, kind, key=getkey()))
     one, two = (eqx.combine(moved(params, getkey()), frozen) for _ in range(2))
 
     @eqx.filter_jit
@@ -151,26 +165,27 @@ LAYER = eqx.nn.Linear(6, 5, key=jr.key(1))
 @pytest.mark.parametrize("kind", [lrjax.LoRA(2), lrjax.DoRA(2)])
 def test_gradients_of_weights_and_of_what_they_weigh(kind, getkey):
     """The output of one layer is affine in the weights: its slopes are the changes."""
-    adapt = eqx.filter_jit(lambda key: lrjax.adapt(LAYER, kind, key=key))
-    params, frozen = lrjax.partition(adapt(getkey()))
+    params, frozen = lrjax.partition(adapt(LAYER, kind, key=getkey()))
     row = [eqx.combine(moved(params, getkey()), frozen) for _ in range(2)]
-    stack, x, c = room.stack(row, LAYER), jr.normal(getkey(), (6,)), jr.normal(getkey(), 5)
+    stack, x, c = stacked(row, LAYER), normal(getkey(), 6), normal(getkey(), 5)
     params, frozen = eqx.partition(stack, eqx.is_inexact_array)
 
     @jax.jit
     def slopes(params, factors):
         def output(params, factors):
             own = room.select(eqx.combine(params, frozen), [1, 2, 0], factors)
-            return c @ lrjax.bind(LAYER, own)(x)
+            return jnp.dot(c, lrjax.bind(LAYER, own)(x))
 
         return jax.grad(output, (0, 1))(params, factors)
 
-    grads, by_weight = slopes(params, jnp.array([1.3, 0.0, 2.0]))
-    outputs = [c @ lrjax.bind(LAYER, own)(x) for own in row]
-    changes = [y - c @ LAYER(x) for y in outputs]
+    grads, by_weight = slopes(params, np.array([1.3, 0.0, 2.0], np.float32))
+    output = jax.jit(lambda own: lrjax.bind(LAYER, own)(x))
+    changes = [
+        np.asarray(c) @ (np.asarray(output(own)) - np.asarray(LAYER(x))) for own in row
+    ]
     assert_close(by_weight, np.array([*changes, 0.0], np.float32), condition=100)
     trained = lrjax.partition(grads.adapters)[0]
-    for g in jax.tree.leaves(trained):
+    for g in map(np.asarray, jax.tree.leaves(trained)):
         assert not np.any(g[0]), "the base has a gradient"
         assert not np.any(g[2]), "an adapter of weight zero has a gradient"
         assert np.any(g[1])
@@ -187,8 +202,8 @@ def test_training_all_at_once_is_a_loop(getkey):
     """One loss over the stack, one optimizer state with the leading axis."""
     kinds = [lrjax.LoRA(r, 4) for r in (1, 3)]
     row, tx = [trained(kind, getkey()) for kind in kinds], optax.adam(1e-2)
-    stack = room.stack(row, MODEL)
-    xs, ys = jr.normal(getkey(), (2, 4, 6)), jr.normal(getkey(), (2, 4, 5))
+    stack = stacked(row, MODEL)
+    xs, ys = normal(getkey(), 2, 4, 6), normal(getkey(), 2, 4, 5)
 
     @eqx.filter_jit
     def fitted(frozen, params, loss):
@@ -208,12 +223,13 @@ def test_training_all_at_once_is_a_loop(getkey):
 
     params, frozen = lrjax.partition(stack.adapters)
     new = room.Stack(fitted(frozen, params, together), stack.names)
-    probe = jr.normal(getkey(), (3, 6))
-    np.testing.assert_array_equal(alone(room.select(new, 0), probe), jax.vmap(MODEL)(probe))
-    for i, own in enumerate(row):
-        params, frozen = lrjax.partition(own)
+    probe = normal(getkey(), 3, 6)
+    own = lambda i: np.asarray(served(new, np.full(3, i), probe))
+    np.testing.assert_array_equal(own(0), plain(probe))
+    for i, one in enumerate(row):
+        params, frozen = lrjax.partition(one)
         want = fitted(frozen, params, lambda a, i=i: losses(a, xs[i], ys[i]))
-        assert_close(alone(room.select(new, i + 1), probe), alone(want, probe), rtol=1e-4)
+        assert_close(own(i + 1), alone(want, probe), rtol=1e-4)
 
 
 SWAPS = {
@@ -229,7 +245,7 @@ SWAPS = {
 def test_swaps_run_in_the_programs_that_are_there(name, getkey):
     old, new, where = SWAPS[name]
     row, own = [trained(old, getkey()) for _ in range(2)], trained(new, getkey(), where)
-    stack, programs = room.stack(row, MODEL, pad_rank=5), []
+    stack, programs = stacked(row, MODEL, pad_rank=5), []
 
     @eqx.filter_jit
     def run(stack, ids, xs):
@@ -237,14 +253,14 @@ def test_swaps_run_in_the_programs_that_are_there(name, getkey):
         one = lambda i, x: lrjax.bind(MODEL, room.select(stack, i))(x)
         return jax.vmap(one)(ids, xs)
 
-    ids, xs = jnp.array([2, 0, 1]), jr.normal(getkey(), (3, 6))
-    before = run(stack, ids, xs)
-    after = run(room.swap(stack, "2", own, MODEL), ids, xs)
+    ids, xs = np.array([2, 0, 1]), normal(getkey(), 3, 6)
+    before = np.asarray(run(stack, ids, xs))
+    after = np.asarray(run(swapped(stack, "2", own, MODEL), ids, xs))
     assert len(programs) == 1
     assert_close(after[:1], alone(own, xs[:1]), condition=100)
     np.testing.assert_array_equal(after[1:], before[1:])
-    empty = run(room.swap(stack, 2, room.Adapters({}), MODEL), ids, xs)
-    np.testing.assert_array_equal(empty[:2], jax.vmap(MODEL)(xs[:2]))
+    empty = np.asarray(run(swapped(stack, 2, room.Adapters({}), MODEL), ids, xs))
+    np.testing.assert_array_equal(empty[:2], plain(xs)[:2])
     assert len(programs) == 1
 
 
@@ -268,9 +284,9 @@ class Attention(eqx.Module):
 def test_an_activated_adapter_reads_the_cache_of_the_base(kind, getkey):
     """What it gives for the last tokens, with the base's keys and values before them."""
     model = Attention(*(eqx.nn.Linear(4, 4, key=getkey()) for _ in range(3)))
-    params, frozen = lrjax.partition(lrjax.adapt(model, kind, key=getkey()))
+    params, frozen = lrjax.partition(adapt(model, kind, key=getkey()))
     own = eqx.combine(moved(params, getkey()), frozen)
-    stack, xs, start = room.stack({"judge": own}, model), jr.normal(getkey(), (5, 4)), 3
+    stack, xs, start = stacked({"judge": own}, model), normal(getkey(), 5, 4), 3
 
     @jax.jit
     def run(weights):
@@ -279,14 +295,19 @@ def test_an_activated_adapter_reads_the_cache_of_the_base(kind, getkey):
 
         return jax.vmap(token, axis_name="tokens")(weights, xs)
 
-    got = run((jnp.arange(5) >= start).astype(jnp.float32))
-    np.testing.assert_array_equal(got[:start], run(jnp.zeros(5))[:start])
-    merged = lrjax.merge(model, own)
-    cache = [jax.vmap(part)(xs[:start]) for part in (model.key, model.value)]
-    late = [jax.vmap(part)(xs[start:]) for part in (merged.key, merged.value)]
+    switched = (np.arange(5) >= start).astype(np.float32)
+    got, base = (np.asarray(run(weights)) for weights in (switched, 0 * switched))
+    np.testing.assert_array_equal(got[:start], base[:start])
+    merged = merge(model, own)
+    xs, of = (
+        np.asarray(xs),
+        lambda layer, x: x @ np.asarray(layer.weight).T + np.asarray(layer.bias),
+    )
+    cache = [of(part, xs[:start]) for part in (model.key, model.value)]
+    late = [of(part, xs[start:]) for part in (merged.key, merged.value)]
     keys, values = (np.concatenate(pair) for pair in zip(cache, late, strict=True))
     for t in range(start, 5):
-        scores = np.exp(keys[: t + 1] @ np.asarray(merged.query(xs[t])))
+        scores = np.exp(keys[: t + 1] @ of(merged.query, xs[t]))
         want = scores @ values[: t + 1] / scores.sum()
         assert_close(got[t], want, condition=100)
 
@@ -310,9 +331,9 @@ def test_numbers_and_names(getkey):
     with pytest.raises(ValueError, match=r"shape \(2,\) and weights of shape \(1,\)"):
         room.select(stack, [1, 2], [1.0])
     # Nothing can be raised for a traced number: it is the base.
-    xs = jr.normal(getkey(), (3, 6))
-    got = served(stack, jnp.array([3, -1, 100]), xs)
-    np.testing.assert_array_equal(got, served(stack, jnp.zeros(3, int), xs))
+    xs = normal(getkey(), 3, 6)
+    got = served(stack, np.array([3, -1, 100]), xs)
+    np.testing.assert_array_equal(got, served(stack, np.zeros(3, int), xs))
 
 
 def test_refusals(getkey):
@@ -330,7 +351,7 @@ def test_refusals(getkey):
         room.stack({"a": lora}, small)
     pools = [trained(lrjax.TiedLoRA(r), getkey()) for r in (1, 2)]
     vera = [trained(lrjax.VeRA(2), jr.key(i)) for i in (1, 2)]
-    stack = room.stack({"a": lora, "b": trained(lrjax.LoRA(2), getkey(), first)}, MODEL)
+    stack = stacked({"a": lora, "b": trained(lrjax.LoRA(2), getkey(), first)}, MODEL)
     with pytest.raises(ValueError, match=r"rank 3, .* ranks up to 2 .* pad_rank=3"):
         room.swap(stack, "a", trained(lrjax.LoRA(3), getkey()), MODEL)
     with pytest.raises(ValueError, match="Magnitude of rank 2, does not fit"):
@@ -338,14 +359,12 @@ def test_refusals(getkey):
     with pytest.raises(ValueError, match="Entry 0 of a stack"):
         room.swap(stack, 0, lora, MODEL)
     with pytest.raises(ValueError, match=r"no adapters at \['layers\.1', 'layers\.2'\]"):
-        room.swap(
-            room.stack([trained(lrjax.LoRA(2), getkey(), first)], MODEL), 1, lora, MODEL
-        )
+        room.swap(stacked([trained(lrjax.LoRA(2), getkey(), first)], MODEL), 1, lora, MODEL)
     # Pools of different widths are no stack, but their products are.
-    wide = room.stack(pools, MODEL)
+    wide = stacked(pools, MODEL)
     assert not wide.adapters.pools
     assert wide.adapters["layers.0"].pair.rank == 2
-    one = room.stack(vera[:1], MODEL)
+    one = stacked(vera[:1], MODEL)
     assert one.shared == ("VeRA",)
     assert one.adapters.pools["VeRA"] is not None
     with pytest.raises(ValueError, match=r"share the pool 'VeRA'"):

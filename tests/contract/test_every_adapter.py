@@ -13,7 +13,15 @@ import pytest
 import lrjax
 from lrjax import adapters as room
 from lrjax.adapters import WithBias, WithMagnitude
-from tests.adapters.models import ZOO_PATHS, ZOO_SITES, moved, zoo, zoo_axes, zoo_where
+from tests.adapters.models import (
+    ZOO_PATHS,
+    ZOO_SITES,
+    assert_same,
+    moved,
+    zoo,
+    zoo_axes,
+    zoo_where,
+)
 from tests.helpers import assert_close, tol
 
 
@@ -328,14 +336,6 @@ def test_bfloat16(name, getkey):
     )
     assert gap < tol(*bound) * size
     assert np.isfinite(flat((grads, other)).astype(np.float32)).all()
-
-
-def assert_same(got, want):
-    """To the last bit, in one layout."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
 
 
 def test_all_survive_checkpoints_without_the_model(getkey, tmp_path):
