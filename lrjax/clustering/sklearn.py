@@ -35,6 +35,7 @@ _closed = {
     "low_rank": jax.jit(low_rank_self_expression),
     "ridge": jax.jit(ridge_self_expression),
 }
+_affinity = jax.jit(affinity, static_argnames="keep")
 
 
 class SubspaceClustering(ClusterMixin, BaseEstimator):
@@ -136,7 +137,7 @@ class SubspaceClustering(ClusterMixin, BaseEstimator):
             self.converged_, self.n_iter_ = True, 1
         keep = self.keep and min(self.keep, len(x))
         self.coefficients_ = np.asarray(coefficients)
-        self.affinity_matrix_ = np.asarray(affinity(coefficients, keep=keep))
+        self.affinity_matrix_ = np.asarray(_affinity(coefficients, keep=keep))
         # The graph of clean samples has as many parts as there are subspaces: each is
         # tied to the others by next to nothing, which scikit-learn takes for one graph.
         tied = self.affinity_matrix_.astype(np.float64) + 1e-9
