@@ -49,11 +49,12 @@ class Meter:
         jax.debug.callback(self._end, max_member(taken))
 
     def _move(self, step, value) -> None:
+        step = int(step)  # an operation of JAX would wait for the program that calls
         if step == 0 or self._bar is None:
             self._close()
             self._bar = bar(self._purpose, self._total, unit="step")
         self._bar.set_postfix({self._shows: f"{float(value):.3e}"}, refresh=False)
-        self._bar.update(int(step) - self._bar.n)
+        self._bar.update(step - self._bar.n)
 
     def _end(self, taken) -> None:
         if self._bar is not None:
