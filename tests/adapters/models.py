@@ -79,7 +79,8 @@ def normal_like(tree, key, scale=0.3):
         keys = jr.split(key, len(leaves))
         draws = [jr.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
         return treedef.unflatten([scale * x for x in draws])
-    rng = np.random.default_rng(np.asarray(jr.key_data(key)))
+    with jax.ensure_compile_time_eval():
+        rng = np.random.default_rng(np.asarray(jr.key_data(key)))
     draws = [scale * rng.standard_normal(x.shape) for x in leaves]
     return treedef.unflatten(
         [jnp.asarray(d, x.dtype) for d, x in zip(draws, leaves, strict=True)]
@@ -191,7 +192,7 @@ zoo = eqx.filter_jit(lambda key: Zoo(key))
 
 def moved(params, key):
     """Trained numbers, each moved by a random amount."""
-    if isinstance(key, jax.core.Tracer):
+    if any(isinstance(x, jax.core.Tracer) for x in (key, *jax.tree.leaves(params))):
         return jax.tree.map(jnp.add, params, normal_like(params, key))
     add = lambda x, off: jnp.asarray(np.asarray(x) + np.asarray(off), x.dtype)
     return jax.tree.map(add, params, normal_like(params, key))

@@ -52,15 +52,25 @@ MODEL = eqx.filter_jit(Layers)(jr.key(1))
 KINDS = [lrjax.LoRA(rank, 2.0) for rank in (1, 2, 3)]  # of scales and widths of their own
 
 
+stacked, mix = eqx.filter_jit(room.stack), eqx.filter_jit(room.mix)
+
+
 @eqx.filter_jit
+def starts(kinds, key, where):
+    keys = jr.split(key, len(kinds))
+    return [
+        lrjax.adapt(MODEL, kind, where=where, key=k)
+        for kind, k in zip(kinds, keys, strict=True)
+    ]
+
+
 def experts_of(kinds, key, where=everything):
-    made = []
-    for i, kind in enumerate(kinds):
-        key = jr.fold_in(key, i)
-        own = lrjax.adapt(MODEL, kind, where=where, key=key)
-        params, frozen = lrjax.partition(own)
-        made.append(eqx.combine(moved(params, jr.fold_in(key, 7)), frozen))
-    return made, room.stack(made, MODEL)
+    parts = map(lrjax.partition, starts(tuple(kinds), key, where))
+    made = [
+        eqx.combine(moved(params, jr.fold_in(key, i)), frozen)
+        for i, (params, frozen) in enumerate(parts)
+    ]
+    return made, stacked(made, MODEL)
 
 
 def linear_alone(path, layer):
@@ -68,9 +78,8 @@ def linear_alone(path, layer):
     return path == "linear"
 
 
-@eqx.filter_jit
 def mixed(stack, gates, key, move=True, ids=None):
-    mixture = room.mix(stack, gates, MODEL, ids=ids, key=key)
+    mixture = mix(stack, gates, MODEL, ids=ids, key=key)
     params, frozen = lrjax.partition(mixture)
     return eqx.combine(moved(params, key), frozen) if move else mixture
 

@@ -40,6 +40,7 @@ TARGETS = {
 }
 
 
+@eqx.filter_jit
 def problem(key):
     """Two layers, eight inputs, and targets."""
     km, kx, ky = jr.split(key, 3)
@@ -47,13 +48,19 @@ def problem(key):
     return model, jr.normal(kx, (8, 5)), jr.normal(ky, (8, 4))
 
 
-def path_of_weights(problem, key, own, moments, *, start="default", before=None):
+def path_of_weights(problem, key, own, name, *, start="default", whitened=False):
     """The adapted weights after each of some steps, one after the other in a matrix."""
+    own = jax.tree.map(jnp.asarray, own)  # traced: every such knob is of one program
+    return np.asarray(_path(problem, key, own, name, start, whitened))
+
+
+@eqx.filter_jit
+def _path(problem, key, own, name, start, whitened):
     model, x, y = problem
     kind = own.kind(lrjax.LoRA(R, init=start))
     params, frozen = lrjax.partition(lrjax.adapt(model, kind, key=key))
-    tx = own.optimizer(moments)
-    tx = tx if before is None else optax.chain(before, tx)
+    tx = own.optimizer(MOMENTS[name][1])
+    tx = optax.chain(lrjax.scale_by_gram(0.1), tx) if whitened else tx
 
     def weights(params):
         merged = lrjax.merge(model, eqx.combine(params, frozen))
@@ -68,10 +75,10 @@ def path_of_weights(problem, key, own, moments, *, start="default", before=None)
         params, state = carry
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         params = optax.apply_updates(params, updates)
-        return (params, state), weights(params)
+        return (params, state), params
 
-    run = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), None, STEPS))
-    return np.asarray(run(params)[1])
+    path = jax.lax.scan(step, (params, tx.init(params)), None, STEPS)[1]
+    return jax.vmap(weights)(path)
 
 
 def rounding(paths, moments, eps):
@@ -84,11 +91,10 @@ def rounding(paths, moments, eps):
 
 
 def compare(getkey, old, name, target, *, start="default", whitened=False):
-    moments, rule = MOMENTS[name]
-    before = lrjax.scale_by_gram(0.1) if whitened else None
+    moments, _ = MOMENTS[name]
     given, key = problem(getkey()), getkey()
     new = lrjax.equivalent_hyperparameters(old, moments, whitened=whitened, **target)
-    run = lambda own: path_of_weights(given, key, own, rule, start=start, before=before)
+    run = lambda own: path_of_weights(given, key, own, name, start=start, whitened=whitened)
     want, got = run(old), run(new)
     assert relative_error(want[-1], want[0]) > 0.02  # it does train
     return relative_error(got, want), rounding(want, moments, old.left.eps)
@@ -136,7 +142,7 @@ def test_without_a_new_eps_adam_is_off_by_a_multiple_of_it(getkey, x64):
             new = new._replace(
                 left=new.left._replace(eps=eps), right=new.right._replace(eps=eps)
             )
-        run = lambda own: path_of_weights(given, key, own, MOMENTS["adam"][1])
+        run = lambda own: path_of_weights(given, key, own, "adam")
         return relative_error(run(new), run(old))
 
     coarse, fine = error(1e-5, False), error(1e-7, False)
@@ -148,9 +154,9 @@ def test_without_a_new_eps_adam_is_off_by_a_multiple_of_it(getkey, x64):
 def test_nothing_but_the_conversion_keeps_the_path(getkey, x64, name):
     """Every number that is converted matters: without it the path is another."""
     given, key = problem(getkey()), getkey()
-    moments, rule = MOMENTS[name]
+    moments, _ = MOMENTS[name]
     new = lrjax.equivalent_hyperparameters(DECAYED, moments, **TARGETS["ratio_and_start"])
-    run = lambda own: path_of_weights(given, key, own, rule)
+    run = lambda own: path_of_weights(given, key, own, name)
     want = run(DECAYED)
     fields = ["rate", "size", "weight_decay", "coupled_weight_decay"]
     for field in [*fields, *(["eps"] if name == "adam" else [])]:
@@ -195,10 +201,13 @@ def test_a_sweep_over_scales_in_one_program_finds_one_run(getkey):
         tx = own.optimizer(MOMENTS["adam"][1])
         bound = lambda p: lrjax.bind(model, eqx.combine(p, frozen))
         loss = lambda p: jnp.mean((jax.vmap(bound(p))(x) - y) ** 2)
-        state = tx.init(params)
-        for _ in range(3):
+
+        def step(carry, _):
+            params, state = carry
             updates, state = tx.update(jax.grad(loss)(params), state, params)
-            params = optax.apply_updates(params, updates)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), None, 3)
         return jax.vmap(bound(params))(x)
 
     outputs = jax.jit(jax.vmap(last))(jnp.array([0.5, 2.0, 8.0]))

@@ -1,5 +1,7 @@
 """Changes with a structure of their own: blocks, entrywise products, gains."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 
 import lrjax
 from lrjax import adapters as room
-from tests.adapters.models import moved
+from tests.adapters.models import adapt, merge, moved
 from tests.helpers import assert_close, relative_error, tol
 from tests.reference import adapters as reference
 
@@ -61,19 +63,27 @@ def parts(x, names):
     return {name: all_[name] for name in names}
 
 
-@eqx.filter_jit
-def of_every_kind(key, x):
-    """The model; at the start, bound, merged, their gradients, and the changes alone."""
-    k_model, k_adapt, k_move = jr.split(key, 3)
-    model = Layers(k_model)
+MODEL = eqx.filter_jit(Layers)(jr.key(0))
 
-    def of(kind, names):
-        start = lrjax.adapt(model, kind, where=list(names), key=k_adapt)
-        params, frozen = lrjax.partition(start)
-        params = moved(params, k_move)
+
+@eqx.filter_jit
+def starts_of_every_kind(key):
+    """Adapters as they start, and the model merged with them."""
+    make = lambda kind, names: lrjax.adapt(MODEL, kind, where=list(names), key=key)
+    starts = {name: make(*setting) for name, setting in KINDS.items()}
+    return starts, {name: lrjax.merge(MODEL, own) for name, own in starts.items()}
+
+
+@eqx.filter_jit
+def of_every_kind(adapters, x):
+    """Outputs bound and merged, their gradients, the changes alone, merged models."""
+
+    def of(name):
+        params, frozen = lrjax.partition(adapters[name])
+        names = KINDS[name][1]
 
         def loss(params, attach):
-            after = attach(model, eqx.combine(params, frozen))
+            after = attach(MODEL, eqx.combine(params, frozen))
             outputs = after(x, names)
             return sum(jnp.sum(jnp.sin(y)) for y in outputs.values()), (outputs, after)
 
@@ -81,38 +91,63 @@ def of_every_kind(key, x):
         gradient, (outputs, bound) = grad(params, lrjax.bind)
         same, (wanted, merged) = grad(params, lrjax.merge)
         changes = {}
-        for name, part in parts(x, names).items():
-            layer, site = getattr(bound, name), getattr(bound, name).site
-            after = site.product(site.of(getattr(merged, name)).matrix(), part)
-            changes[name] = layer.ready.change(site, part), after - site.base(part)
-        return lrjax.merge(model, start), (outputs, wanted), (gradient, same), changes
+        for at, part in parts(x, names).items():
+            layer = getattr(bound, at)
+            changes[at] = layer.ready.change(layer.site, part)
+        return merged, (outputs, wanted), (gradient, same), changes
 
-    return model, {name: of(*setting) for name, setting in KINDS.items()}
+    return {name: of(name) for name in adapters}, MODEL(x, ALL)
 
 
-def test_on_every_layer_bound_is_merged_and_starts_as_the_model(getkey):
-    x = jr.normal(getkey(), (10,))
-    model, found = of_every_kind(getkey(), x)
+@functools.cache
+def every_kind(seed):
+    """Models merged at the start; adapters that have moved, and what these do."""
+    starts, begun = starts_of_every_kind(jr.key(seed))
+    move = lambda params, frozen: eqx.combine(moved(params, jr.key(seed + 1)), frozen)
+    adapters = {name: move(*lrjax.partition(own)) for name, own in starts.items()}
+    x = jnp.asarray(np.random.default_rng(seed).standard_normal(10), jnp.float32)
+    return begun, adapters, *of_every_kind(adapters, x)
+
+
+@pytest.fixture
+def kinds(getkey):
+    """One draw for all tests of a run."""
+    return every_kind(getkey.seed)
+
+
+def test_on_every_layer_bound_is_merged_and_starts_as_the_model(kinds):
+    begun, _, models, plain = kinds
     arrays = lambda tree: eqx.filter(tree, eqx.is_array)
-    plain = model(x, ALL)
-    for name, (start, (bound, merged), gradients, changes) in found.items():
-        assert_close(arrays(start), arrays(model))
-        for layer, (change, want) in changes.items():
-            at = f"{name}, {layer}"
-            assert relative_error(bound[layer], merged[layer]) < tol(x, condition=100), at
-            assert np.any(bound[layer] != plain[layer]), at
-            assert relative_error(change, want) < tol(x, condition=1000), at
+    for name, (_, (bound, merged), gradients, changes) in models.items():
+        assert_close(arrays(begun[name]), arrays(MODEL))
+        for layer, change in changes.items():
+            at, y = f"{name}, {layer}", np.asarray(plain[layer])
+            assert relative_error(bound[layer], merged[layer]) < tol(y, condition=100), at
+            assert np.any(bound[layer] != y), at
+            want = np.asarray(merged[layer]) - y - moved_bias(models[name][0], layer)
+            assert relative_error(change, want) < tol(y, condition=1000), at
             for a, b in zip(*(jax.tree.leaves(g[layer]) for g in gradients), strict=True):
                 assert np.any(a), at
-                assert relative_error(a, b) < tol(x, condition=1000), at
+                assert relative_error(a, b) < tol(y, condition=1000), at
+
+
+def moved_bias(merged, layer):
+    """By how much the bias of a layer is another one after merging."""
+    after, before = (getattr(getattr(m, layer), "bias", 0.0) for m in (merged, MODEL))
+    return np.asarray(after) - np.asarray(before)
 
 
 def f64(x):
     return np.asarray(x, np.float64)
 
 
+@eqx.filter_jit
+def call(layer, adapters, x):
+    return lrjax.bind(layer, adapters)(x)
+
+
 def moved_adapter(layer, kind, getkey, **settings):
-    adapters = lrjax.adapt(layer, kind, key=getkey(), **settings)
+    adapters = adapt(layer, kind, key=getkey(), **settings)
     params, frozen = lrjax.partition(adapters)
     return eqx.combine(moved(params, getkey()), frozen)
 
@@ -169,27 +204,26 @@ def soda(w, a):
         ("SODA", soda),
     ],
 )
-def test_weight_is_that_of_the_paper(name, formula, getkey):
-    layer = eqx.nn.Linear(10, 6, key=getkey())
-    adapters = moved_adapter(layer, KINDS[name][0], getkey)
-    got = lrjax.merge(layer, adapters)
-    want = formula(f64(layer.weight), adapters[""])
+def test_weight_is_that_of_the_paper(name, formula, kinds):
+    _, adapters, found, _ = kinds
+    got, layer = found[name][0].linear, MODEL.linear
+    want = formula(f64(layer.weight), adapters[name]["linear"])
     assert relative_error(got.weight, want) < tol(got.weight)
-    assert eqx.tree_equal(got.bias, layer.bias)
+    np.testing.assert_array_equal(got.bias, layer.bias)
 
 
 @pytest.mark.parametrize("side", ["outputs", "inputs"])
 def test_ia3_scales_a_side_and_outputs_with_their_bias(side, getkey):
     layer = eqx.nn.Linear(10, 6, key=getkey())
     adapters = moved_adapter(layer, room.IA3(side), getkey)
-    pair, own = adapters[""].pair, lrjax.merge(layer, adapters)
+    pair, own = adapters[""].pair, merge(layer, adapters)
     gains = 1 + f64(pair.left if side == "outputs" else pair.right)[:, 0]
     weight, bias = reference.ia3(f64(layer.weight), f64(layer.bias), gains, side)
     assert relative_error(own.weight, weight) < tol(own.weight)
     assert relative_error(own.bias, bias) < tol(own.bias)
     # The same as HiRA of rank one with ones on the other side, but for the bias.
     hira = room.Hadamard(pair, None, jnp.float32(1), None, "both")
-    assert_close(lrjax.merge(layer, room.Adapters({"": hira})).weight, own.weight)
+    assert_close(merge(layer, room.Adapters({"": hira})).weight, own.weight)
 
 
 def test_special_cases_of_lora(getkey):
@@ -203,9 +237,9 @@ def test_special_cases_of_lora(getkey):
         else:
             pair, scale = adapter.factors()
         lora = room.Adapters({"": room.Factors(pair, None, scale, None, "both")})
-        assert_close(lrjax.merge(layer, lora), lrjax.merge(layer, adapters), condition=10)
+        assert_close(merge(layer, lora), merge(layer, adapters), condition=10)
         x = jr.normal(getkey(), (10,))
-        bound = lrjax.bind(layer, lora)(x), lrjax.bind(layer, adapters)(x)
+        bound = call(layer, lora, x), call(layer, adapters, x)
         assert_close(*bound, condition=10)
 
 
@@ -214,9 +248,9 @@ def test_ranks_that_the_papers_promise(x64, getkey):
 
     def rank(kind):
         """How many singular values of the change are above its rounding."""
-        merged = lrjax.merge(layer, moved_adapter(layer, kind, getkey)).weight
+        merged = f64(merge(layer, moved_adapter(layer, kind, getkey)).weight)
         rounding = tol(merged) * np.linalg.norm(merged)
-        return np.linalg.matrix_rank(merged - layer.weight, tol=rounding)
+        return np.linalg.matrix_rank(merged - f64(layer.weight), tol=rounding)
 
     # In float64: one random change in a thousand has a singular value of 1e-4 or less.
     assert rank(room.MiSS(3)) == 3
@@ -307,9 +341,9 @@ def test_oft_keeps_lengths_and_angles_of_rows(getkey):
     layer = eqx.nn.Linear(12, 6, key=getkey())
     for terms, exact in ((None, True), (12, True), (3, False)):
         kind = room.OFT(4, terms=terms)
-        params, frozen = lrjax.partition(lrjax.adapt(layer, kind, key=getkey()))
+        params, frozen = lrjax.partition(adapt(layer, kind, key=getkey()))
         small = jax.tree.map(lambda x: 0.15 * jnp.ones_like(x), params)
-        after = f64(lrjax.merge(layer, eqx.combine(small, frozen)).weight)
+        after = f64(merge(layer, eqx.combine(small, frozen)).weight)
         gram = f64(layer.weight) @ f64(layer.weight).T
         assert (relative_error(after @ after.T, gram) < 1e-5) == exact
         assert relative_error(after, layer.weight) > 0.1
@@ -328,8 +362,8 @@ def test_soda_without_one_of_its_two_parts(getkey):
     """Its rotation alone is that of OFT, its spectrum alone that of SVFit."""
     layer = eqx.nn.Linear(7, 5, key=getkey())
     both = moved_adapter(layer, room.SODA(), getkey)
-    own, start = both[""], lrjax.adapt(layer, room.SODA(), key=getkey())[""]
-    merged = lambda adapter: lrjax.merge(layer, room.Adapters({"": adapter})).weight
+    own, start = both[""], adapt(layer, room.SODA(), key=getkey())[""]
+    merged = lambda adapter: merge(layer, room.Adapters({"": adapter})).weight
 
     turned = eqx.tree_at(lambda a: a.angles, start, own.angles)
     oft = room.Rotation(own.angles[0][None], None, (5, 7), of_outputs=False)
@@ -337,7 +371,7 @@ def test_soda_without_one_of_its_two_parts(getkey):
 
     values = start.spectrum.start * jnp.linspace(0.5, 1.5, 5)
     scaled = eqx.tree_at(lambda a: a.spectrum.core, start, values)
-    svfit = lrjax.adapt(layer, room.SVFit(5), key=getkey())[""]
+    svfit = adapt(layer, room.SVFit(5), key=getkey())[""]
     svfit = eqx.tree_at(lambda a: a.core, svfit, values)
     assert_close(merged(scaled), merged(svfit), condition=100)
 
@@ -350,8 +384,8 @@ def test_soda_without_one_of_its_two_parts(getkey):
 
 def test_soda_of_the_paper_starts_beside_the_model(getkey):
     layer = eqx.nn.Linear(6, 5, key=getkey())
-    adapters = lrjax.adapt(layer, room.SODA(1e-3), key=getkey())
-    change = f64(lrjax.merge(layer, adapters).weight) - f64(layer.weight)
+    adapters = adapt(layer, room.SODA(1e-3), key=getkey())
+    change = f64(merge(layer, adapters).weight) - f64(layer.weight)
     # All five singular values of the change are δ.
     np.testing.assert_allclose(np.linalg.svd(change)[1], 1e-3, rtol=1e-2)
 
@@ -393,7 +427,7 @@ def test_randlora_is_a_sum_over_shared_bases_of_full_rank(getkey):
         "wide": eqx.nn.Linear(9, 6, key=getkey()),
     }
     adapters = moved_adapter(model, room.RandLoRA(4, 2.0), getkey)
-    pool, after = adapters.pools["RandLoRA"], lrjax.merge(model, adapters)
+    pool, after = adapters.pools["RandLoRA"], merge(model, adapters)
     assert (pool.wide.shape, pool.narrow.shape) == ((9, 8), (6, 4))
     for name, layer in model.items():
         own, weight = adapters[name], f64(layer.weight)
@@ -407,7 +441,7 @@ def test_randlora_is_a_sum_over_shared_bases_of_full_rank(getkey):
 
 def test_randlora_starts_as_its_paper_says(getkey):
     layer = eqx.nn.Linear(80, 96, key=getkey())
-    adapters = lrjax.adapt(layer, room.RandLoRA(32), key=getkey())
+    adapters = adapt(layer, room.RandLoRA(32), key=getkey())
     pool, own = adapters.pools["RandLoRA"], adapters[""]
     assert (own.ranks.shape, own.gains.shape) == ((3, 32), (3, 80))
     assert not np.any(own.ranks)
@@ -431,7 +465,7 @@ def test_randlora_with_one_base_is_vera(getkey):
     vera = room.Scaled(*vectors, None, inputs=9, group="one")
     same = room.Adapters({"": vera}, {"one": room.FactorPool(pair, "none")})
     assert own.ranks.shape == (1, 7)
-    assert_close(lrjax.merge(layer, same), lrjax.merge(layer, adapters), condition=100)
+    assert_close(merge(layer, same), merge(layer, adapters), condition=100)
 
 
 def test_tucker_has_a_core_and_a_matrix_for_each_axis(getkey):
@@ -446,16 +480,16 @@ def test_tucker_has_a_core_and_a_matrix_for_each_axis(getkey):
     assert shapes == [(3, 3, 2, 2), (4, 3), (5, 3), (3, 2), (2, 2)]
     core, *factors = map(f64, adapter.parts)
     want = reference.tucker(f64(conv.weight), core, factors, 1.5)
-    assert relative_error(lrjax.merge(conv, adapters).weight, want) < tol(kernel)
+    assert relative_error(merge(conv, adapters).weight, want) < tol(kernel)
     pair, scale = adapter.factors()
     assert pair.rank == 3
     change = float(scale) * f64(pair.materialize())
     assert relative_error(change, (want - f64(conv.weight)).reshape(4, -1)) < 1e-5
     # The same adapter on the kernel as an array with its axes in another order.
     array = room.Adapters({"": adapter}, axes=(("", spec),))
-    same = lrjax.merge(kernel, array)
+    same = merge(kernel, array)
     assert_close(same, jnp.asarray(want, jnp.float32).transpose(2, 3, 1, 0), condition=10)
-    made = lrjax.adapt(kernel, kind, axes=lambda path, x: spec, where="", key=getkey())
+    made = adapt(kernel, kind, axes=lambda path, x: spec, where="", key=getkey())
     assert [part.shape for part in made[""].parts] == [
         (3, 3, 3, 2),
         (4, 3),
@@ -474,17 +508,15 @@ def test_dota_trains_a_tensor_train_of_the_weight(getkey):
         reference.tensor_train([f64(x) for x in train])
         for train in (adapter.parts, adapter.start)
     )
-    assert relative_error(lrjax.merge(layer, adapters).weight, w + new - old) < tol(
-        layer.weight
-    )
+    assert relative_error(merge(layer, adapters).weight, w + new - old) < tol(layer.weight)
     # Of two cores it is the best sum of Kronecker products (Eckart and Young), of a bond
     # without a bound the weight itself.
-    two = lrjax.adapt(layer, room.DoTA(2, cores=2), key=getkey())[""].start
+    two = adapt(layer, room.DoTA(2, cores=2), key=getkey())[""].start
     tiles = w.reshape(2, 4, 3, 4).transpose(0, 2, 1, 3).reshape(6, 16)
     left = np.linalg.svd(tiles, compute_uv=False)[2:]
     off = w - reference.tensor_train([f64(x) for x in two])
     np.testing.assert_allclose(np.linalg.norm(off), np.linalg.norm(left), rtol=1e-4)
-    whole = lrjax.adapt(layer, room.DoTA(99), key=getkey())[""].start
+    whole = adapt(layer, room.DoTA(99), key=getkey())[""].start
     assert relative_error(reference.tensor_train([f64(x) for x in whole]), w) < 1e-5
     with pytest.raises(ValueError, match="at least two cores"):
         room.DoTA(cores=1)
@@ -504,7 +536,7 @@ def test_token_rows_changes_the_chosen_rows_alone(layer, getkey):
     assert rows.shape == (5, 2)
     want = f64(model.weight)
     want[tokens] += f64(rows).T
-    assert relative_error(lrjax.merge(model, adapters).weight, want) < tol(rows)
+    assert relative_error(merge(model, adapters).weight, want) < tol(rows)
 
     def loss(params, x):
         return jnp.sum(lrjax.bind(model, eqx.combine(params, frozen))(x) ** 2)
@@ -610,7 +642,7 @@ def test_flora_of_rank_one_is_ia3_and_its_columns_come_apart(getkey):
     ones = jnp.ones((10, 1))
     own = room.ScaledProducts(lrjax.LowRank(1 + gains, ones), one, None)
     ia3 = room.Hadamard(lrjax.LowRank(gains, ones), None, one, None, "left")
-    weight = lambda adapter: lrjax.merge(layer, room.Adapters({"": adapter})).weight
+    weight = lambda adapter: merge(layer, room.Adapters({"": adapter})).weight
     assert_close(weight(own), weight(ia3))
 
     x, target = jr.normal(getkey(), (10,)), jr.normal(getkey(), (6,))
