@@ -11,30 +11,42 @@ from jax.sharding import PartitionSpec as P
 
 import lrjax
 from lrjax import adapters as room
-from tests.adapters.models import OneAndStack, moved
+from tests.adapters.models import OneAndStack, adapt, merge, moved
 from tests.helpers import assert_close
 
 
 R, HEADS = 2, 8
-MODEL = OneAndStack(jr.key(0), 3)
+MODEL = eqx.filter_jit(OneAndStack)(jr.key(0), 3)
 LAYER = eqx.nn.Linear(5, 6, use_bias=False, key=jr.key(1))
 PATHS = ["one", "stack"]
 
 
+start_here, merge_heads = eqx.filter_jit(room.start_here), eqx.filter_jit(room.merge_heads)
+
+
+@eqx.filter_jit
 def heads_of(model, kind, key, count=HEADS, where=None):
     one = lambda key: lrjax.adapt(model, kind, where=where, key=key)
     return jax.vmap(one)(jr.split(key, count))
 
 
 @eqx.filter_jit
+def fold(rule, *args, key):
+    return rule(*args, key=key)
+
+
 def trained(kind, key):
-    heads = heads_of(MODEL, kind, key, where=PATHS)
-    params, frozen = lrjax.partition(heads)
+    params, frozen = lrjax.partition(heads_of(MODEL, kind, key, where=PATHS))
     return eqx.combine(moved(params, key), frozen)
 
 
 def at(tree, head):
-    return jax.tree.map(lambda x: x[head], tree)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[head]), tree)
+
+
+def wide(tree):
+    """In float64."""
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x), float), tree)
 
 
 KINDS = {
@@ -52,22 +64,20 @@ KINDS = {
 def test_merged_is_the_mean_of_what_each_would_be(name, getkey):
     heads = trained(KINDS[name], getkey())
     if name == "a frozen start":
-        heads = room.start_here(heads)
-        heads = eqx.combine(
-            moved(lrjax.partition(heads)[0], getkey()), lrjax.partition(heads)[1]
-        )
-    got = eqx.filter_jit(room.merge_heads)(MODEL, heads)
+        params, frozen = lrjax.partition(start_here(heads))
+        heads = eqx.combine(moved(params, getkey()), frozen)
+    got = merge_heads(MODEL, heads)
     each = eqx.filter_jit(eqx.filter_vmap(lambda own: lrjax.merge(MODEL, own)))(heads)
-    mean = lambda x: jnp.asarray(np.mean(np.asarray(x, np.float64), axis=0), x.dtype)
+    mean = lambda x: np.mean(np.asarray(x, np.float64), axis=0).astype(x.dtype)
     arrays = lambda model: jax.tree.leaves(eqx.filter(model, eqx.is_array))
     assert_close(arrays(got), list(map(mean, arrays(each))), condition=10)
     if name not in ("copies", "biases"):
-        assert eqx.tree_equal(got.one.bias, MODEL.one.bias)
+        np.testing.assert_array_equal(got.one.bias, MODEL.one.bias)
 
 
 def data(key, chunks=HEADS, each=4):
-    kx, ky = jr.split(key)
-    return jr.normal(kx, (chunks, each, 5)), jr.normal(ky, (chunks, each, 6))
+    rng = np.random.default_rng(np.asarray(jr.key_data(key)))
+    return tuple(jnp.asarray(rng.standard_normal((chunks, each, n)), float) for n in (5, 6))
 
 
 def loss(model, x, y):
@@ -106,8 +116,8 @@ KIND = lrjax.LoRA(R, 4.0)
 
 def start(key, tx=TX, continues=True):
     heads = heads_of(LAYER, KIND, key)
-    heads = room.start_here(heads) if continues else heads
-    return heads, jax.vmap(tx.init)(lrjax.partition(heads)[0])
+    heads = start_here(heads) if continues else heads
+    return heads, jax.jit(jax.vmap(tx.init))(lrjax.partition(heads)[0])
 
 
 def rules(tx, axis_name=None):
@@ -144,30 +154,29 @@ def test_heads_are_a_loop_and_the_same_over_devices(name, getkey):
                 TX, eqx.tree_at(lambda m: m.weight, LAYER, weight), own, state, x, y
             )
         )
+        change = jax.jit(lambda own: own[""].factors()[0].materialize())
         for count in range(1, 7):
             owns = [one(weight, *own, x[h], y[h]) for h, own in enumerate(owns)]
             if count % 3 == 0:
-                change = lambda own: np.asarray(own[""].factors()[0].materialize())
                 mean = np.mean([2.0 * change(own) for own, _ in owns], axis=0)
-                weight = weight + jnp.asarray(mean)
-                owns = [(room.start_here(own), state) for own, state in owns]
+                weight = jnp.asarray(np.asarray(weight) + mean)
+                owns = [(start_here(own), state) for own, state in owns]
         assert_close(weight, want[0], condition=1e3)
 
 
 def wide_lora(heads, scale):
     """All heads side by side: one pair of factors of rank H r."""
-    side = lambda x: jnp.moveaxis(x, 0, -2).reshape(x.shape[1], -1)
+    side = lambda x: jnp.asarray(np.moveaxis(np.asarray(x), 0, -2).reshape(x.shape[1], -1))
     pair = heads[""].pair
     kind = lrjax.LoRA(HEADS * R, scale * HEADS * R)
-    own = lrjax.adapt(LAYER, kind, key=jr.key(0))
-    wide = lrjax.LowRank(side(pair.left), side(pair.right))
-    return eqx.tree_at(lambda a: a.layers[""].pair, own, wide)
+    own = adapt(LAYER, kind, key=jr.key(0))
+    both = lrjax.LowRank(side(pair.left), side(pair.right))
+    return eqx.tree_at(lambda a: a.layers[""].pair, own, both)
 
 
 @pytest.mark.parametrize("tx", [optax.sgd(0.05), optax.adam(1e-2)], ids=["sgd", "adam"])
 def test_the_sum_of_heads_is_one_lora_of_all_their_ranks(tx, getkey, x64):
     """Trained together on the same data, number by number."""
-    wide = lambda tree: jax.tree.map(lambda v: v.astype(float), tree)
     heads, (x, y) = wide(heads_of(LAYER, KIND, getkey())), data(getkey(), 1, 8)
     layer = wide(LAYER)
     one = wide(wide_lora(heads, 2.0))
@@ -193,25 +202,24 @@ def test_the_sum_of_heads_is_one_lora_of_all_their_ranks(tx, getkey, x64):
 
     ends = jax.jit(lambda own: train(own, summed))(heads)
     want = jax.jit(lambda own: train(own, lambda a: lrjax.merge(layer, a).weight))(one)
-    assert_close(summed(ends), lrjax.merge(layer, want).weight, condition=1e4)
+    assert_close(jax.jit(summed)(ends), merge(layer, want).weight, condition=1e4)
     assert_close(wide_lora(ends, 2.0)[""].pair, want[""].pair, condition=1e4)
 
 
 def test_folded_in_every_step_it_is_one_lora_of_all_their_ranks(getkey, x64):
     """By gradient descent, all on the same data: H times the rate makes good the mean."""
-    wide = lambda tree: jax.tree.map(lambda v: v.astype(float), tree)
     x, y = data(getkey(), 1, 8)
-    x, y = (jnp.broadcast_to(v, (HEADS, *v.shape[1:])) for v in (x, y))
+    x, y = (jnp.asarray(np.repeat(v, HEADS, axis=0)) for v in (x, y))
     heads, states = wide(start(getkey(), optax.sgd(0.02)))
     run = jax.jit(explorer(optax.sgd(0.02), room.Continue(heads=True), 1, getkey()))
     got, ends, _ = run(LAYER.weight.astype(float), heads, states, x, y)
 
     one, tx = wide(wide_lora(heads, 2.0 / HEADS)), optax.sgd(0.02 * HEADS)
-    state = tx.init(lrjax.partition(one)[0])
+    state = jax.jit(tx.init)(lrjax.partition(one)[0])
     step = jax.jit(lambda own, s: head_step(tx, wide(LAYER), own, s, x[0], y[0]))
     for _ in range(6):
         one, state = step(one, state)
-    assert_close(got, lrjax.merge(wide(LAYER), one).weight, condition=1e4)
+    assert_close(got, merge(wide(LAYER), one).weight, condition=1e4)
     assert_close(wide_lora(ends, 2.0)[""].pair, one[""].pair, condition=1e4)
 
 
@@ -224,12 +232,13 @@ def test_updates_of_continued_heads_telescope_and_of_new_ones_add_up(getkey, x64
         "restart": room.Restart(kind, heads=True),
     }.items():
         model, heads = big, heads_of(big, kind, getkey(), 2)
-        heads = room.start_here(heads) if name == "continue" else heads
+        heads = start_here(heads) if name == "continue" else heads
         for _ in range(3):
             params, frozen = lrjax.partition(heads)
             heads = eqx.combine(moved(params, getkey()), frozen)
-            model, heads, _ = rule(model, heads, (), key=getkey())
-        values = np.linalg.svd(np.asarray(model.weight - big.weight), compute_uv=False)
+            model, heads, _ = fold(rule, model, heads, (), key=getkey())
+        change = np.asarray(model.weight) - np.asarray(big.weight)
+        values = np.linalg.svd(change, compute_uv=False)
         found[name] = int(np.sum(values > 1e-9 * values[0]))
     # ``moved`` moves A as well: a start with B = 0 and another A is a product of zero.
     assert found == {"continue": 2, "restart": 6}
@@ -237,14 +246,14 @@ def test_updates_of_continued_heads_telescope_and_of_new_ones_add_up(getkey, x64
 
 def test_copies_and_biases_of_heads_become_their_mean(getkey):
     kind = room.WithBias(lrjax.LoRA(R))
-    heads = room.start_here(trained(kind, getkey()))
+    heads = start_here(trained(kind, getkey()))
     for rule in (room.Continue(heads=True), room.Restart(kind, heads=True)):
         old = heads if isinstance(rule, room.Continue) else trained(kind, jr.key(5))
-        model, new, _ = rule(MODEL, old, (), key=getkey())
+        model, new, _ = fold(rule, MODEL, old, (), key=getkey())
         mean = np.mean(np.asarray(old["one"].own), axis=0)
-        for own in new["one"].own:
-            assert_close(own, jnp.asarray(mean))
-        assert_close(model.one.bias, jnp.asarray(mean), condition=10)
+        for own in np.asarray(new["one"].own):
+            assert_close(own, mean)
+        assert_close(model.one.bias, mean, condition=10)
 
 
 def test_refusals(getkey):

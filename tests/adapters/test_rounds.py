@@ -13,6 +13,7 @@ import pytest
 import lrjax
 from lrjax import adapters as room
 from lrjax.merging import geometric_median
+from tests.adapters.models import merge, normal_like
 from tests.helpers import assert_close, relative_error
 
 
@@ -57,13 +58,22 @@ def even_clients(key):
     return jax.vmap(lambda key: lrjax.adapt(LAYER, KIND, key=key))(jr.split(key, CLIENTS))
 
 
+merge_heads = eqx.filter_jit(room.merge_heads)
+
+
+@eqx.filter_jit
+def fold(rule, *args, **settings):
+    return rule(*args, **settings)
+
+
 def data_of(key):
-    kx, ky = jr.split(key)
-    return jr.normal(kx, (CLIENTS, 6, IN)), jr.normal(ky, (CLIENTS, 6, OUT))
+    shapes = ((CLIENTS, 6, n) for n in (IN, OUT))
+    structs = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    return normal_like(structs, key, 1.0)
 
 
 def at(tree, index):
-    return jax.tree.map(lambda x: x[index], tree)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[index]), tree)
 
 
 def factors(own):
@@ -100,7 +110,7 @@ def sends(compiled):
 @pytest.mark.parametrize("name", ["stacked", "averaged", "median", "continued"])
 def test_a_round_over_devices_is_the_round(name, getkey):
     clients, data, key = clients_of(getkey(), RANKS), data_of(getkey()), getkey()
-    clients = room.start_here(clients) if name == "continued" else clients
+    clients = jax.jit(room.start_here)(clients) if name == "continued" else clients
     whole = jax.jit(room.federated_round(train, rules()[name]))
     want = whole(LAYER, clients, data, key=key, weights=COUNTS)
     spread = room.federated_round(train, rules("clients")[name], mesh=MESH)
@@ -108,7 +118,7 @@ def test_a_round_over_devices_is_the_round(name, getkey):
     compiled = lowered.compile()
     got = compiled(LAYER, clients, data, key=key, weights=COUNTS)
     assert_close(got[1:], want[1:], condition=10)
-    change = lambda of: of[0].weight - LAYER.weight
+    change = lambda of: np.asarray(of[0].weight) - np.asarray(LAYER.weight)
     assert_close(change(got) + 1, change(want) + 1, condition=10)
     # No dense change is sent: of H r (m + n) numbers there are fewer than m n. With what
     # continued factors count from there are twice as many, and the sums are sent instead.
@@ -124,15 +134,15 @@ def test_stacking_is_the_loop_and_exact_for_any_ranks(getkey):
     one = jax.jit(lambda own, data, key: train(LAYER, own, data, key))
     keys = jr.split(jr.split(key)[0], CLIENTS)
     owns = [one(at(clients, h), at(data, h), keys[h]) for h in range(CLIENTS)]
-    trained = jax.tree.map(lambda *x: jnp.stack(x), *[own for own, _ in owns])
-    assert_close(reports, jnp.stack([values for _, values in owns]), condition=10)
-    shares = np.asarray(COUNTS / COUNTS.sum(), np.float64)
+    trained = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *[own for own, _ in owns])
+    assert_close(reports, np.stack([values for _, values in owns]), condition=10)
+    shares = np.asarray(COUNTS, np.float64) / np.sum(COUNTS)
     # New small factors are taken off the weights, so that the model is what it was.
-    got = model.weight - LAYER.weight
+    got = np.asarray(model.weight) - np.asarray(LAYER.weight)
     got += np.mean(
         [s * b @ a.T for b, a, s in (factors(at(after, h)) for h in range(8))], 0
     )
-    size = float(jnp.linalg.norm(LAYER.weight))
+    size = np.linalg.norm(LAYER.weight)
     want = mean_product(trained, shares)
     assert np.linalg.norm(got - want) < 1e-6 * size
     assert room.active_ranks(after)[""].tolist() == RANKS.tolist()
@@ -140,28 +150,35 @@ def test_stacking_is_the_loop_and_exact_for_any_ranks(getkey):
     # A server that keeps all factors side by side has the same.
     kept = room.combine([own for own, _ in owns], shares.astype(np.float32), LAYER)
     assert kept[""].pair.rank == CLIENTS * R
-    merged = room.merge_heads(LAYER, trained, weights=COUNTS)
-    assert_close(lrjax.merge(LAYER, kept).weight, merged.weight, condition=10)
+    merged = merge_heads(LAYER, trained, weights=COUNTS)
+    assert_close(merge(LAYER, kept).weight, merged.weight, condition=10)
+
+
+@eqx.filter_jit
+def fresh_clients(key, kind):
+    return jax.vmap(lambda key: lrjax.adapt(LAYER, kind, key=key))(jr.split(key, CLIENTS))
 
 
 def random_clients(key, kind=KIND, shared=False):
     """Clients with random factors, of which one may be the same for all."""
-    clients = jax.vmap(lambda key: lrjax.adapt(LAYER, kind, key=key))(
-        jr.split(key, CLIENTS)
-    )
+    clients = fresh_clients(key, kind)
     if shared:
-        clients = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), clients)
+        clients = at(clients, np.zeros(CLIENTS, int))
     params, frozen = lrjax.partition(clients)
-    noise = lambda x: x + jr.normal(key, x.shape)
-    return eqx.combine(jax.tree.map(noise, params), frozen)
+    add = lambda x, off: jnp.asarray(np.asarray(x) + np.asarray(off))
+    return eqx.combine(jax.tree.map(add, params, normal_like(params, key, 1.0)), frozen)
 
 
 def error_after(rule, clients):
     """Of the first client's model after a fold, relative to the mean change."""
     want = mean_product(clients, np.full(CLIENTS, 1 / CLIENTS))
-    model, after, _ = jax.jit(lambda own: rule(LAYER, own, (), key=jr.key(1)))(clients)
-    got = lrjax.merge(model, at(after, 0)).weight - LAYER.weight
-    return relative_error(got, want)
+
+    @jax.jit
+    def first(clients):
+        model, after, _ = rule(LAYER, clients, (), key=jr.key(1))
+        return lrjax.merge(model, jax.tree.map(lambda x: x[0], after)).weight
+
+    return relative_error(np.asarray(first(clients)) - np.asarray(LAYER.weight), want)
 
 
 def test_averages_of_factors_miss_and_the_weights_take_it(getkey):
@@ -183,43 +200,44 @@ def test_with_one_factor_frozen_and_shared_the_average_is_exact(side, getkey):
 
 
 def test_clients_that_are_all_the_same_stay_as_they_are(getkey):
-    clients = at(random_clients(getkey()), jnp.zeros(CLIENTS, int))
-    model, after, _ = room.Average()(LAYER, clients, (), key=getkey(), weights=COUNTS)
+    clients = at(random_clients(getkey()), np.zeros(CLIENTS, int))
+    rest = (LAYER, clients, ())
+    model, after, _ = fold(room.Average(), *rest, key=getkey(), weights=COUNTS)
     assert_close(model.weight, LAYER.weight, condition=10)
     assert_close(after, clients, condition=10)
 
 
 def test_absent_clients_may_hold_anything(getkey):
     clients = random_clients(getkey())
-    broken = jax.tree.map(lambda x: x.at[4].set(jnp.nan), clients)
-    here = jnp.arange(CLIENTS) != 4
-    for merge in (None, geometric_median):
-        own = {"weights": COUNTS, "mean": merge}
-        got = jax.jit(lambda c, own=own: room.merge_heads(LAYER, c, **own))(broken)
-        few = {"weights": COUNTS[here], "mean": merge}
-        want = jax.jit(lambda c, few=few: room.merge_heads(LAYER, c, **few))(
-            at(clients, here)
-        )
+    here = np.arange(CLIENTS) != 4
+    spoil = lambda x: np.where(here.reshape(-1, *(1,) * (x.ndim - 1)), x, np.nan)
+    broken = jax.tree.map(lambda x: jnp.asarray(spoil(np.asarray(x)), x.dtype), clients)
+    for mean in (None, geometric_median):
+        got = merge_heads(LAYER, broken, weights=COUNTS, mean=mean)
+        few = at(COUNTS, here)
+        want = merge_heads(LAYER, at(clients, here), weights=few, mean=mean)
         assert_close(got, want, condition=1e3)
-    nobody = room.merge_heads(LAYER, broken, weights=jnp.zeros(CLIENTS))
+    nobody = merge_heads(LAYER, broken, weights=jnp.zeros(CLIENTS), mean=None)
     assert_close(nobody, LAYER)
 
 
 def test_less_than_half_cannot_move_a_median(getkey):
-    clients = at(random_clients(getkey()), jnp.zeros(CLIENTS, int))
-    honest = lrjax.merge(LAYER, at(clients, 0)).weight - LAYER.weight
-    bad = jnp.arange(CLIENTS) < 3
-    wild = lambda x: jnp.where(bad.reshape(-1, *(1,) * (x.ndim - 1)), -30 * x, x)
-    clients = jax.tree.map(wild, clients)
-    error = lambda model: relative_error(model.weight - LAYER.weight, honest)
+    clients = at(random_clients(getkey()), np.zeros(CLIENTS, int))
+    change = lambda model: np.asarray(model.weight) - np.asarray(LAYER.weight)
+    honest = change(merge(LAYER, at(clients, 0)))
+    bad = np.arange(CLIENTS) < 3
+    wild = lambda x: np.where(bad.reshape(-1, *(1,) * (x.ndim - 1)), -30 * x, x)
+    clients = jax.tree.map(lambda x: jnp.asarray(wild(np.asarray(x))), clients)
+    error = lambda model: relative_error(change(model), honest)
     median = room.Restart(KIND, heads=True, mean=geometric_median)
-    assert error(room.merge_heads(LAYER, clients, mean=median.mean)) < 0.05
-    assert error(room.merge_heads(LAYER, clients)) > 1
+    assert error(merge_heads(LAYER, clients, mean=median.mean)) < 0.05
+    assert error(merge_heads(LAYER, clients, mean=None)) > 1
     # A weight is as many clients as it says.
-    x = list(jr.normal(getkey(), (5, 3)))
-    twice = geometric_median([x[0], *x])
-    assert_close(geometric_median(x, [2.0, 1.0, 1.0, 1.0, 1.0]), twice, rtol=1e-2)
-    assert relative_error(geometric_median(x), twice) > 0.02
+    x = list(normal_like(jax.ShapeDtypeStruct((5, 3), jnp.float32), getkey(), 1.0))
+    median = jax.jit(geometric_median)
+    twice = median([x[0], *x])
+    assert_close(median(x, [2.0, 1.0, 1.0, 1.0, 1.0]), twice, rtol=1e-2)
+    assert relative_error(median(x), twice) > 0.02
 
 
 def private_update(params, frozen, x, y, clip, noise, key):
@@ -241,20 +259,21 @@ def test_private_gradients_of_adapters(getkey):
     step = jax.jit(lambda x, y, *rest: private_update(params, frozen, x, y, *rest))
     key = getkey()
     plain, grads = step(x, y, 1e9, 0.0, key)
-    assert_close(plain, jax.tree.map(lambda g: -jnp.mean(g, 0), grads), condition=10)
+    assert_close(plain, jax.tree.map(lambda g: -np.mean(g, 0), grads), condition=10)
     # What one example can change is bounded, whatever it is; the noise is that of the key.
     clip = 0.3
     first, _ = step(x, y, clip, 0.7, key)
-    other, _ = step(x.at[0].set(1e3), y, clip, 0.7, key)
-    moved = optax.tree.norm(jax.tree.map(jnp.subtract, first, other))
-    assert 1e-4 < float(moved) <= 2 * clip / len(x) * (1 + 1e-4)
+    spoilt = np.array(x)
+    spoilt[0] = 1e3
+    other, _ = step(spoilt, y, clip, 0.7, key)
+    flat = lambda tree: np.concatenate([np.ravel(n) for n in jax.tree.leaves(tree)])
+    moved = np.linalg.norm(flat(first) - flat(other))
+    assert 1e-4 < moved <= 2 * clip / len(x) * (1 + 1e-4)
     clean, _ = step(x, y, clip, 0.0, key)
-    noise = jnp.concatenate(
-        [n.ravel() for n in jax.tree.leaves(jax.tree.map(jnp.subtract, first, clean))]
-    )
+    noise = flat(first) - flat(clean)
     deviation = 0.7 * clip / len(x)
     # Of N numbers the root mean square is off by 1/√(2N): five of these.
-    assert abs(float(jnp.std(noise)) / deviation - 1) < 5 / np.sqrt(2 * noise.size)
+    assert abs(noise.std() / deviation - 1) < 5 / np.sqrt(2 * noise.size)
 
 
 def test_clients_and_rounds_have_noise_of_their_own(getkey):
@@ -296,13 +315,12 @@ def test_refusals(getkey):
         room.merge_heads(LAYER, clients, weights=-COUNTS)
     with pytest.raises(ValueError, match="those of heads, and has none"):
         room.Restart(KIND)(LAYER, at(clients, 0), (), key=key, weights=COUNTS)
-    adapt = lambda kind: jax.vmap(lambda k: lrjax.adapt(LAYER, kind, key=k))(
-        jr.split(key, 2)
-    )
+    shapes = lambda rule, own: eqx.filter_eval_shape(rule, LAYER, own, (), key=key)
+    adapt = lambda kind: eqx.filter_eval_shape(fresh_clients, key, kind)
     with pytest.raises(ValueError, match="Magnitude, whose change is no product"):
-        room.Average()(LAYER, adapt(lrjax.DoRA(2)), (), key=key)
+        shapes(room.Average(), adapt(lrjax.DoRA(2)))
     with pytest.raises(ValueError, match="copies or biases"):
-        rules()["median"](LAYER, adapt(room.WithBias(KIND)), (), key=key)
-    thinner = lambda model, own, data, key: (at(own, None), ())
+        shapes(rules()["median"], adapt(room.WithBias(KIND)))
+    thinner = lambda model, own, data, key: (jax.tree.map(lambda x: x[None], own), ())
     with pytest.raises(ValueError, match="came back as"):
         room.federated_round(thinner, rules()["stacked"])(LAYER, clients, data, key=key)
