@@ -198,13 +198,13 @@ def _joined(lassos: Lassos, state: State, whole: Array) -> tuple[State, Array]:
     taken = jnp.where(state.signs != 0, -jnp.inf, 0)
     excess = excess.at[each[:, None], state.atoms].add(taken)
     worst = jnp.max(excess, axis=1)
-    atoms, signs, gram, full = state.atoms, state.signs, state.gram, state.full
-    for place in range(min(AT_ONCE, width)):
+
+    def join(place, carry):
+        atoms, signs, gram, full, excess = carry
         atom = jnp.argmax(excess, axis=1).astype(jnp.int32)
         size = excess[each, atom]
         wanted = whole & (size > lassos.tol) & (size >= worst / 2)
-        if place:
-            wanted &= ~state.one
+        wanted &= ~(state.one & (place > 0))
         slot = jnp.argmax(signs == 0, axis=1)
         free = signs[each, slot] == 0
         full |= wanted & ~free
@@ -215,6 +215,10 @@ def _joined(lassos: Lassos, state: State, whole: Array) -> tuple[State, Array]:
         products = lassos.products[atoms[each, slot][:, None], atoms]
         gram = gram.at[each, slot, :].set(products).at[each, :, slot].set(products)
         excess = excess.at[each, atom].add(jnp.where(joins, -jnp.inf, 0))
+        return atoms, signs, gram, full, excess
+
+    carry = (state.atoms, state.signs, state.gram, state.full, excess)
+    atoms, signs, gram, full, _ = lax.fori_loop(0, min(AT_ONCE, width), join, carry)
     state = state._replace(atoms=atoms, signs=signs, gram=gram, full=full)
     return state, jnp.maximum(worst, 0)
 
