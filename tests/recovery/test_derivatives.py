@@ -1,5 +1,7 @@
 """Fits that have no derivative refuse both modes by name, also under jit and vmap."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,7 @@ def transform(fit, y):
 @pytest.fixture(scope="module", autouse=True)
 def _fitted():
     y = matrix(jr.key(0))
-    FITTED.update(robust_pca=robust_pca(y), completion=completion(y))
+    FITTED.update(robust_pca=jax.jit(robust_pca)(y), completion=jax.jit(completion)(y))
 
 
 def total(tree):
@@ -138,34 +140,52 @@ def test_the_solution_of_robust_pca_has_no_derivative(x64):
     assert relative_error(moved(-inside), -tangent) < 1e-4
 
 
-@pytest.mark.slow
+@jax.jit
+def completion_with_noise(key):
+    """A problem of which half the entries are seen, and a fit of it."""
+    q = lrjax.matrix_completion(
+        key, (M, N), RANK, observed=0.6, noise=0.1, dtype=jnp.float64
+    )
+    at = q.operator
+    return q, lrjax.fit_completion(at.rows, at.cols, q.targets, (M, N), rank=RANK).low_rank
+
+
+def pursuit(y, start, at):
+    return recovery.principal_component_pursuit(y, max_steps=6, tol=None).low_rank
+
+
+def steps(y, start, at):
+    problem = lrjax.matrix_completion.from_data(at.rows, at.cols, y, (M, N))
+    return lrjax.solve(problem, lrjax.scaled_gd(0.5), start, steps=4).x
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_slopes(run, y, along, weight, start, at):
+    value = jax.jit(lambda y: jnp.vdot(weight, run(y, start, at).materialize()))
+    reverse = jnp.vdot(jax.grad(value)(y), along)
+    return value(y), reverse, jax.jvp(value, (y,), (along,))[1]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_what_is_offered_in_their_place_has_derivatives(x64, seed):
     """Both modes are those of central differences."""
     key_data, key_along, key_weight = jr.split(jr.key(seed), 3)
-    p = lrjax.robust_pca(key_data, (M, N), RANK, 0.03, dtype=jnp.float64)
-    q = lrjax.matrix_completion(
-        key_data, (M, N), RANK, observed=0.6, noise=0.1, dtype=jnp.float64
-    )
-    at = q.operator
-    fit = lrjax.fit_completion(at.rows, at.cols, q.targets, (M, N), rank=RANK)
-    weight = jr.normal(key_weight, (M, N), jnp.float64)
-
-    def pursuit(y):
-        return recovery.principal_component_pursuit(y, max_steps=6, tol=None).low_rank
-
-    def steps(y):
-        problem = lrjax.matrix_completion.from_data(at.rows, at.cols, y, (M, N))
-        return lrjax.solve(problem, lrjax.scaled_gd(0.5), fit.low_rank, steps=4).x
-
+    p = robust_problem(key_data)
+    q, start = completion_with_noise(key_data)
+    weight = normal(key_weight, (M, N))
     for run, y in ((pursuit, p.targets), (steps, q.targets)):
-        value = lambda y, run=run: jnp.vdot(weight, run(y).materialize())
-        along, h = jr.normal(key_along, y.shape, jnp.float64), 1e-5
+        along, h = normal(key_along, y.shape), 1e-5
+        at = lambda y, along=along, run=run: value_and_slopes(
+            run, y, along, weight, start, q.operator
+        )
+        want = (at(y + h * along)[0] - at(y - h * along)[0]) / (2 * h)
+        np.testing.assert_allclose(at(y)[1:], [want, want], rtol=1e-5)
 
-        @jax.jit
-        def slopes(y, along, value=value):
-            reverse = jnp.vdot(jax.grad(value)(y), along)
-            return reverse, jax.jvp(value, (y,), (along,))[1]
 
-        want = (jax.jit(value)(y + h * along) - jax.jit(value)(y - h * along)) / (2 * h)
-        np.testing.assert_allclose(slopes(y, along), [want, want], rtol=1e-5)
+@jax.jit
+def robust_problem(key):
+    return lrjax.robust_pca(key, (M, N), RANK, 0.03, dtype=jnp.float64)
+
+
+def normal(key, shape):
+    return jr.normal(key, shape, jnp.float64)

@@ -13,8 +13,13 @@ from ..helpers import all_finite, assert_close
 
 M, N, RANK, WIDTH = 64, 64, 3, 6
 STATIC = ("shape", "rank", "robust", "effects", "units", "pattern", "max_steps", "reduce")
-fit = jax.jit(lrjax.fit_completion, static_argnames=STATIC)
+jitted = jax.jit(lrjax.fit_completion, static_argnames=STATIC)
 transform = jax.jit(lrjax.recovery.CompletionFit.transform, static_argnums=4)
+
+
+def fit(*entries, limits=(-np.inf, np.inf), **options):
+    """One program, with limits or without."""
+    return jitted(*entries, limits=limits, **options)
 
 
 @jax.jit
@@ -438,10 +443,10 @@ def test_bad_arguments_are_refused():
 def test_indices_may_be_constants_of_a_jitted_function():
     at, p = problem().operator, problem()
     run = lambda y, **shape: lrjax.fit_completion(
-        at.rows, at.cols, y, (M, shape.get("n", N)), rank=WIDTH, max_steps=2
+        at.rows, at.cols, y, (M, shape.get("n", N)), rank=WIDTH
     )
     got = jax.jit(run)(p.targets).low_rank.materialize()
-    want = complete(p, max_steps=2).low_rank.materialize()
+    want = complete(p).low_rank.materialize()
     assert_close(got, want, rtol=1e-4)
     with pytest.raises(ValueError, match=r"cols in \[0, 5\)"):
         jax.jit(lambda y: run(y, n=5))(p.targets)

@@ -40,9 +40,14 @@ def test_every_form_of_a_matrix_has_the_same_entries(form):
     assert got.shape == X.shape
 
 
+@pytest.fixture(scope="module")
+def want():
+    """One step of the fit, from arrays."""
+    return lrjax.fit_robust_pca(jnp.asarray(X), mask=jnp.asarray(~GAP), max_steps=1)
+
+
 @forms
-def test_every_form_of_a_matrix_gives_the_same_fit(form):
-    want = lrjax.fit_robust_pca(jnp.asarray(X), mask=jnp.asarray(~GAP), max_steps=1)
+def test_every_form_of_a_matrix_gives_the_same_fit(form, want):
     got = lrjax.fit_robust_pca(form, max_steps=1)
     np.testing.assert_array_equal(got.sparse, want.sparse)
 
@@ -57,12 +62,11 @@ def test_of_a_sparse_matrix_what_is_stored_is_observed(kind):
     assert got.shape == (2, 2)
 
 
-def test_robust_pca_asks_what_the_gaps_of_a_sparse_matrix_mean():
+def test_robust_pca_asks_what_the_gaps_of_a_sparse_matrix_mean(want):
     matrix = scipy.sparse.csr_array(X)
     with pytest.raises(ValueError, match=r"zeros or missing.*toarray\(\).*mask="):
         lrjax.fit_robust_pca(matrix)
     got = lrjax.fit_robust_pca(matrix, mask=scipy.sparse.csr_array(~GAP), max_steps=1)
-    want = lrjax.fit_robust_pca(X, mask=~GAP, max_steps=1)
     np.testing.assert_array_equal(got.sparse, want.sparse)
 
 
@@ -74,10 +78,11 @@ def test_a_traced_matrix_keeps_its_entries():
 
 def test_a_completion_fit_takes_a_table():
     entries = recovery.matrix_entries(table(HOLED))
-    fit = lrjax.fit_completion(*entries, rank=1, max_steps=1)
+    options = {"rank": 1, "max_steps": 1, "effects": None, "pattern": False}
+    fit = lrjax.fit_completion(*entries, **options)
     assert fit.low_rank.shape == X.shape
     series = pandas.Series(np.asarray(entries.values))
-    same = lrjax.fit_completion(*entries[:2], series, entries.shape, rank=1, max_steps=1)
+    same = lrjax.fit_completion(*entries[:2], series, entries.shape, **options)
     np.testing.assert_array_equal(same.low_rank.left, fit.low_rank.left)
 
 

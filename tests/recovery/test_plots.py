@@ -36,12 +36,12 @@ def drawn():
 
 @pytest.fixture(scope="module")
 def separated(drawn):
-    return lrjax.fit_robust_pca(drawn[1])
+    return jax.jit(lrjax.fit_robust_pca)(drawn[1])
 
 
 @pytest.fixture(scope="module")
 def completed(drawn):
-    return lrjax.fit_completion(drawn[3])
+    return jax.jit(lrjax.fit_completion)(drawn[3])
 
 
 def legend(axes):

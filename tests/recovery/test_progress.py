@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -29,7 +30,10 @@ def tensor(key):
 
 FITS = {
     "fit_robust_pca": (lrjax.fit_robust_pca, matrix),
-    "fit_completion": (lrjax.fit_completion, table),
+    "fit_completion": (
+        functools.partial(lrjax.fit_completion, rank=4, effects=None, pattern=False),
+        table,
+    ),
     "fit_robust_tensor": (lrjax.recovery.fit_robust_tensor, tensor),
     "fit_tensor_completion": (lrjax.recovery.fit_tensor_completion, tensor),
 }

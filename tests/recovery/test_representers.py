@@ -59,19 +59,21 @@ def test_away_from_a_minimum_the_rest_tells(completed):
 def fit():
     x = random_low_rank(jr.key(1), 40, 12, 2).materialize()
     i, j = jnp.nonzero(jr.uniform(jr.key(2), x.shape) < 0.6)
-    fit = lrjax.fit_completion(i, j, x[i, j], x.shape, rank=4)
-    return fit, x
+    complete = lambda i, j, y: lrjax.fit_completion(i, j, y, x.shape, rank=4)
+    return jax.jit(complete)(i, j, x[i, j]), x
 
 
 def test_a_row_is_linear_in_its_entries(fit):
     """Contributions against differences of completions, and their sum."""
     fit, x = fit
-    cols = jnp.array([0, 3, 5, 7, 9])
+    cols = np.array([0, 3, 5, 7, 9])
     values = x[0, cols]
-    found = recovery.row_contributions(fit, cols, values, 11)
-    whole = lambda values: (
-        fit.transform(jnp.zeros(5, int), cols, values, 1) @ fit.low_rank.right[11]
-    )[0]
+    found = jax.jit(lambda y: recovery.row_contributions(fit, cols, y, 11))(values)
+    whole = jax.jit(
+        lambda values: (
+            fit.transform(np.zeros(5, int), cols, values, 1) @ fit.low_rank.right[11]
+        )[0]
+    )
     assert_close(found.value, whole(values), condition=1e4)
     total = jnp.sum(found.contributions) + found.rest
     assert_close(total, found.value, condition=1e4)
@@ -81,6 +83,7 @@ def test_a_row_is_linear_in_its_entries(fit):
 
 def test_a_robust_fit_is_refused():
     i, j = jnp.divmod(jnp.arange(60), 6)
-    fit = lrjax.fit_completion(i, j, (i + 1.0) * (j + 1.0), (10, 6), robust=True)
+    y, options = (i + 1.0) * (j + 1.0), {"effects": None, "pattern": False}
+    fit = lrjax.fit_completion(i, j, y, (10, 6), robust=True, max_steps=1, **options)
     with pytest.raises(ValueError, match="fit with robust=False"):
         recovery.row_contributions(fit, jnp.array([0]), jnp.array([1.0]), 2)
