@@ -17,35 +17,52 @@ def dense(x):
     return np.einsum("...mr,...nr->...mn", np.asarray(x.left), np.asarray(x.right))
 
 
+jitted = {
+    name: jax.jit(getattr(lrjax, name))
+    for name in ("add", "inner", "norm", "svd", "balance")
+}
+truncate = jax.jit(lrjax.truncate, static_argnums=1)
+materialize = jax.jit(lambda x: x.materialize())
+
+
+@jax.jit
+def parts(x, v, w):
+    """The value of a node, that of its transpose, and its products with vectors."""
+    return x.materialize(), x.T.materialize(), x.matvec(v), x.rmatvec(w)
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 def test_node_is_its_dense_value(getkey, batch):
     x = random_low_rank(getkey(), 7, 5, 2, batch=batch)
     assert x.shape == (*batch, 7, 5)
     assert x.rank == 2
-    assert_close(x.materialize(), dense(x))
-    assert_close(x.T.materialize(), dense(x).swapaxes(-1, -2))
-    v, w = jr.normal(getkey(), (*batch, 5)), jr.normal(getkey(), (*batch, 7))
-    assert_close(x.matvec(v), np.einsum("...mn,...n->...m", dense(x), v), condition=10)
-    assert_close(x.rmatvec(w), np.einsum("...mn,...m->...n", dense(x), w), condition=10)
+    rng = np.random.default_rng(getkey.seed)
+    v, w = (rng.standard_normal((*batch, k)).astype(np.float32) for k in (5, 7))
+    value, transposed, right, left = parts(x, v, w)
+    assert_close(value, dense(x))
+    assert_close(transposed, dense(x).swapaxes(-1, -2))
+    assert_close(right, np.einsum("...mn,...n->...m", dense(x), v), condition=10)
+    assert_close(left, np.einsum("...mn,...m->...n", dense(x), w), condition=10)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_algebra_is_that_of_the_dense_values(getkey, batch):
     x = random_low_rank(getkey(), 9, 6, 2, batch=batch)
     y = random_low_rank(getkey(), 9, 6, 3, batch=batch)
-    assert_close(lrjax.add(x, y).materialize(), dense(x) + dense(y))
-    assert lrjax.add(x, y).rank == 5
-    assert_close(lrjax.inner(x, y), (dense(x) * dense(y)).sum((-2, -1)), condition=100)
-    assert_close(lrjax.norm(x), np.linalg.norm(dense(x), axis=(-2, -1)))
-    s = lrjax.svd(y)
-    assert_close(s.materialize(), dense(y))
+    both = jitted["add"](x, y)
+    assert_close(materialize(both), dense(x) + dense(y))
+    assert both.rank == 5
+    assert_close(jitted["inner"](x, y), (dense(x) * dense(y)).sum((-2, -1)), condition=100)
+    assert_close(jitted["norm"](x), np.linalg.norm(dense(x), axis=(-2, -1)))
+    s = jitted["svd"](y)
+    assert_close(materialize(s), dense(y))
     singular = np.linalg.svd(dense(y), compute_uv=False)[..., :3]
-    assert_close(jnp.diagonal(s.core, axis1=-2, axis2=-1), singular)
+    assert_close(np.diagonal(s.core, axis1=-2, axis2=-1), singular)
     u, _, vt = np.linalg.svd(dense(y))
     best = (u[..., :2] * singular[..., None, :2]) @ vt[..., :2, :]
-    assert_close(lrjax.truncate(y, 2).materialize(), best, condition=100)
-    b = lrjax.balance(y)
-    assert_close(b.materialize(), dense(y))
+    assert_close(materialize(truncate(y, 2)), best, condition=100)
+    b = jitted["balance"](y)
+    assert_close(materialize(b), dense(y))
     gram = np.swapaxes(b.left, -1, -2) @ np.asarray(b.left)
     assert_close(gram, np.swapaxes(b.right, -1, -2) @ np.asarray(b.right), condition=10)
     assert_close(np.diagonal(gram, axis1=-2, axis2=-1), singular)
@@ -55,8 +72,8 @@ def test_algebra_is_that_of_the_dense_values(getkey, batch):
 def test_truncation_of_the_transpose_is_the_transpose(batch, getkey, x64):
     """Factor by factor: the common signs of singular vectors favour neither side."""
     x = random_low_rank(getkey(), 9, 6, 3, batch=batch, dtype=jnp.float64)
-    want = lrjax.truncate(x, 2)
-    got = lrjax.truncate(x.T, 2)
+    want = truncate(x, 2)
+    got = truncate(x.T, 2)
     assert_close(got.left, want.right, condition=1e3)
     assert_close(got.right, want.left, condition=1e3)
 
@@ -72,19 +89,19 @@ def test_norm_keeps_its_digits_under_cancellation(getkey, x64):
 
 def test_degenerate_values_stay_finite():
     zero = lrjax.LowRank(jnp.zeros((4, 2)), jnp.zeros((3, 2)))
-    for y in (lrjax.balance(zero), lrjax.truncate(zero, 1), lrjax.svd(zero)):
+    for y in (jitted["balance"](zero), truncate(zero, 1), jitted["svd"](zero)):
         assert all_finite(y)
-    assert lrjax.norm(zero) == 0
+    assert jitted["norm"](zero) == 0
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_dtype_is_kept(getkey, dtype):
     x = random_low_rank(getkey(), 9, 6, 2, dtype=dtype)
-    for y in (x.materialize(), lrjax.norm(x), lrjax.inner(x, x), lrjax.balance(x).left):
+    value, even = materialize(x), jitted["balance"](x)
+    for y in (value, jitted["norm"](x), jitted["inner"](x, x), even.left):
         assert y.dtype == dtype
-    assert relative_error(lrjax.balance(x).materialize(), x.materialize()) < 5 * float(
-        jnp.finfo(dtype).eps
-    )
+    eps = float(jnp.finfo(dtype).eps)
+    assert relative_error(materialize(even), value) < 5 * eps
 
 
 def test_rank_of_an_svd_form_changes_under_jit_and_vmap(getkey):
@@ -98,10 +115,10 @@ def test_rank_of_an_svd_form_changes_under_jit_and_vmap(getkey):
         return lrjax.SVDForm(full.left, full.core, full.right, rank=rank).materialize()
 
     for rank in range(1, 5):
-        assert_close(cut(rank), lrjax.truncate(full, rank).materialize(), condition=100)
+        assert_close(cut(rank), materialize(truncate(full, rank)), condition=100)
     assert traces == 1
-    assert_close(jax.vmap(cut)(jnp.arange(1, 5)), jnp.stack([cut(i) for i in range(1, 5)]))
-    stacked = lrjax.svd(random_low_rank(getkey(), 8, 6, 4, batch=(3,)))
+    assert_close(jax.vmap(cut)(jnp.arange(1, 5)), np.stack([cut(i) for i in range(1, 5)]))
+    stacked = jitted["svd"](random_low_rank(getkey(), 8, 6, 4, batch=(3,)))
     ranks = jnp.array([1, 2, 4])
     masked = lrjax.SVDForm(stacked.left, stacked.core, stacked.right, rank=ranks)
     assert np.linalg.matrix_rank(masked.materialize(), tol=1e-4).tolist() == [1, 2, 4]
@@ -109,13 +126,11 @@ def test_rank_of_an_svd_form_changes_under_jit_and_vmap(getkey):
 
 def test_svd_form_is_its_dense_value(getkey):
     x = random_low_rank(getkey(), 8, 6, 3)
-    s = lrjax.svd(x)
+    s = jitted["svd"](x)
     assert s.rank == 3
     assert s.shape == (8, 6)
     v, w = jr.normal(getkey(), (6,)), jr.normal(getkey(), (8,))
-    assert_close(s.matvec(v), x.matvec(v), condition=10)
-    assert_close(s.rmatvec(w), x.rmatvec(w), condition=10)
-    assert_close(s.T.materialize(), x.T.materialize())
+    assert_close(parts(s, v, w), parts(x, v, w), condition=10)
 
 
 def test_copies_may_hold_anything(getkey):
@@ -172,20 +187,28 @@ def test_refuses_wrong_arguments(getkey):
 def test_products_with_arrays_and_nodes_are_those_of_the_value(getkey, batch):
     x = random_low_rank(getkey(), 4, 5, 2, batch=batch)
     dense = np.asarray(x.materialize(), np.float64)
-    right, left = jr.normal(getkey(), (5, 3)), jr.normal(getkey(), (3, 4))
-    close = lambda got, want: assert_close(got, jnp.asarray(want, jnp.float32), rtol=1e-5)
-    close(x @ right[:, 0], dense @ np.asarray(right[:, 0]))
-    close(left[0] @ x, np.asarray(left[0]) @ dense)
+    right, left = (np.asarray(jr.normal(getkey(), shape)) for shape in ((5, 3), (3, 4)))
+    close = lambda got, want: assert_close(got, want.astype(np.float32), rtol=1e-5)
+    times = jax.jit(lambda x, y: x @ y)
+    close(times(x, right[:, 0]), dense @ right[:, 0])
+    close(times(left[0], x), left[0] @ dense)
     if batch:
-        right, left = jnp.stack([right] * 3), jnp.stack([left] * 3)
-    close(x @ right, dense @ np.asarray(right))
-    close(left @ x, np.asarray(left) @ dense)
-    close(np.asarray(left) @ x, np.asarray(left) @ dense)
+        right, left = np.stack([right] * 3), np.stack([left] * 3)
+    close(times(x, right), dense @ right)
+    close(times(left, x), left @ dense)
+    close(left @ x, left @ dense)  # numpy asks the node
     for y in (random_low_rank(getkey(), 5, 6, r, batch=batch) for r in (1, 3)):
-        product = x @ y
+        product, forms = products(x, y)
         assert product.rank == min(x.rank, y.rank)
-        close(product.materialize(), dense @ np.asarray(y.materialize(), np.float64))
-        close((lrjax.svd(x) @ lrjax.svd(y)).materialize(), product.materialize())
+        value = np.asarray(materialize(product))
+        close(value, dense @ np.asarray(materialize(y), np.float64))
+        close(forms, value)
+
+
+@jax.jit
+def products(x, y):
+    """Of two nodes, and the value of that of their SVD forms."""
+    return x @ y, (lrjax.svd(x) @ lrjax.svd(y)).materialize()
 
 
 ARITHMETIC = [
@@ -227,22 +250,22 @@ def test_matvec_of_what_is_no_vector_says_so(shape):
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (2, 5, 5)])
 def test_the_algebra_takes_dense_matrices_and_svd_forms(getkey, x64, shape):
     dense = jr.normal(getkey(), shape, jnp.float64)
-    form = lrjax.svd(dense)
+    form = jitted["svd"](dense)
     values = np.linalg.svd(np.asarray(dense), compute_uv=False)
-    got = jnp.diagonal(form.core, axis1=-2, axis2=-1)
+    got = np.diagonal(form.core, axis1=-2, axis2=-1)
     np.testing.assert_allclose(got, values, atol=1e-12)
-    assert_close(form.materialize(), dense, rtol=1e-13)
+    assert_close(materialize(form), dense, rtol=1e-13)
     for x in (dense, form):
         np.testing.assert_allclose(
-            lrjax.norm(x), np.linalg.norm(np.asarray(dense), axis=(-2, -1)), rtol=1e-13
+            jitted["norm"](x), np.linalg.norm(np.asarray(dense), axis=(-2, -1)), rtol=1e-13
         )
-        assert_close(lrjax.inner(x, x), lrjax.norm(x) ** 2, rtol=1e-13)
-        assert_close(lrjax.balance(x).materialize(), dense, rtol=1e-12)
-        cut = lrjax.truncate(x, 2).materialize()
+        assert_close(jitted["inner"](x, x), np.square(jitted["norm"](x)), rtol=1e-13)
+        assert_close(materialize(jitted["balance"](x)), dense, rtol=1e-12)
+        cut = materialize(truncate(x, 2))
         rest = np.sqrt((values[..., 2:] ** 2).sum(-1))
-        np.testing.assert_allclose(lrjax.norm(cut - dense), rest, rtol=1e-12)
-    assert_close(lrjax.svd(form).materialize(), dense, rtol=1e-12)
-    assert_close(lrjax.add(form, form).materialize(), 2 * dense, rtol=1e-12)
+        np.testing.assert_allclose(jitted["norm"](cut - dense), rest, rtol=1e-12)
+    assert_close(materialize(jitted["svd"](form)), dense, rtol=1e-12)
+    assert_close(materialize(jitted["add"](form, form)), 2 * dense, rtol=1e-12)
 
 
 @pytest.mark.parametrize("x", [3.0, jnp.ones((4, 3), int), jnp.ones(4), "matrix"])
@@ -263,15 +286,19 @@ def test_serialises(getkey, tmp_path):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_a_projected_step_is_the_projection_of_the_gradient(getkey, x64, batch):
     x = random_low_rank(getkey(), 8, 6, 2, batch=batch, dtype=jnp.float64)
-    g = jr.normal(getkey(), (*batch, 8, 6), jnp.float64)
-    factors = lrjax.LowRank(g @ x.right, g.mT @ x.left)
-    step = lrjax.lowrank.project_to_tangent(x, factors)
-    p, q = (a @ jnp.linalg.pinv(a) for a in (x.left, x.right))
-    got = step.left @ x.right.mT + x.left @ step.right.mT
+    left, right = np.asarray(x.left), np.asarray(x.right)
+    g = np.random.default_rng(getkey.seed).standard_normal((*batch, 8, 6))
+    project = jax.jit(
+        lambda g: lrjax.lowrank.project_to_tangent(
+            x, lrjax.LowRank(g @ x.right, g.mT @ x.left)
+        )
+    )
+    step = project(g)
+    p, q = (a @ np.linalg.pinv(a) for a in (left, right))
+    got = step.left @ np.swapaxes(right, -1, -2) + left @ np.swapaxes(step.right, -1, -2)
     assert_close(got, p @ g + g @ q - p @ g @ q, condition=1e3)
     # Projecting the projection changes nothing.
-    again = lrjax.LowRank(got @ x.right, got.mT @ x.left)
-    assert_close(lrjax.lowrank.project_to_tangent(x, again), step, condition=1e4)
+    assert_close(project(got), step, condition=1e4)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -328,11 +355,17 @@ def test_initializations_have_the_size_and_the_dtype_that_they_say(getkey, x64):
 
 def test_norm_and_singular_values_can_be_differentiated(getkey, x64):
     x = random_low_rank(getkey(), 8, 6, 2, dtype=jnp.float64)
-    both = lambda f: jax.grad(lambda left: f(lrjax.LowRank(left, x.right)))(x.left)
-    full = lambda f: jax.grad(lambda left: f(left @ x.right.T))(x.left)
-    assert_close(both(lrjax.norm), full(jnp.linalg.norm), condition=100)
     values = lambda x: jnp.sum(lrjax.metrics.singular_values(x)[:2] ** 3)
-    assert_close(both(values), full(values), condition=1e3)
+
+    @jax.jit
+    def gradients(left):
+        both = lambda f: jax.grad(lambda left: f(lrjax.LowRank(left, x.right)))(left)
+        full = lambda f: jax.grad(lambda left: f(left @ x.right.T))(left)
+        return (both(lrjax.norm), both(values)), (full(jnp.linalg.norm), full(values))
+
+    (norm, singular), (want_norm, want_singular) = gradients(x.left)
+    assert_close(norm, want_norm, condition=100)
+    assert_close(singular, want_singular, condition=1e3)
 
 
 def test_balanced_factors_have_no_more_values_than_a_side(getkey):
