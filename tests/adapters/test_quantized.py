@@ -10,7 +10,7 @@ import pytest
 import lrjax
 from lrjax import adapters as room
 from lrjax.adapters import NF4, Full, Int8, QuantizedArray, dequantize, quantize
-from tests.adapters.models import moved, zoo, zoo_where
+from tests.adapters.models import adapt, moved, zoo, zoo_where
 from tests.helpers import assert_close, tol
 from tests.reference.quantized import blockwise, doubly_quantized, normal_floats
 
@@ -134,11 +134,10 @@ def small():
 def test_every_kind_works_on_a_quantized_base(name, small, getkey):
     """As on the dense one, in value and gradient, one and many adapters."""
     assert isinstance(small.blocks.weight, QuantizedArray)
-    make = eqx.filter_jit(lrjax.adapt)
     where = lambda path, layer: isinstance(layer, (eqx.nn.Linear, eqx.nn.Embedding))
-    params, frozen = lrjax.partition(make(small, KINDS[name], where=where, key=getkey()))
+    params, frozen = lrjax.partition(adapt(small, KINDS[name], where=where, key=getkey()))
     members = [moved(params, getkey()), moved(params, getkey())]
-    two = jax.tree.map(lambda *xs: jnp.stack(xs), *members)
+    two = jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs)), *members)
 
     def loss(params, model, attach):
         return jnp.sum(attach(model, eqx.combine(params, frozen))(TOKENS) ** 2)
@@ -146,7 +145,10 @@ def test_every_kind_works_on_a_quantized_base(name, small, getkey):
     over = lambda attach: jax.jit(
         jax.vmap(jax.value_and_grad(lambda p, m: loss(p, m, attach)), (0, None))
     )
-    got, want = over(lrjax.bind)(two, small), over(lrjax.merge)(two, dequantize(small))
+    got, want = (
+        over(lrjax.bind)(two, small),
+        over(lrjax.merge)(two, eqx.filter_jit(dequantize)(small)),
+    )
     assert_close(got, want, condition=1e3)
 
 
@@ -253,9 +255,9 @@ def test_dense_weights_are_no_residuals(small):
 def test_scan_copies_no_weights(format):
     """The gradient through scanned layers needs less memory than their weights have."""
     make = eqx.filter_vmap(lambda key: eqx.nn.Linear(64, 64, use_bias=False, key=key))
-    blocks = make(jr.split(jr.key(0), 16))
-    blocks = blocks if format is None else quantize(blocks, format)
-    params, frozen = lrjax.partition(lrjax.adapt(blocks, lrjax.LoRA(1), key=jr.key(1)))
+    blocks = eqx.filter_jit(make)(jr.split(jr.key(0), 16))
+    blocks = blocks if format is None else eqx.filter_jit(quantize)(blocks, format)
+    params, frozen = lrjax.partition(adapt(blocks, lrjax.LoRA(1), key=jr.key(1)))
 
     def loss(params, frozen, blocks, x):
         bound = lrjax.bind(blocks, eqx.combine(params, frozen))

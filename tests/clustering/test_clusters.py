@@ -66,35 +66,34 @@ def test_restarts_that_disagree_are_not_trusted(getkey):
 
 @pytest.fixture
 def mixture(getkey):
-    keys = [getkey() for _ in range(3)]
+    normal = rng_of(getkey).standard_normal
     return clustering.LowRankMixture(
         jnp.array([0.2, 0.5, 0.3]),
-        jax.random.normal(keys[0], (3, 5)),
-        jax.random.normal(keys[1], (3, 5, 2)),
+        jnp.asarray(normal((3, 5))),
+        jnp.asarray(normal((3, 5, 2))),
         jnp.array([0.1, 0.2, 0.05]),
     )
 
 
 def test_density_is_that_of_dense_gaussians(x64, mixture, getkey):
-    x = np.asarray(jax.random.normal(getkey(), (4, 5)))
-    total = np.zeros(4)
-    for p, mean, w, s in zip(
-        mixture.shares, mixture.means, mixture.factors, mixture.noise, strict=True
-    ):
-        c = np.asarray(w @ w.T) + (float(s) ** 2 + 0.3**2) * np.eye(5)
-        rest = x - np.asarray(mean)
+    x, total = rng_of(getkey).standard_normal((4, 5)), np.zeros(4)
+    parts = (mixture.shares, mixture.means, mixture.factors, mixture.noise)
+    for p, mean, w, s in zip(*map(np.asarray, parts), strict=True):
+        c = w @ w.T + (s**2 + 0.3**2) * np.eye(5)
+        rest = x - mean
         inner = np.sum(rest * np.linalg.solve(c, rest.T).T, axis=1)
-        total += float(p) * np.exp(-inner / 2) / np.sqrt(np.linalg.det(2 * np.pi * c))
-    np.testing.assert_allclose(mixture.log_density(x, 0.3), np.log(total), rtol=1e-10)
+        total += p * np.exp(-inner / 2) / np.sqrt(np.linalg.det(2 * np.pi * c))
+    ours = jax.jit(lambda x, sigma: mixture.log_density(x, sigma))(x, 0.3)
+    np.testing.assert_allclose(ours, np.log(total), rtol=1e-10)
 
 
 def test_denoiser_is_tweedies(x64, mixture, getkey):
     """``E[x | y] = y + σ² ∇ log p_σ(y)``, whatever the noise."""
-    y = 3 * jax.random.normal(getkey(), (4, 5))
+    y = 3 * rng_of(getkey).standard_normal((4, 5))
 
     @jax.jit
     def both(sigma):
-        score = jax.grad(lambda y: jnp.sum(mixture.log_density(y, sigma)))(y)
+        score = jax.grad(lambda y: jnp.sum(mixture.log_density(y, sigma)))(jnp.asarray(y))
         return mixture.denoise(y, sigma), y + sigma**2 * score
 
     for sigma in (0.01, 1.0, 30.0):
@@ -130,13 +129,13 @@ def test_a_planted_mixture_is_found(getkey, x64):
 
 
 def test_coding_rate_is_that_of_the_singular_values(getkey, x64):
-    rng = rng_of(getkey)
+    rng, rate = rng_of(getkey), jax.jit(clustering.coding_rate)
     for n, d in ((9, 4), (4, 9)):
         z, w = rng.standard_normal((n, d)), rng.uniform(size=n)
         for member, weights in ((None, np.ones(n)), (w, w)):
             s = np.linalg.svd(np.sqrt(weights)[:, None] * z, compute_uv=False)
             right = np.sum(np.log1p(d * s**2 / (weights.sum() * 0.5**2))) / 2
-            ours = clustering.coding_rate(z, distortion=0.5, member=member)
+            ours = rate(z, distortion=0.5, member=member)
             np.testing.assert_allclose(ours, right, rtol=1e-10)
 
 
@@ -148,7 +147,7 @@ def test_reduction_is_for_the_right_groups(getkey, x64):
     wrong = gain(x, np.eye(2)[np.arange(40) % 2])
     assert right > wrong > 0
     np.testing.assert_allclose(gain(x, np.ones((40, 1))), 0, atol=1e-12)
-    slopes = jax.grad(clustering.coding_rate_reduction, argnums=(0, 1))
+    slopes = jax.jit(jax.grad(clustering.coding_rate_reduction, argnums=(0, 1)))
     for samples in (x, 0 * x):
         assert all(np.isfinite(g).all() for g in slopes(samples, np.eye(2)[labels]))
 
