@@ -1,43 +1,62 @@
 """Adapters on layers whose weights are in factors: those of a compressed model."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import pytest
 
 import lrjax
+from tests.adapters.models import adapt, assert_same, merge, moved, normal_like
 from tests.helpers import assert_close
 
 
 WHERE = [f"layers.{i}" for i in range(3)]
 
 
+@functools.cache
+def made(form, seed):
+    model = eqx.filter_jit(eqx.nn.MLP)(12, 10, 16, 2, key=jr.key(seed))
+    return lrjax.nn.factorize(model, rank=4, form=form)[0]
+
+
 @pytest.fixture(params=["pair", "svd"])
 def small(request, getkey):
-    model = eqx.nn.MLP(12, 10, 16, 2, key=getkey())
-    return lrjax.nn.factorize(model, rank=4, form=request.param)[0]
+    """One draw for all tests of a run."""
+    return made(request.param, getkey.seed)
+
+
+densify = eqx.filter_jit(lrjax.nn.densify)
+
+
+def normal(key, *shape):
+    return normal_like(jax.ShapeDtypeStruct(shape, jnp.float32), key, 1.0)
 
 
 def adapted(model, key, kind=None):
     """Adapters that change something, and a batch."""
     kind = lrjax.LoRA(2) if kind is None else kind
-    adapters = lrjax.adapt(model, kind, where=WHERE, key=key)
-    params, frozen = lrjax.partition(adapters)
-    keys = jr.split(key, len(jax.tree.leaves(params)))
-    leaves, treedef = jax.tree.flatten(params)
-    moved = [x + 0.1 * jr.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return treedef.unflatten(moved), frozen, jr.normal(key, (5, 12))
+    params, frozen = lrjax.partition(adapt(model, kind, where=WHERE, key=key))
+    return moved(params, key), frozen, normal(jr.fold_in(key, 1), 5, 12)
 
 
 @pytest.mark.parametrize("kind", [lrjax.LoRA(2), lrjax.DoRA(2)], ids=["lora", "dora"])
 def test_bound_is_merged_is_the_dense_model_adapted(small, getkey, kind):
     params, frozen, x = adapted(small, getkey(), kind)
-    adapters, dense = eqx.combine(params, frozen), lrjax.nn.densify(small)
-    bound = jax.vmap(lrjax.bind(small, adapters))(x)
-    assert_close(bound, jax.vmap(lrjax.merge(small, adapters))(x), rtol=1e-5)
-    assert_close(bound, jax.vmap(lrjax.bind(dense, adapters))(x), rtol=1e-5)
-    assert not jnp.allclose(bound, jax.vmap(small)(x), atol=1e-3)
+
+    @eqx.filter_jit
+    def outputs(small, adapters, x):
+        bound, merged = lrjax.bind(small, adapters), lrjax.merge(small, adapters)
+        dense = lrjax.bind(lrjax.nn.densify(small), adapters)
+        return [jax.vmap(model)(x) for model in (bound, merged, dense, small)]
+
+    bound, merged, dense, plain = outputs(small, eqx.combine(params, frozen), x)
+    assert_close(bound, merged, rtol=1e-5)
+    assert_close(bound, dense, rtol=1e-5)
+    assert not np.allclose(bound, plain, atol=1e-3)
 
 
 def test_gradients_are_those_on_the_dense_model_and_none_reaches_the_factors(small, getkey):
@@ -50,39 +69,39 @@ def test_gradients_are_those_on_the_dense_model_and_none_reaches_the_factors(sma
 
     def gradients(model):
         numbers, rest = eqx.partition(model, eqx.is_inexact_array)
-        return jax.grad(loss, (0, 1))(params, numbers, rest)
+        return eqx.filter_jit(jax.grad(loss, (0, 1)))(params, numbers, rest)
 
     own, through = gradients(small)
-    plain, _ = gradients(lrjax.nn.densify(small))
+    plain, _ = gradients(densify(small))
     assert_close(own, plain, rtol=1e-4)
     for layer in through.layers:
-        assert all(not jnp.any(g) for g in jax.tree.leaves(layer.weight))
-        assert jnp.any(layer.bias)
+        assert all(not np.any(g) for g in jax.tree.leaves(layer.weight))
+        assert np.any(layer.bias)
 
 
 def test_merged_layers_are_plain(small, getkey):
     params, frozen, _ = adapted(small, getkey())
-    merged = lrjax.merge(small, eqx.combine(params, frozen))
-    assert jax.tree.structure(merged) == jax.tree.structure(lrjax.nn.densify(small))
+    merged = merge(small, eqx.combine(params, frozen))
+    assert jax.tree.structure(merged) == jax.tree.structure(densify(small))
 
 
 def test_a_layer_in_factors_is_not_factorized_nor_quantized_again(small):
     again, report = lrjax.nn.factorize(small, rank=2)
-    assert eqx.tree_equal(again, small)
+    assert_same(again, small)
     assert {row.kept_dense for row in report.layers} == {"its weight is in factors already"}
     with pytest.raises(ValueError, match="in factors already"):
         lrjax.nn.factorize(small, rank=2, where=WHERE)
     head = eqx.nn.Linear(10, 8, key=jr.key(0))
     both = lrjax.adapters.quantize([small, head], lrjax.adapters.Int8())
-    assert eqx.tree_equal(both[0], small)
+    assert_same(both[0], small)
     assert isinstance(both[1].weight, lrjax.adapters.QuantizedArray)
 
 
 def test_inputs_of_layers_in_factors_are_seen(small, getkey):
-    x = jr.normal(getkey(), (2, 7, 12))
+    x = normal(getkey(), 2, 7, 12)
     call = lambda model, batch: jax.vmap(model)(batch)
     found = lrjax.adapters.activation_statistics(call, small, x, where=["layers.0"])
-    rows = x.reshape(-1, 12)
+    rows = np.asarray(x).reshape(-1, 12)
     assert_close(found["layers.0"].image, rows.T @ rows, rtol=1e-5)
 
 
@@ -117,15 +136,11 @@ PICTURES = [("inputs", 1, "pair"), ("outputs", 2, "pair"), ("first", 1, "svd")]
 
 @pytest.mark.parametrize(("scheme", "groups", "form"), PICTURES)
 def test_convolutions_and_tables_in_factors_are_adapted(getkey, scheme, groups, form):
-    model, x = Picture(getkey(), scheme, groups, form), jr.normal(getkey(), (4, 7, 7))
-    where = ["table", "conv", "stack"]
-    adapters = lrjax.adapt(model, lrjax.LoRA(2), where=where, key=getkey())
-    moved = lambda pair: jax.tree.map(
-        lambda a: a + 0.1 * jr.normal(jr.key(1), a.shape), pair
-    )
-    pairs = lambda tree: [tree[path].pair for path in where]
-    adapters = eqx.tree_at(pairs, adapters, [moved(pair) for pair in pairs(adapters)])
-    dense = lrjax.nn.densify(model)
+    model = eqx.filter_jit(Picture)(getkey(), scheme, groups, form)
+    x, where = normal(getkey(), 4, 7, 7), ["table", "conv", "stack"]
+    start = adapt(model, lrjax.LoRA(2), where=where, key=getkey())
+    params, frozen = lrjax.partition(start)
+    adapters, dense = eqx.combine(moved(params, getkey()), frozen), densify(model)
 
     @eqx.filter_jit
     def outputs(model, dense, adapters):
@@ -139,12 +154,12 @@ def test_convolutions_and_tables_in_factors_are_adapted(getkey, scheme, groups, 
     bound, merged, plain, unchanged = outputs(model, dense, adapters)
     assert_close(bound, merged, rtol=1e-4)
     assert_close(bound, plain, rtol=1e-4)
-    assert not any(map(jnp.allclose, bound, unchanged))
+    assert not any(map(np.allclose, bound, unchanged))
     loss = lambda model: sum(jnp.sum(y**2) for y in lrjax.bind(model, adapters)(x))
     grads = eqx.filter_jit(eqx.filter_grad(loss))(model)
     for layer in (grads.table, grads.conv, grads.stack):
-        assert all(not jnp.any(g) for g in jax.tree.leaves(layer.weight))
-        assert jnp.any(layer.bias)
-    merged = lrjax.merge(model, adapters)
+        assert all(not np.any(g) for g in jax.tree.leaves(layer.weight))
+        assert np.any(layer.bias)
+    merged = merge(model, adapters)
     assert type(merged.conv) is eqx.nn.Conv
     assert type(merged.table) is eqx.nn.Embedding
