@@ -1,5 +1,6 @@
 """The kernels on masked columns: augment, lift, truncate, clamp, tangents, moments."""
 
+import functools
 import itertools
 
 import jax
@@ -9,34 +10,38 @@ import numpy as np
 import pytest
 
 import lrjax
+from lrjax import lowrank
 from lrjax.linalg import orthonormalize
-from lrjax.lowrank import (
-    augment,
-    brand_update,
-    clamp_spectrum,
-    lift,
-    project_to_tangent,
-    retraction,
-    tail_rank,
-    transport,
-    transport_core,
-    truncate,
-)
+from lrjax.lowrank import clamp_spectrum, tail_rank
 from tests.helpers import all_finite, assert_close, relative_error
 
 
 M, N, R = 12, 9, 4
 BATCHES = [(), (2, 3)]
+# One program for each shape, whatever the ranks and the rules.
+augment = jax.jit(lowrank.augment, static_argnames=("width", "method"))
+truncate = jax.jit(lowrank.truncate, static_argnums=1)
+transport_core = jax.jit(lowrank.transport_core, static_argnames="squared")
+brand_update, lift = jax.jit(lowrank.brand_update), jax.jit(lowrank.lift)
+project_to_tangent = jax.jit(lowrank.project_to_tangent)
+retraction, transport = jax.jit(lowrank.retraction), jax.jit(lowrank.transport)
 
 
 def svd_form(key, m=M, n=N, r=R, *, batch=(), rank=None, dtype=jnp.float64):
     """Orthonormal outer factors and a full core, of which ``rank`` columns are in use."""
+    x = _svd_form(key, m, n, r, batch, dtype)
+    return x if rank is None else lrjax.SVDForm(x.left, x.core, x.right, rank)
+
+
+@functools.partial(jax.jit, static_argnums=range(1, 6))
+def _svd_form(key, m, n, r, batch, dtype):
     kl, kc, kr = jr.split(key, 3)
     basis = lambda k, size: orthonormalize(jr.normal(k, (*batch, size, r), dtype))
     core = jr.normal(kc, (*batch, r, r), dtype)
-    return lrjax.SVDForm(basis(kl, m), core, basis(kr, n), rank)
+    return lrjax.SVDForm(basis(kl, m), core, basis(kr, n))
 
 
+@functools.partial(jax.jit, static_argnums=1, static_argnames=("batch", "dtype"))
 def directions(key, k, *, batch=(), dtype=jnp.float64):
     kl, kr = jr.split(key)
     return (
