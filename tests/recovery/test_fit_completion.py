@@ -470,7 +470,7 @@ def test_rows_are_visited_in_blocks_of_slabs(monkeypatch):
 def test_a_matrix_alone_is_its_entries():
     matrix = np.outer(np.arange(1.0, 13), np.arange(1.0, 9)).astype(np.float32)
     matrix[np.arange(8), np.arange(8)] = np.nan
-    options = {"rank": 2, "max_steps": 4, "pattern": False}
+    options = {"rank": 2, "max_steps": 4, "pattern": False, "effects": None}
     alone = lrjax.fit_completion(matrix, **options)
     entries = lrjax.recovery.matrix_entries(matrix)
     want = lrjax.fit_completion(*entries, **options)
