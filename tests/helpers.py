@@ -43,7 +43,7 @@ def assert_close(got, want, *, rtol=None, condition=1.0):
 def all_finite(tree):
     """Whether every number of a tree is finite."""
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return all(bool(jnp.all(jnp.isfinite(x))) for x in leaves)
+    return all(np.all(np.isfinite(np.asarray(x))) for x in leaves)
 
 
 @functools.partial(jax.jit, static_argnames=("m", "n", "r", "batch", "dtype"))
