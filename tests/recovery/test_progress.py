@@ -1,4 +1,3 @@
-import functools
 import re
 
 import jax
@@ -30,10 +29,7 @@ def tensor(key):
 
 FITS = {
     "fit_robust_pca": (lrjax.fit_robust_pca, matrix),
-    "fit_completion": (
-        functools.partial(lrjax.fit_completion, rank=4, effects=None, pattern=False),
-        table,
-    ),
+    "fit_completion": (lrjax.fit_completion, table),
     "fit_robust_tensor": (lrjax.recovery.fit_robust_tensor, tensor),
     "fit_tensor_completion": (lrjax.recovery.fit_tensor_completion, tensor),
 }
