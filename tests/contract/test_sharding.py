@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -262,7 +263,10 @@ def agrees(entry, layout, mode, key):
         )
     with jax.set_mesh(on) if mode == "Explicit" else contextlib.nullcontext():
         got = jax.jit(together, out_shardings=answer)(*there)
-    assert_close(jax.device_get(got), jax.device_get(want), rtol=1e-3)
+    (got, there), (want, here) = jax.device_get((got, want))
+    assert_close(there, here, rtol=1e-3)
+    # The signs of singular vectors are those of rounding. What hangs on them is above.
+    assert_close(jax.tree.map(np.abs, got), jax.tree.map(np.abs, want), rtol=1e-3)
 
 
 QUICK = ("subspace_adam", "dion", "scale_by_subset_norm")
