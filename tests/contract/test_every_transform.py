@@ -120,6 +120,7 @@ def test_jit_is_eager_and_compiles_once(entry):
     params, tx = small(entry), compiled(entry)
     updates, state = one_update(tx, tx.init(params), params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
+    params = optax.apply_updates(params, updates)  # for another gradient
     got, _ = one_update(tx, state, params)
     want, _ = step(entry.make(), state, params, an_unknown_extra_argument=1)
     assert_close(got, want, condition=100)
@@ -200,10 +201,9 @@ def test_a_stack_is_a_loop_over_its_layers(entry):
 
     def second(tx, params, grads):
         state = tx.init(params)
-        for _ in range(2):
-            updates, state = tx.update(
-                grads, state, params, value=jnp.float32(0.7), grad=grads
-            )
+        for scale in (1.0, -0.5):
+            g = jax.tree.map(lambda x, by=scale: by * np.asarray(x), grads)
+            updates, state = tx.update(g, state, params, value=jnp.float32(0.7), grad=g)
         return updates["stack"]
 
     alone = jitted(entry.make())
