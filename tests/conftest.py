@@ -23,8 +23,8 @@ os.environ.setdefault(
 # so that with a thread for each core, two, a decomposition may never get one: a deadlock.
 os.environ.setdefault("NPROC", "32")
 # Each of these threads may call LAPACK. OpenBLAS would let all cores share in every call,
-# and threads that wait for their share spin: a batch of small decompositions takes twenty
-# times as long, or never ends.
+# and threads that wait for their share spin: a batch of decompositions takes ten times as
+# long, and eighty times where other programs want the cores as well.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
