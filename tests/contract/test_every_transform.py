@@ -51,9 +51,9 @@ def problem(entry, dtype=jnp.float32):
 OF_ONE_TREE = ENTRIES["project_out"], ENTRIES["scale_by_width"]
 
 
-def small(entry, dtype=jnp.float32):
+def small(entry):
     """One matrix, three or a pair by their nature, and a vector: enough for most checks."""
-    params = PARAMS[entry.params](KEY, dtype)
+    params = PARAMS[entry.params](KEY)
     if entry is ENTRIES["project_out"]:
         return params
     return {name: params[name] for name in ("stack", "bias")}
@@ -154,7 +154,7 @@ def of_all_dtypes(entry):
         return [PARAMS[entry.params](KEY, jnp.bfloat16)]
     if entry in OF_ONE_TREE:
         return [PARAMS[entry.params](KEY, dtype) for dtype in DTYPES]
-    return [{dtype.__name__: small(entry, dtype) for dtype in DTYPES}]
+    return [{dtype.__name__: PARAMS[entry.params](KEY, dtype) for dtype in DTYPES}]
 
 
 @every
@@ -215,18 +215,18 @@ def test_a_stack_is_a_loop_over_its_layers(entry):
 
 
 @those(lambda e: e.numbers)
-def test_inject_hyperparams_takes_them_without_being_told(entry):
-    """That numbers which are traced change nothing is known from vmap."""
+def test_inject_hyperparams_changes_nothing(entry):
     params = small(entry)
     # Strings, flags and None are not numbers; arguments that are functions are static.
     static = (*entry.static, *(k for k, v in entry.arguments.items() if callable(v)))
     injected = optax.inject_hyperparams(entry.factory, static_args=static)(
         **entry.arguments
     )
-    state = jax.eval_shape(injected.init, params)
-    assert set(entry.numbers) <= set(state.hyperparams)
-    _, after = jax.eval_shape(lambda s, p: step(injected, s, p), state, params)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert set(entry.numbers) <= set(jax.eval_shape(injected.init, params).hyperparams)
+    if entry.composed_of:
+        return  # that its numbers may be traced is known from vmap
+    got = jax.jit(lambda p: run(injected, p)[1])(params)
+    assert_close(got, apart(entry)[0], condition=1e3)
 
 
 @those(lambda e: "learning_rate" in e.arguments and has_kernels(e))
@@ -292,6 +292,8 @@ def test_map_params_reaches_all_that_belongs_to_a_parameter(entry):
 @every
 def test_zero_gradients_give_finite_numbers(entry):
     params, tx = small(entry), compiled(entry)
+    if entry.params == "dense":  # tall and wide ones
+        params, tx = PARAMS["dense"](KEY), jitted(entry.make())
     value, grads = value_and_grad(params)
     zeros = jax.tree.map(jnp.zeros_like, grads)
     update = lambda p: tx.update(zeros, tx.init(p), p, value=value, grad=zeros)
