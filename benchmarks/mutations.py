@@ -230,10 +230,12 @@ MUTANTS = [
         "waits",
         "tests/subspaces/test_loop.py",
     ),
-    other("linalg/product_svd", "unit / nonzero(sizes)", "x", "tests/linalg"),
-    other("linalg/polar", "steps - len(polynomials)", "0", "tests/linalg"),
     other(
-        "linalg/procrustes",
+        "linalg/decompositions/product_svd", "unit / nonzero(sizes)", "x", "tests/linalg"
+    ),
+    other("linalg/decompositions/polar", "steps - len(polynomials)", "0", "tests/linalg"),
+    other(
+        "linalg/decompositions/procrustes",
         "times(u, vt)",
         "times(u, vt).mT",
         "tests/linalg",

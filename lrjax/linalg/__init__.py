@@ -15,19 +15,21 @@ from ._numerics import (
     unit_columns as unit_columns,
     working_dtype as working_dtype,
 )
-from .angles import principal_angles as principal_angles
 from .decompositions import (
+    TruncatedSVD as TruncatedSVD,
+    check_polar_method as check_polar_method,
     eigh as eigh,
+    pivoted_columns as pivoted_columns,
+    polar as polar,
+    procrustes as procrustes,
+    product_svd as product_svd,
     singular_values as singular_values,
+    subspace_iteration as subspace_iteration,
     svd as svd,
+    truncated_svd as truncated_svd,
+    weighted_svd as weighted_svd,
 )
 from .extend_basis import extend_basis as extend_basis
-from .fastfood import (
-    Fastfood as Fastfood,
-    fastfood as fastfood,
-    walsh_hadamard as walsh_hadamard,
-)
-from .geodesic import geodesic as geodesic
 from .gram import (
     cholesky as cholesky,
     gram as gram,
@@ -42,37 +44,41 @@ from .low_rank_plus_diagonal import (
     LowRankPlusDiagonal as LowRankPlusDiagonal,
     Woodbury as Woodbury,
 )
-from .nystrom import (
-    nystrom as nystrom,
-    nystrom_preconditioner as nystrom_preconditioner,
-    nystrom_sketch as nystrom_sketch,
-)
-from .optimal_shrinkage import optimal_shrinkage as optimal_shrinkage
 from .orthonormalize import orthonormalize as orthonormalize
-from .pca_split_rotation import pca_split_rotation as pca_split_rotation
-from .pivoted_columns import pivoted_columns as pivoted_columns
-from .polar import check_polar_method as check_polar_method, polar as polar
-from .procrustes import procrustes as procrustes
-from .product_svd import product_svd as product_svd
-from .row_sampling import (
+from .sketches import (
+    Fastfood as Fastfood,
     RowSample as RowSample,
     Sensitivities as Sensitivities,
+    fastfood as fastfood,
     leverage_scores as leverage_scores,
     lewis_weights as lewis_weights,
     lp_sensitivities as lp_sensitivities,
+    nystrom as nystrom,
+    nystrom_preconditioner as nystrom_preconditioner,
+    nystrom_sketch as nystrom_sketch,
     sample_rows as sample_rows,
+    walsh_hadamard as walsh_hadamard,
 )
-from .singular_value_maps import (
+from .spectra import (
     energy_mask as energy_mask,
+    firm_threshold as firm_threshold,
+    hard_threshold as hard_threshold,
+    keep_largest as keep_largest,
+    lq_threshold as lq_threshold,
     map_singular_values as map_singular_values,
+    optimal_shrinkage as optimal_shrinkage,
+    order_statistic as order_statistic,
     penalized_rank as penalized_rank,
+    soft_threshold as soft_threshold,
 )
 from .sqrtm import inverse_sqrtm as inverse_sqrtm, sqrtm as sqrtm
-from .subspace_iteration import subspace_iteration as subspace_iteration
 from .subspaces import (
     SubspaceAverage as SubspaceAverage,
     SubspaceDifference as SubspaceDifference,
     SubspaceError as SubspaceError,
+    geodesic as geodesic,
+    pca_split_rotation as pca_split_rotation,
+    principal_angles as principal_angles,
     subspace_acceleration as subspace_acceleration,
     subspace_difference as subspace_difference,
     subspace_error as subspace_error,
@@ -87,13 +93,3 @@ from .tall import (
     tall_mix as tall_mix,
     tall_svd as tall_svd,
 )
-from .thresholds import (
-    firm_threshold as firm_threshold,
-    hard_threshold as hard_threshold,
-    keep_largest as keep_largest,
-    lq_threshold as lq_threshold,
-    order_statistic as order_statistic,
-    soft_threshold as soft_threshold,
-)
-from .truncated_svd import TruncatedSVD as TruncatedSVD, truncated_svd as truncated_svd
-from .weighted_svd import weighted_svd as weighted_svd

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import lrjax
-from lrjax.linalg.decompositions import svd_by_polar
+from lrjax.linalg.decompositions.svd_and_eigh import svd_by_polar
 from tests.helpers import assert_close
 
 

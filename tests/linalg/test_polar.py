@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lrjax.linalg import polar
-from lrjax.linalg.polar import NEWTON_SCHULZ
+from lrjax.linalg.decompositions.polar import NEWTON_SCHULZ
 from tests.helpers import assert_close, relative_error, with_spectrum
 from tests.linalg.test_gram import matrices, normal
 

@@ -4,9 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._numerics import cross, nonzero, rounding, times, working_dtype
-from ..decompositions import svd
+from ..decompositions import procrustes, svd
 from ..orthonormalize import orthonormalize
-from ..procrustes import procrustes
 
 
 class SubspaceDifference(NamedTuple):

@@ -6,12 +6,12 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from .._arguments import check_key
-from .._sharding import einsum
-from ._numerics import nonzero, working_dtype
-from .decompositions import eigh
-from .low_rank_plus_diagonal import LowRankPlusDiagonal
-from .tall import tall_gram, tall_mix, tall_svd
+from ..._arguments import check_key
+from ..._sharding import einsum
+from .._numerics import nonzero, working_dtype
+from ..decompositions import eigh
+from ..low_rank_plus_diagonal import LowRankPlusDiagonal
+from ..tall import tall_gram, tall_mix, tall_svd
 
 
 def nystrom(

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from ._numerics import nonzero, working_dtype
+from .._numerics import nonzero, working_dtype
 
 
 def hard_threshold(x: Float[Array, "*s"], level: ArrayLike) -> Float[Array, "*s"]:

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._sharding import placed_like
-from ._numerics import rounding, times, working_dtype
-from .decompositions import svd
+from ..._sharding import placed_like
+from .._numerics import rounding, times, working_dtype
+from ..decompositions import svd
 
 
 def map_singular_values(

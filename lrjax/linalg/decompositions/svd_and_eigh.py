@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._sharding import gathered
-from ._numerics import cross, nonzero, times, working_dtype
-from .newton_schulz import NEWTON_SCHULZ, Polynomials, iterate_polynomials
+from ..._sharding import gathered
+from .._numerics import cross, nonzero, times, working_dtype
+from ..newton_schulz import NEWTON_SCHULZ, Polynomials, iterate_polynomials
 
 
 def eigh(x: Float[Array, "*b n n"]) -> tuple[Float[Array, "*b n"], Float[Array, "*b n n"]]:

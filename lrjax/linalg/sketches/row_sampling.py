@@ -8,10 +8,10 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from .._arguments import check_key
-from ._numerics import identity_like, nonzero, rounding, times, working_dtype
-from .decompositions import eigh
-from .gram import gram
+from ..._arguments import check_key
+from .._numerics import identity_like, nonzero, rounding, times, working_dtype
+from ..decompositions import eigh
+from ..gram import gram
 
 
 def leverage_scores(

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._numerics import cross, outer, times, together, unit_columns, working_dtype
-from .decompositions import svd
-from .gram import gram
-from .orthonormalize import cholesky_qr, cholesky_qr_of_both, orthonormalize
+from .._numerics import cross, outer, times, together, unit_columns, working_dtype
+from ..gram import gram
+from ..orthonormalize import cholesky_qr, cholesky_qr_of_both, orthonormalize
+from .svd_and_eigh import svd
 from .truncated_svd import TruncatedSVD
 
 

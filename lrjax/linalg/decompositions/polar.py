@@ -4,11 +4,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._sharding import einsum, placed_like
-from ._numerics import nonzero, times, working_dtype
-from .decompositions import eigh, svd
-from .gram import gram
-from .newton_schulz import NEWTON_SCHULZ, Polynomials, iterate_polynomials
+from ..._sharding import einsum, placed_like
+from .._numerics import nonzero, times, working_dtype
+from ..gram import gram
+from ..newton_schulz import NEWTON_SCHULZ, Polynomials, iterate_polynomials
+from .svd_and_eigh import eigh, svd
 
 
 def polar(

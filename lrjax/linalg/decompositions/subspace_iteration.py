@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._sharding import placed_like
-from .orthonormalize import orthonormalize as by_householder
+from ..._sharding import placed_like
+from ..orthonormalize import orthonormalize as by_householder
 
 
 def subspace_iteration(

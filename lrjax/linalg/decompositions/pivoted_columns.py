@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ._numerics import check_rank, cross, nonzero, outer, working_dtype
+from .._numerics import check_rank, cross, nonzero, outer, working_dtype
 
 
 def pivoted_columns(x: Float[Array, "*b m n"], rank: int) -> Int[Array, "*b r"]:

@@ -2,8 +2,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._numerics import check_rank, times, working_dtype
-from .decompositions import eigh, svd
+from .._numerics import check_rank, times, working_dtype
+from .svd_and_eigh import eigh, svd
 from .truncated_svd import TruncatedSVD
 
 

@@ -1,8 +1,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._numerics import cross, outer, times, working_dtype
-from .decompositions import eigh
+from .._numerics import cross, outer, times, working_dtype
+from ..decompositions import eigh
 
 
 def geodesic(

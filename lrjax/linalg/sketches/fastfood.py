@@ -8,8 +8,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._arguments import check_key
-from ._numerics import working_dtype
+from ..._arguments import check_key
+from .._numerics import working_dtype
 
 
 # Bits that one product with a Hadamard matrix takes: 128 × 128, the size of a matrix unit.

@@ -5,11 +5,11 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._arguments import check_key
-from ._numerics import check_rank, cross, times, working_dtype
-from .decompositions import svd
-from .orthonormalize import orthonormalize
+from ..._arguments import check_key
+from .._numerics import check_rank, cross, times, working_dtype
+from ..orthonormalize import orthonormalize
 from .subspace_iteration import subspace_iteration
+from .svd_and_eigh import svd
 
 
 class TruncatedSVD(NamedTuple):

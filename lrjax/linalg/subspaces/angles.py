@@ -1,9 +1,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._numerics import cross, times, working_dtype
-from .decompositions import singular_values
-from .orthonormalize import orthonormalize
+from .._numerics import cross, times, working_dtype
+from ..decompositions import singular_values
+from ..orthonormalize import orthonormalize
 
 
 def principal_angles(

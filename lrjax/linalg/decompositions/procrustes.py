@@ -1,7 +1,7 @@
 from jaxtyping import Array, Float
 
-from ._numerics import times, working_dtype
-from .decompositions import svd
+from .._numerics import times, working_dtype
+from .svd_and_eigh import svd
 
 
 def procrustes(overlap: Float[Array, "*b r s"]) -> Float[Array, "*b r s"]:

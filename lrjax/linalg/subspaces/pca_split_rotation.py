@@ -3,10 +3,10 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._arguments import check_key
-from ._numerics import check_rank, times, working_dtype
-from .decompositions import eigh
-from .orthonormalize import orthonormalize
+from ..._arguments import check_key
+from .._numerics import check_rank, times, working_dtype
+from ..decompositions import eigh
+from ..orthonormalize import orthonormalize
 
 
 def pca_split_rotation(
