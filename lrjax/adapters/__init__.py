@@ -12,19 +12,15 @@ from .._sites import (
     register_quantized as register_quantized,
 )
 from . import nnx as nnx, peft as peft, qwix as qwix
-from ._pool import (
-    BasisPool as BasisPool,
-    FactorPool as FactorPool,
-    Pool as Pool,
-    VectorPool as VectorPool,
-)
-from .adapt import adapt as adapt
-from .as_lora import as_lora as as_lora, change_errors as change_errors
-from .bind import (
+from .binding import (
+    adapt as adapt,
+    as_lora as as_lora,
     bind as bind,
+    change_errors as change_errors,
     detach as detach,
     materialize as materialize,
     merge as merge,
+    unmerge as unmerge,
 )
 from .folds import (
     Average as Average,
@@ -116,20 +112,18 @@ from .kinds import (
     WithBias as WithBias,
     WithMagnitude as WithMagnitude,
 )
-from .kinds.data_starts import (
-    GradientStart as GradientStart,
-    SpectralStart as SpectralStart,
-    StepStart as StepStart,
-    VarianceStart as VarianceStart,
-    WeightedStart as WeightedStart,
-)
 from .kinds.starts import (
+    GradientStart as GradientStart,
     OrthogonalStart as OrthogonalStart,
     QRStart as QRStart,
     ScaledStart as ScaledStart,
     SingularStart as SingularStart,
     SmallStart as SmallStart,
+    SpectralStart as SpectralStart,
     Start as Start,
+    StepStart as StepStart,
+    VarianceStart as VarianceStart,
+    WeightedStart as WeightedStart,
     ZeroStart as ZeroStart,
 )
 from .loftq import loftq as loftq
@@ -163,8 +157,15 @@ from .posterior import (
 from .protocol import (
     Adapter as Adapter,
     AdapterKind as AdapterKind,
+    Adapters as Adapters,
+    BasisPool as BasisPool,
+    FactorPool as FactorPool,
+    Pool as Pool,
     Ready as Ready,
+    VectorPool as VectorPool,
     is_adapter as is_adapter,
+    map_adapters as map_adapters,
+    partition as partition,
 )
 from .quantize import (
     NF4 as NF4,
@@ -192,9 +193,3 @@ from .robust import (
     disentangled_weights as disentangled_weights,
     natural_branch as natural_branch,
 )
-from .tree import (
-    Adapters as Adapters,
-    map_adapters as map_adapters,
-    partition as partition,
-)
-from .unmerge import unmerge as unmerge

@@ -10,12 +10,11 @@ from .._arguments import check_key
 from .._sites import QuantizedArray, Site, Where, find_sites, flat_leaves, pick
 from ..linalg import truncated_svd
 from ..lowrank import LowRank
-from .adapt import adapt
+from .binding import adapt
 from .kinds import Factors, LoRA
 from .kinds._settings import check_fits
-from .protocol import AdapterKind
+from .protocol import AdapterKind, Adapters
 from .quantize import quantized_layer
-from .tree import Adapters
 
 
 _FIRST = ("weight", "factors")

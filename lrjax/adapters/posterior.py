@@ -14,13 +14,11 @@ from .._arguments import check_key
 from .._sites import fold_in_path
 from ..linalg import times, truncated_svd, working_dtype
 from ..lowrank import LowRank
-from ._pool import Pool
-from .as_lora import stacked_factors
+from .binding import stacked_factors
 from .folds.heads import weight_part
 from .kinds import Biased, Factors
 from .kinds.full import FullCopy
-from .protocol import Adapter, is_partial
-from .tree import Adapters
+from .protocol import Adapter, Adapters, Pool, is_partial
 
 
 FLOOR = 1e-6  # beside the singular values, so that those of zero have no noise

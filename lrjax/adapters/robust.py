@@ -11,8 +11,8 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 from .._arguments import check_key
 from .._matrices import named_leaves
-from .bind import bind
-from .tree import Adapters
+from .binding import bind
+from .protocol import Adapters
 
 
 def natural_branch(

@@ -10,9 +10,8 @@ from jaxtyping import Array, Float
 
 from ..._moments import Moments
 from ...linalg import cross, inverse_gram, nonzero, outer, times, working_dtype
-from ..kinds.pair import Factors
-from ..protocol import Adapter
-from ..tree import Adapters, map_adapters
+from ..kinds.factors import Factors
+from ..protocol import Adapter, Adapters, map_adapters
 from ._parts import over_parts
 
 

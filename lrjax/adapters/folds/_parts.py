@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from ..kinds.around import Fused
 from ..kinds.full import FullCopy
-from ..kinds.fused import Fused
-from ..protocol import Adapter, Around
-from ..tree import Adapters
+from ..protocol import Adapter, Adapters, Around
 
 
 def over_parts(f: Callable[..., Any], beside: Callable[..., Any], *adapters: Any) -> Any:

@@ -5,11 +5,10 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from ..._sites import Site
-from ..bind import map_adapted
+from ..binding import map_adapted
+from ..kinds.factors import Factors
 from ..kinds.full import FullCopy
-from ..kinds.pair import Factors
-from ..protocol import Adapter
-from ..tree import Adapters, map_adapters, partition
+from ..protocol import Adapter, Adapters, map_adapters, partition
 from ._parts import over_parts
 from .heads import (
     head_count,

@@ -13,7 +13,7 @@ from ..._arguments import check_key
 from ..._batching import any_member
 from ..._sharding import select
 from ..._sites import flat_leaves
-from ..tree import Adapters
+from ..protocol import Adapters
 from ._parts import check_alike
 from .rules import FoldRule
 

@@ -15,13 +15,9 @@ from ..._sharding import einsum
 from ..._sites import Held, Site
 from ...linalg import nonzero, working_dtype
 from ...lowrank import LowRank
-from .._pool import Pool
-from ..as_lora import stacked_factors
-from ..bind import bias_change, dense_change, map_adapted
-from ..bound import prepared
+from ..binding import bias_change, dense_change, map_adapted, prepared, stacked_factors
 from ..kinds import Biased
-from ..protocol import Adapter, with_stopped_gradients
-from ..tree import Adapters
+from ..protocol import Adapter, Adapters, Pool, with_stopped_gradients
 
 
 def merge_heads(

@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, PRNGKeyArray, PyTree
 
 from ..._moments import check_moments_known, read_moments, write_moments
 from ..._sharding import gathered, select
-from ..tree import Adapters, map_adapters, partition
+from ..protocol import Adapters, map_adapters, partition
 from ._frames import frames_of
 from ._parts import begun_anew, check_alike
 

@@ -10,14 +10,11 @@ import jax.random as jr
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from ..._sites import Site
-from ..adapt import KindRule, adapt
-from ..bind import map_adapted, merge
-from ..kinds.biased import Biased
+from ..binding import KindRule, adapt, map_adapted, merge
+from ..kinds.around import Biased, Magnitude
+from ..kinds.factors import Factors
 from ..kinds.full import FullCopy
-from ..kinds.magnitude import Magnitude
-from ..kinds.pair import Factors
-from ..protocol import Adapter, AdapterKind, innermost
-from ..tree import Adapters, map_adapters
+from ..protocol import Adapter, AdapterKind, Adapters, innermost, map_adapters
 from ._parts import over_parts
 from .heads import (
     change_of,

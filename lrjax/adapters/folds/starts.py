@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from ...lowrank import LowRank
+from ..kinds.around import Magnitude
 from ..kinds.core.adapter import Core
-from ..kinds.magnitude import Magnitude
-from ..kinds.pair import Factors
-from ..protocol import Adapter
-from ..tree import Adapters, map_adapters
+from ..kinds.factors import Factors
+from ..protocol import Adapter, Adapters, map_adapters
 from ._parts import over_parts
 
 

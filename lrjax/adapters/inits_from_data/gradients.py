@@ -12,11 +12,9 @@ from ..._arguments import check_key
 from ..._sites import Axes, Where, check_repeatable, summed
 from ...linalg import orthonormalize, working_dtype
 from ...lowrank import LowRank
-from ..adapt import adapt
-from ..bind import bind
+from ..binding import adapt, bind
 from ..kinds import Factors, FullCopy
-from ..protocol import AdapterKind
-from ..tree import Adapters, map_adapters, partition
+from ..protocol import AdapterKind, Adapters, map_adapters, partition
 
 
 def gradient_statistics(

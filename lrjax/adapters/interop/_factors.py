@@ -5,13 +5,11 @@ from jaxtyping import Array, PyTree
 
 from ..._sites import Site
 from ...lowrank import LowRank
-from ..as_lora import beyond_factors, stacked_factors
-from ..bind import adapted_sites
-from ..kinds.biased import Biased
+from ..binding import adapted_sites, beyond_factors, stacked_factors
+from ..kinds.around import Biased, Magnitude
 from ..kinds.full import FullCopy
-from ..kinds.magnitude import Magnitude
+from ..protocol import Adapters
 from ..ranks.masks import without_masked
-from ..tree import Adapters
 from ._names import Module, Rename
 from ._stacks import taken_apart
 from .methods.lora import factors_of

@@ -9,14 +9,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..._sites import find_sites
-from .._stacks import joined
-from ..adapt import placed
-from ..bind import fitting
-from ..kinds.biased import Biased
+from ..binding import fitting, joined, placed
+from ..kinds.around import Biased
+from ..kinds.factors import Factors
 from ..kinds.full import FullCopy
-from ..kinds.pair import Factors
-from ..protocol import Adapter
-from ..tree import Adapters
+from ..protocol import Adapter, Adapters
 from ._names import Module, Rename, find_modules, modules_of
 from .methods._format import Part
 

@@ -12,8 +12,8 @@ from jaxtyping import PyTree
 from ..._extras import load
 from ..._sites import Axes, find_sites
 from ...lowrank import LowRank
-from ..kinds.pair import Factors
-from ..tree import Adapters
+from ..kinds.factors import Factors
+from ..protocol import Adapters
 from ._factors import factors_by_module
 from ._names import Module, Rename, find_modules
 from ._stacks import as_adapters

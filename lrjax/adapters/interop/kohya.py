@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..._sites import Axes, find_sites
-from ..tree import Adapters
+from ..protocol import Adapters
 from ._factors import factors_by_module
 from ._names import Rename, find_modules
 from ._stacks import as_adapters

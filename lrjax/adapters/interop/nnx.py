@@ -10,7 +10,7 @@ from ..._extras import load
 from ...lowrank import LowRank
 from ...transforms import Pair, pairs_by_name
 from ..kinds import Factors
-from ..tree import Adapters
+from ..protocol import Adapters
 from ._factors import factors_by_path
 
 

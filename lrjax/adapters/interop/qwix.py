@@ -11,7 +11,7 @@ from ..._matrices import matrix_axes, named_leaves
 from ..._sites import Axes, Site, find_sites
 from ...lowrank import LowRank
 from ..kinds import Factors
-from ..tree import Adapters
+from ..protocol import Adapters
 from ._factors import factors_by_path
 
 

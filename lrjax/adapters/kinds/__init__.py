@@ -1,8 +1,26 @@
-"""The kinds of adapters, a file for each mechanism."""
+"""The kinds of adapters, in rooms by mechanism."""
 
-from .bases import Bases as Bases, RandLoRA as RandLoRA
-from .biased import Biased as Biased, WithBias as WithBias
-from .block import BAT as BAT, Block as Block, GraLoRA as GraLoRA, MiSS as MiSS
+from .around import (
+    Biased as Biased,
+    BoRA as BoRA,
+    DoRA as DoRA,
+    Fused as Fused,
+    FusedRows as FusedRows,
+    Magnitude as Magnitude,
+    Summed as Summed,
+    Weighted as Weighted,
+    WithBias as WithBias,
+    WithMagnitude as WithMagnitude,
+)
+from .coefficients import (
+    NOLA as NOLA,
+    Bases as Bases,
+    RandLoRA as RandLoRA,
+    Scaled as Scaled,
+    Seeded as Seeded,
+    TiedLoRA as TiedLoRA,
+    VeRA as VeRA,
+)
 from .core import (
     PMSS as PMSS,
     Combination as Combination,
@@ -18,23 +36,35 @@ from .core import (
     SVFit as SVFit,
     TinyLoRA as TinyLoRA,
 )
-from .full import Full as Full, FullCopy as FullCopy
-from .fused import Fused as Fused, FusedRows as FusedRows
-from .gated import AdaLoRA as AdaLoRA, IncreLoRA as IncreLoRA, SoRA as SoRA
-from .hadamard import IA3 as IA3, Hadamard as Hadamard, HiRA as HiRA, LoHa as LoHa
-from .kronecker import Kronecker as Kronecker, LoKr as LoKr
-from .magnitude import (
-    BoRA as BoRA,
-    DoRA as DoRA,
-    Magnitude as Magnitude,
-    WithMagnitude as WithMagnitude,
+from .factors import (
+    NLS as NLS,
+    AdaLoRA as AdaLoRA,
+    CapaBoost as CapaBoost,
+    DyLoRA as DyLoRA,
+    Factors as Factors,
+    IncreLoRA as IncreLoRA,
+    LoRA as LoRA,
+    SoRA as SoRA,
+    TokenRows as TokenRows,
 )
-from .masked import NLS as NLS, CapaBoost as CapaBoost, DyLoRA as DyLoRA
-from .pair import Factors as Factors, LoRA as LoRA
-from .rotation import OFT as OFT, SODA as SODA, Rotation as Rotation
-from .scaled import Scaled as Scaled, TiedLoRA as TiedLoRA, VeRA as VeRA
-from .scaled_products import FLoRA as FLoRA, ScaledProducts as ScaledProducts
-from .seeded import NOLA as NOLA, Seeded as Seeded
-from .tensor import DoTA as DoTA, Tensor as Tensor, Tucker as Tucker
-from .tokens import TokenRows as TokenRows
-from .weighted import Summed as Summed, Weighted as Weighted
+from .full import Full as Full, FullCopy as FullCopy
+from .structured import (
+    BAT as BAT,
+    IA3 as IA3,
+    OFT as OFT,
+    SODA as SODA,
+    Block as Block,
+    DoTA as DoTA,
+    FLoRA as FLoRA,
+    GraLoRA as GraLoRA,
+    Hadamard as Hadamard,
+    HiRA as HiRA,
+    Kronecker as Kronecker,
+    LoHa as LoHa,
+    LoKr as LoKr,
+    MiSS as MiSS,
+    Rotation as Rotation,
+    ScaledProducts as ScaledProducts,
+    Tensor as Tensor,
+    Tucker as Tucker,
+)

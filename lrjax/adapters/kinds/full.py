@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from .._ready import Copied
-from ..protocol import Adapter, AdapterKind
+from ..protocol import Adapter, AdapterKind, Copied
 
 
 class FullCopy(Adapter):

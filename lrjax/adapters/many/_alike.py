@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from ..._sites import Site
-from .._pool import Pool
-from .._stacks import filled
-from ..as_lora import stacked_factors
+from ..binding import filled, stacked_factors
 from ..kinds import Factors, Weighted
-from ..protocol import Adapter
+from ..protocol import Adapter, Pool
 
 
 def stacked(

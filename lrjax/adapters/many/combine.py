@@ -7,13 +7,16 @@ from jaxtyping import Array, ArrayLike, PyTree
 from ..._sites import Site
 from ...lowrank import LowRank, truncate
 from ...merging import weighted_sum
-from .._pool import Pool
-from ..as_lora import beyond_factors, stacked_factors
-from ..bind import adapted_sites, bias_change, dense_change
+from ..binding import (
+    adapted_sites,
+    beyond_factors,
+    bias_change,
+    dense_change,
+    stacked_factors,
+)
 from ..kinds import Factors
 from ..kinds.full import FullCopy
-from ..protocol import Adapter, Ready
-from ..tree import Adapters
+from ..protocol import Adapter, Adapters, Pool, Ready
 
 
 Rule = Callable[[Sequence[PyTree], Any], PyTree]

@@ -13,10 +13,9 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from ..._sites import Site
 from ...linalg import product_svd, working_dtype
-from .._pool import Pool
-from ..as_lora import stacked_factors
+from ..binding import stacked_factors
 from ..kinds._settings import as_number, checked_rank, kaiming_uniform
-from ..protocol import Adapter, trained
+from ..protocol import Adapter, Pool, trained
 from .weights import among_largest, softmax_weights
 
 

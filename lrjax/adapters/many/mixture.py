@@ -10,10 +10,8 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 from ..._arguments import check_key
 from ..._sites import Site, fold_in_path
 from ...lowrank import LowRank
-from .._ready import PerInput, Product
-from ..bind import adapted_sites
-from ..protocol import Adapter, Ready, trained
-from ..tree import Adapters
+from ..binding import adapted_sites
+from ..protocol import Adapter, Adapters, PerInput, Product, Ready, trained
 from .gates import Gate, GateKind
 from .stack import Stack
 

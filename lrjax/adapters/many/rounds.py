@@ -11,7 +11,7 @@ from ..._arguments import check_key
 from ..folds import FoldRule
 from ..folds._parts import check_alike
 from ..folds.heads import head_count, head_keys
-from ..tree import Adapters
+from ..protocol import Adapters
 
 
 Train = Callable[[PyTree, Adapters, Any, PRNGKeyArray], tuple[Adapters, Any]]

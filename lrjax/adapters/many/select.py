@@ -5,11 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from ...lowrank import LowRank
-from .._pool import Pool
-from ..as_lora import stacked_factors
+from ..binding import stacked_factors
 from ..kinds import Factors, Summed, Weighted
-from ..protocol import Adapter, with_stopped_gradients
-from ..tree import Adapters
+from ..protocol import Adapter, Adapters, Pool, with_stopped_gradients
 from .stack import Stack
 
 

@@ -8,10 +8,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, PyTree
 
-from .._pool import Pool
-from ..bind import adapted_sites
+from ..binding import adapted_sites
 from ..kinds._settings import checked_rank
-from ..tree import Adapters
+from ..protocol import Adapters, Pool
 from ._alike import entry, stacked
 
 

@@ -7,8 +7,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ..kinds.pair import Factors
-from ..tree import Adapters, map_adapters
+from ..kinds.factors import Factors
+from ..protocol import Adapters, map_adapters
 from .masks import factors_of, map_factors
 
 

@@ -4,10 +4,9 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from ..._sites import flat_leaves
 from ...linalg import order_statistic
-from ..bind import adapted_sites, dense_change
-from ..kinds.gated import RESERVE
-from ..kinds.pair import Factors
-from ..tree import Adapters
+from ..binding import adapted_sites, dense_change
+from ..kinds.factors import RESERVE, Factors
+from ..protocol import Adapters
 from ._table import Table
 
 

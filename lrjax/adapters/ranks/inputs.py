@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from ...linalg import order_statistic
-from ..kinds.pair import Factors
-from ..tree import Adapters, map_adapters
+from ..kinds.factors import Factors
+from ..protocol import Adapters, map_adapters
 from .masks import map_factors
 
 

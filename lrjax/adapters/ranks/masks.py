@@ -9,9 +9,8 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from ...lowrank import LowRank
-from ..kinds.pair import Factors
-from ..protocol import trained
-from ..tree import Adapters, map_adapters
+from ..kinds.factors import Factors
+from ..protocol import Adapters, map_adapters, trained
 
 
 def is_factors(x: Any) -> bool:

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 from ..._tree import check_params
 from ...linalg import increment, order_statistic
 from ...transforms import Sensitivity, cubic_schedule
-from ..kinds.pair import Factors
+from ..kinds.factors import Factors
 from .masks import factors_of, is_factors
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from ..kinds.pair import Factors
-from ..tree import Adapters
+from ..kinds.factors import Factors
+from ..protocol import Adapters
 from ._table import Table
 
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ..._pool import FactorPool
-from ...protocol import Adapter
+from ...protocol import Adapter, FactorPool
 from .._config import number
 from .._names import Module
 from .._tensors import Tensors

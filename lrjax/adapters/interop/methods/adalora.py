@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ....lowrank import LowRank
-from ...kinds.pair import Factors
+from ...kinds.factors import Factors
 from .._config import number, one_value
 from ._format import Format, misfit
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ...kinds.block import Affine, Block, Repeated
+from ...kinds.structured import Affine, Block, Repeated
 from .._config import one_value
 from ._format import Format, misfit
 

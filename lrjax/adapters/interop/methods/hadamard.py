@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ....lowrank import LowRank
-from ...kinds.hadamard import Hadamard
+from ...kinds.structured import Hadamard
 from .._config import alpha_of, by_pattern, is_called, number, patterns_of
 from .._names import Module
 from ._format import Format, misfit

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ....lowrank import LowRank, is_low_rank
-from ...kinds.kronecker import Kronecker, split
+from ...kinds.structured import Kronecker, split
 from .._config import alpha_of, by_pattern, number, patterns_of
 from .._names import Module
 from ._format import Format, misfit

@@ -12,8 +12,8 @@ from jaxtyping import Array
 
 from ....linalg import cross, orthonormalize, truncated_svd
 from ....lowrank import LowRank
-from ...kinds.magnitude import Magnitude
-from ...kinds.pair import Factors
+from ...kinds.around import Magnitude
+from ...kinds.factors import Factors
 from ...ranks.masks import without_masked
 from .._config import alpha_of, by_pattern, number, one_value, patterns_of
 from .._names import Module

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ..._pool import BasisPool
-from ...kinds.bases import Bases
+from ...kinds.coefficients import Bases
+from ...protocol import BasisPool
 from .._config import alpha_of, number, one_value
 from ._format import Format, misfit
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from ...kinds.rotation import Rotation
+from ...kinds.structured import Rotation
 from .._config import number, one_value
 from ._format import Format, misfit
 

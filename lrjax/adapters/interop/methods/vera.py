@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ....lowrank import LowRank
-from ..._pool import FactorPool
-from ...kinds.scaled import Scaled
+from ...kinds.coefficients import Scaled
+from ...protocol import FactorPool
 from .._config import number, one_value
 from ._format import Format, misfit
 

@@ -10,9 +10,7 @@ from jaxtyping import Array, ArrayLike, Float
 from ...._sites import Held, Site
 from ....linalg import times
 from ....lowrank import LowRank
-from ..._pool import PoolRows
-from ..._ready import Product
-from ...protocol import Adapter, AdapterKind, trained
+from ...protocol import Adapter, AdapterKind, PoolRows, Product, trained
 from .._settings import as_dtype, as_rate, checked_dropout, checked_rank, over_rank
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from ...._sites import Site
 from ....linalg import orthonormalize, truncated_svd
 from ....lowrank import LowRank
-from ...tree import Adapters
+from ...protocol import Adapters
 from .adapter import CoreKind
 
 

@@ -10,7 +10,7 @@ from jaxtyping import ArrayLike
 from ...._sites import Site
 from ....linalg import truncated_svd
 from ....lowrank import LowRank
-from ..._pool import VectorPool
+from ...protocol import VectorPool
 from .._settings import check_fits, checked_rank, kaiming_uniform
 from .adapter import Combination, CoreKind, FromPool
 

@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import ArrayLike
 
 from ....lowrank import LowRank
-from ..._pool import FactorPool
+from ...protocol import FactorPool
 from .adapter import CoreKind, PairOfPool
 
 
