@@ -10,41 +10,42 @@ from .completion import (
     representer_points as representer_points,
     row_contributions as row_contributions,
 )
-from .isometry import (
-    MixedNormRIP as MixedNormRIP,
-    SignRIP as SignRIP,
-    mixed_norm_rip as mixed_norm_rip,
-    sign_rip as sign_rip,
-)
-from .losses import (
-    L1 as L1,
-    Huber as Huber,
-    Objective as Objective,
-    Quantile as Quantile,
-    Squared as Squared,
-)
-from .observe import (
+from .descent import (
+    History as History,
+    Solution as Solution,
+    SolveState as SolveState,
     Spectrum as Spectrum,
     Staircase as Staircase,
     plot_success as plot_success,
+    solve as solve,
+    spectral_init as spectral_init,
     spectrum as spectrum,
     staircase as staircase,
     success_rate as success_rate,
 )
-from .operators import (
+from .problems import (
+    L1 as L1,
     DenseSensing as DenseSensing,
     Entries as Entries,
+    Huber as Huber,
     Identity as Identity,
     Masked as Masked,
+    MixedNormRIP as MixedNormRIP,
+    Objective as Objective,
     Operator as Operator,
+    Problem as Problem,
+    Quantile as Quantile,
     RankOneSensing as RankOneSensing,
-)
-from .problem import Problem as Problem
-from .problems import (
+    SignRIP as SignRIP,
+    SpikedModel as SpikedModel,
+    Squared as Squared,
     matrix_completion as matrix_completion,
     matrix_sensing as matrix_sensing,
+    mixed_norm_rip as mixed_norm_rip,
     phase_retrieval as phase_retrieval,
     robust_pca as robust_pca,
+    sign_rip as sign_rip,
+    spiked_model as spiked_model,
 )
 from .projected_power import (
     NearestInRange as NearestInRange,
@@ -70,14 +71,6 @@ from .separation import (
     principal_component_pursuit as principal_component_pursuit,
     scaled_descent as scaled_descent,
 )
-from .solve import (
-    History as History,
-    Solution as Solution,
-    SolveState as SolveState,
-    solve as solve,
-)
-from .spectral_init import spectral_init as spectral_init
-from .spiked import SpikedModel as SpikedModel, spiked_model as spiked_model
 from .tensors import (
     TensorFit as TensorFit,
     fit_robust_tensor as fit_robust_tensor,

@@ -15,7 +15,7 @@ from .._arguments import check_key
 from ..linalg import nonzero, times
 from ..lowrank import LowRank
 from ._inputs import check_not_negative
-from .operators import Operator
+from .problems import Operator
 
 
 Cost = Float[Array, "n n"] | Callable[[Array], Array]

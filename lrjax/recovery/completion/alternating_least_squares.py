@@ -6,10 +6,8 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from ..._arguments import check_key
 from ...linalg import nonzero
 from ...lowrank import LowRank, relative_step
-from ..losses import Squared
-from ..operators import Entries, Identity, Masked
-from ..problem import Problem
-from ..solve import History, Solution
+from ..descent import History, Solution
+from ..problems import Entries, Identity, Masked, Problem, Squared
 from .grouped import Block, Grouped, group_by_row, scan_rows
 from .normal_equations import Weigh, contract, inverse_root, normal_equations
 

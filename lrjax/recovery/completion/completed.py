@@ -14,7 +14,7 @@ from .._inputs import VectorLike
 from .._plots import norm_of_noise, plot_fit, refuse_batch, sampled_entries
 from .._variance import explained_variance_ratio
 from ..derivatives import refuse_derivatives
-from ..operators import Entries
+from ..problems import Entries
 from .bayes import Side, regress, whiten
 from .entries import check_entries, observed
 from .features import Units, check_features, pattern_features

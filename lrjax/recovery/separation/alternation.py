@@ -19,8 +19,8 @@ from ...linalg import (
     working_dtype,
 )
 from ...lowrank import LowRank
+from ..descent import Observer, SolveState, scan_until_stopped
 from ..problems import observed_entries
-from ..solve import Observer, SolveState, scan_until_stopped
 
 
 class Separation(eqx.Module):
