@@ -1,6 +1,7 @@
 """Who may import whom: only rooms further to the left, and only by their front door."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,11 @@ def test_public_files_are_short():
         if (n := len(p.read_text().splitlines())) > 420
     }
     assert not long, f"split these by mechanism: {long}"
+
+
+def test_rooms_are_small():
+    """All but the index of recipes, and the root with what its rooms share."""
+    files = Counter(p.parent.relative_to(ROOT) for p in FILES)
+    exempt = (Path(), Path("recipes"))
+    large = {str(room): n for room, n in files.items() if n > 12 and room not in exempt}
+    assert not large, f"split these by mechanism: {large}"

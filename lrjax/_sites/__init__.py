@@ -1,9 +1,5 @@
 """The weights of a model as matrices: where they are, and what their layers do."""
 
-from .activations import (
-    activation_statistics as activation_statistics,
-    sums_of_inputs as sums_of_inputs,
-)
 from .arrays import ArraySite as ArraySite, Axes as Axes, array_site as array_site
 from .axes_of import AxesOf as AxesOf, axes_of as axes_of
 from .find import (
@@ -40,11 +36,13 @@ from .sites import (
     register_layer as register_layer,
     reweighted as reweighted,
 )
-from .statistic import InputStatistic as InputStatistic
-from .stream import (
+from .statistics import (
     Call as Call,
+    InputStatistic as InputStatistic,
+    activation_statistics as activation_statistics,
     check_repeatable as check_repeatable,
     over_batch as over_batch,
     summed as summed,
+    sums_of_inputs as sums_of_inputs,
 )
 from .where import Where as Where, pick as pick

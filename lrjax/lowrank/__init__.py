@@ -8,12 +8,6 @@ from .algebra import (
     refactor as refactor,
     svd as svd,
 )
-from .aligned_inits import (
-    disjoint_svd_init as disjoint_svd_init,
-    qr_init as qr_init,
-    svd_init as svd_init,
-    weighted_svd_init as weighted_svd_init,
-)
 from .allocation import (
     energy_ranks as energy_ranks,
     knapsack_ranks as knapsack_ranks,
@@ -31,10 +25,14 @@ from .core_shape import core_shape as core_shape
 from .edits import edit_weight as edit_weight
 from .inits import (
     balanced_init as balanced_init,
+    disjoint_svd_init as disjoint_svd_init,
     gaussian_init as gaussian_init,
     lora_init as lora_init,
     orthogonal_init as orthogonal_init,
+    qr_init as qr_init,
     small_init as small_init,
+    svd_init as svd_init,
+    weighted_svd_init as weighted_svd_init,
 )
 from .nodes import (
     LowRank as LowRank,
@@ -62,12 +60,10 @@ from .tucker import (
     TuckerForm as TuckerForm,
     higher_order_svd as higher_order_svd,
     multiply_axes as multiply_axes,
+    tucker_augment as tucker_augment,
     tucker_inner as tucker_inner,
+    tucker_tangent as tucker_tangent,
+    tucker_truncate as tucker_truncate,
     unfold as unfold,
     unfolded_svd as unfolded_svd,
 )
-from .tucker_ranks import (
-    tucker_augment as tucker_augment,
-    tucker_truncate as tucker_truncate,
-)
-from .tucker_tangent import tucker_tangent as tucker_tangent

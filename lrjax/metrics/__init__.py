@@ -15,24 +15,24 @@ from .calibration import (
     negative_log_likelihood as negative_log_likelihood,
     reliability_bins as reliability_bins,
 )
-from .fisher import diagonal_fisher as diagonal_fisher
 from .forgetting import (
     ContinualScores as ContinualScores,
     continual_scores as continual_scores,
 )
-from .gradient_coherence import (
+from .gradients import (
     GradientCoherence as GradientCoherence,
-    gradient_coherence as gradient_coherence,
-)
-from .hessian import (
     HessianOverlap as HessianOverlap,
     HessianSpace as HessianSpace,
+    KernelChange as KernelChange,
+    diagonal_fisher as diagonal_fisher,
+    gradient_coherence as gradient_coherence,
     hessian_overlap as hessian_overlap,
     hessian_space as hessian_space,
+    kernel_alignment as kernel_alignment,
+    kernel_change as kernel_change,
+    relative_change as relative_change,
+    tangent_kernel as tangent_kernel,
 )
-from .intruders import intruder_dimensions as intruder_dimensions
-from .latent_volume import latent_volume as latent_volume
-from .local_rank import local_rank as local_rank
 from .memory_report import (
     LeafMemory as LeafMemory,
     MemoryReport as MemoryReport,
@@ -44,20 +44,16 @@ from .phases import (
     fitted_rate as fitted_rate,
     phase_times as phase_times,
 )
-from .rank import (
+from .spectra import (
+    SettledRanks as SettledRanks,
     effective_rank as effective_rank,
     energy_rank as energy_rank,
+    intruder_dimensions as intruder_dimensions,
+    latent_volume as latent_volume,
+    local_rank as local_rank,
     nuclear_rank as nuclear_rank,
     numerical_rank as numerical_rank,
     participation_ratio as participation_ratio,
     singular_values as singular_values,
     stable_rank as stable_rank,
-)
-from .settled_ranks import SettledRanks as SettledRanks
-from .tangent_kernel import (
-    KernelChange as KernelChange,
-    kernel_alignment as kernel_alignment,
-    kernel_change as kernel_change,
-    relative_change as relative_change,
-    tangent_kernel as tangent_kernel,
 )

@@ -6,11 +6,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ..lowrank import LowRank, SVDForm, TuckerForm
-from .conv import LowRankConv
-from .embedding import LowRankEmbedding
-from .linear import LowRankLinear
-from .sparse_plus_low_rank import SparsePlusLowRankLinear
-from .tucker_conv import TuckerConv
+from .layers import (
+    LowRankConv,
+    LowRankEmbedding,
+    LowRankLinear,
+    SparsePlusLowRankLinear,
+    TuckerConv,
+)
 
 
 _NODES = (LowRank, SVDForm, TuckerForm)

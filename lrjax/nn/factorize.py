@@ -19,8 +19,7 @@ from .._sites import (
 )
 from ..linalg import TruncatedSVD, truncated_svd
 from ..lowrank import energy_ranks, knapsack_ranks, parameter_count
-from ._weights import Form, check_form, node_of
-from .folding import Scheme, fold_kernel, taps_of_outputs
+from .layers import Form, Scheme, check_form, fold_kernel, node_of, taps_of_outputs
 from .replace_weight import replace_weight
 from .report import FactorReport, LayerFactors
 

@@ -3,11 +3,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array
 
-from ._weights import Node
-from .conv import LowRankConv
-from .embedding import LowRankEmbedding
-from .folding import Scheme
-from .linear import LowRankLinear
+from .layers import LowRankConv, LowRankEmbedding, LowRankLinear, Node, Scheme
 
 
 _OWN: Any = object()

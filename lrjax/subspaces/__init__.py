@@ -23,7 +23,6 @@ from .accumulate_gradients import (
     AccumulateGradientsState as AccumulateGradientsState,
     accumulate_gradients as accumulate_gradients,
 )
-from .affine_subspace import AffineSubspace as AffineSubspace
 from .bases import (
     SVD as SVD,
     Basis as Basis,
@@ -68,11 +67,16 @@ from .lifts import (
     Transformed as Transformed,
     limit_growth as limit_growth,
 )
+from .parameter_space import (
+    AffineSubspace as AffineSubspace,
+    random_subspace as random_subspace,
+    trajectory_subspace as trajectory_subspace,
+    zeroth_order_gradient as zeroth_order_gradient,
+)
 from .project_updates import (
     ProjectUpdatesState as ProjectUpdatesState,
     project_updates as project_updates,
 )
-from .random_subspace import random_subspace as random_subspace
 from .schedules import (
     Adaptive as Adaptive,
     AdaptiveState as AdaptiveState,
@@ -83,7 +87,6 @@ from .schedules import (
     ScheduleContext as ScheduleContext,
 )
 from .sparse_residual import SparseResidual as SparseResidual
-from .trajectory_subspace import trajectory_subspace as trajectory_subspace
 from .transport import (
     Align as Align,
     BasisChange as BasisChange,
@@ -94,4 +97,3 @@ from .transport import (
     RotateVariance as RotateVariance,
     SeededReset as SeededReset,
 )
-from .zeroth_order_gradient import zeroth_order_gradient as zeroth_order_gradient
