@@ -123,6 +123,7 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(config, items):
+    _mark_slow_rows(config, items)
     if "accelerator" not in config.option.markexpr:
         skip = pytest.mark.skip(reason="compiled for accelerators by -m accelerator alone")
         for item in items:
@@ -130,3 +131,18 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
     # The long ones first, so that no worker is left alone with one at the end.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def _mark_slow_rows(config, items):
+    """Mark the rows slow that ``slow_but`` does not name."""
+    named, found = set(), set()
+    for item in items:
+        if (mark := item.get_closest_marker("slow_but")) is None:
+            continue
+        test = item.nodeid.partition("[")[0]
+        named |= {(test, row) for row in mark.args}
+        found.add((test, item.callspec.id))
+        if item.callspec.id not in mark.args:
+            item.add_marker(pytest.mark.slow)
+    if named - found and not any("[" in argument for argument in config.args):
+        raise pytest.UsageError(f"slow_but: no such rows: {sorted(named - found)}")

@@ -23,6 +23,7 @@ BLOCK = {
 }
 
 
+@pytest.mark.slow
 def test_default_takes_linear_layers_but_heads_and_embeddings(getkey):
     adapters = adapt(tower(getkey()), lrjax.LoRA(2), key=getkey())
     assert set(adapters.layers) == {f"blocks.{name}" for name in BLOCK}
@@ -105,6 +106,7 @@ class Tied(eqx.Module):
         return linear(jnp.tanh(embedding(token)))
 
 
+@pytest.mark.slow
 def test_tied_layer_is_refused_and_the_one_that_keeps_the_weight_leads(getkey):
     model = Tied(getkey())
     with pytest.raises(ValueError, match=r"tied to another layer by eqx\.nn\.Shared"):
@@ -120,6 +122,7 @@ def test_tied_layer_is_refused_and_the_one_that_keeps_the_weight_leads(getkey):
     assert np.any(y != model(jnp.int32(2)))
 
 
+@pytest.mark.slow
 def test_layers_start_the_same_whatever_else_is_adapted(getkey):
     model, key = block(getkey()), getkey()
     all_of_them = adapt(model, lrjax.LoRA(2), key=key)
@@ -135,6 +138,7 @@ def test_unknown_path_names_the_known_ones(getkey):
         adapters["attention"]
 
 
+@pytest.mark.slow
 def test_params_hold_pairs_and_optimizer_state_covers_them_alone(getkey):
     model = tower(getkey())
     adapters = adapt(model, lrjax.LoRA(2, dropout=0.1), key=getkey())
@@ -151,6 +155,7 @@ def test_params_hold_pairs_and_optimizer_state_covers_them_alone(getkey):
     assert size(state) == 2 * 4 * numbers + 4  # two moments and one counter
 
 
+@pytest.mark.slow
 def test_transforms_for_pairs_train_adapters(getkey):
     model, tokens = tower(getkey()), jnp.arange(5)
     params, frozen = lrjax.partition(adapt(model, lrjax.LoRA(2), key=getkey()))
@@ -171,6 +176,7 @@ def test_transforms_for_pairs_train_adapters(getkey):
     assert values[-1] < 0.5 * values[0]
 
 
+@pytest.mark.slow
 def test_saving_and_loading(getkey):
     model, key = tower(getkey()), getkey()
     adapters = randomized(adapt(model, lrjax.LoRA(2, alpha=7), key=key), getkey())
@@ -181,6 +187,7 @@ def test_saving_and_loading(getkey):
     assert eqx.tree_equal(eqx.tree_deserialise_leaves(file, like), adapters)
 
 
+@pytest.mark.slow
 def test_dict_of_kernels(getkey):
     """Arrays named kernel are (in, out); the node is (out, in) everywhere."""
     params = {

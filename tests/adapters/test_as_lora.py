@@ -51,6 +51,7 @@ def converted(model, adapters, rank=None):
     return plain, errors, lrjax.merge(model, adapters), lrjax.merge(model, plain)
 
 
+@pytest.mark.slow_but("kind1")
 @pytest.mark.parametrize(
     "kind",
     [
@@ -73,6 +74,7 @@ def test_products_are_exact(kind, getkey):
     assert eqx.tree_equal([a.dropout_rate() for a in plain.layers.values()], rates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [lrjax.DoRA(2), lrjax.LoRA(4, -6.0)], ids=["dense", "product"]
 )

@@ -112,6 +112,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow_but("bi,io->bo", "bi,oi->bo")
 @pytest.mark.parametrize("form", FORMS)
 def test_an_adapter_is_a_map_from_inputs_to_outputs(form):
     """Along the axes found, the change of an output is ``left rightᵀ`` of the input."""
@@ -184,6 +185,7 @@ def test_a_program_that_does_not_use_them_is_refused():
         axes_of(lambda params, x: 2 * x, {"w": jnp.ones((4, 4))}, jnp.ones(4))
 
 
+@pytest.mark.slow
 def test_an_adapter_of_linen_trains():
     """Told by the rule, a layer of attention fits a change of low rank of its own."""
     model, x = nn.MultiHeadDotProductAttention(2), jr.normal(jr.key(0), (6, 5, 8))

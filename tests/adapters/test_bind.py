@@ -26,6 +26,7 @@ def bound_tower(getkey, **options):
     return model, randomized(adapters, getkey()), jr.randint(getkey(), (4, 5), 0, 11)
 
 
+@pytest.mark.slow
 def test_scanned_attention_tower_bound_equals_merged(getkey):
     model, adapters, tokens = bound_tower(getkey)
     bound = eqx.filter_jit(lambda m, a, t: jax.vmap(lrjax.bind(m, a))(t))
@@ -43,6 +44,7 @@ def test_scanned_attention_tower_bound_equals_merged(getkey):
         assert np.linalg.norm(less - got) > 1e-4, path
 
 
+@pytest.mark.slow
 def test_stacked_layers_equal_a_loop_over_them(getkey):
     model, adapters, _ = bound_tower(getkey)
     x = jr.normal(getkey(), (5, 8))
@@ -61,6 +63,7 @@ def test_stacked_layers_equal_a_loop_over_them(getkey):
         assert_close(call(at(stacked, i), x), want, condition=10)
 
 
+@pytest.mark.slow
 def test_base_gets_no_gradient_and_the_rest_does(getkey):
     model, adapters, tokens = bound_tower(getkey)
     del adapters.layers["head"], adapters.layers["embedding"]
@@ -79,6 +82,7 @@ def test_base_gets_no_gradient_and_the_rest_does(getkey):
     assert np.any(got.embedding.weight)
 
 
+@pytest.mark.slow
 def test_many_adapters_share_one_base_under_vmap(getkey):
     model, adapters, tokens = bound_tower(getkey)
     members = [randomized(adapters, getkey()) for _ in range(3)]
@@ -133,6 +137,7 @@ def test_detach_is_the_inverse_of_bind(getkey):
         lrjax.detach(model)
 
 
+@pytest.mark.slow
 def test_adapters_of_another_model_are_refused(getkey):
     adapters = adapt(block(getkey()), lrjax.LoRA(2), key=getkey())
     with pytest.raises(ValueError, match=r"no layer at \['attention.key_proj'"):
@@ -149,6 +154,7 @@ def test_half_of_a_partition_is_refused(getkey):
             lrjax.bind(model, half)
 
 
+@pytest.mark.slow
 def test_dropout_reaches_layers_that_are_called_without_a_key(getkey):
     model, adapters, tokens = bound_tower(getkey, dropout=0.5)
 
@@ -256,6 +262,7 @@ def test_replacing_the_weight_of_a_bound_layer_is_refused(getkey):
         bound(jnp.ones(4))
 
 
+@pytest.mark.slow
 def test_nested_adapters_add_up_in_order(getkey):
     model, x = eqx.nn.MLP(4, 3, 8, 1, key=getkey()), jr.normal(getkey(), (4,))
     first, second = (
@@ -287,6 +294,7 @@ def test_nested_adapters_add_up_in_order(getkey):
     assert np.any(top["layers.0"].magnitude)
 
 
+@pytest.mark.slow
 def test_a_pool_below_has_no_gradient_and_both_drop_by_their_keys(getkey):
     # So many inputs that dropout never takes them all.
     model, x = eqx.nn.Linear(40, 3, key=getkey()), jr.normal(getkey(), (40,))
@@ -313,6 +321,7 @@ def test_a_pool_below_has_no_gradient_and_both_drop_by_their_keys(getkey):
     assert_close(*values(low, top), condition=100)
 
 
+@pytest.mark.slow
 def test_nested_stacks_under_scan(getkey):
     model, adapters, tokens = bound_tower(getkey)
     bound = lrjax.bind(model, adapters)
@@ -335,6 +344,7 @@ def test_bias_of_an_adapted_layer_has_its_gradient(getkey):
     assert not np.any(bound.weight)
 
 
+@pytest.mark.slow
 def test_frozen_numbers_have_no_gradient_without_a_partition(getkey):
     # So many inputs that dropout never takes them all.
     layer, x = eqx.nn.Linear(40, 3, key=getkey()), jr.normal(getkey(), (40,))
@@ -405,6 +415,7 @@ def test_detach_refuses_what_it_cannot_take_apart(getkey):
         lrjax.detach(lrjax.bind(model, adapters))
 
 
+@pytest.mark.slow
 def test_joined_adapters(getkey):
     model, x = eqx.nn.MLP(4, 3, 8, 1, key=getkey()), jr.normal(getkey(), (4,))
     one = adapt(model, lrjax.LoRA(2), where=["layers.0"], key=getkey())

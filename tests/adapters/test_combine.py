@@ -49,6 +49,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow_but("rank-stabilized")
 @pytest.mark.parametrize("name", KINDS)
 def test_changes_of_any_kind_are_summed(name, getkey):
     adapters = [trained(kind, getkey()) for kind in KINDS[name]]
@@ -58,6 +59,7 @@ def test_changes_of_any_kind_are_summed(name, getkey):
         assert_close(one, want, rtol=2e-5)
 
 
+@pytest.mark.slow_but("kind0")
 @pytest.mark.parametrize("kind", [lrjax.LoRA(2, 5, rank_stabilized=True), lrjax.DoRA(2)])
 def test_one_adapter_of_weight_one_comes_back(kind, getkey):
     own = trained(kind, getkey())
@@ -83,6 +85,7 @@ def test_layers_that_only_one_adapts(getkey):
         assert_close(one, want, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_rank_cuts_to_the_best_approximation(getkey):
     adapters = [trained(kind, getkey()) for kind in (lrjax.DoRA(2), lrjax.LoRA(3))]
     cut = COMBINE(adapters, [1.0, 1.0], MODEL, rank=2)
@@ -92,6 +95,7 @@ def test_a_rank_cuts_to_the_best_approximation(getkey):
     assert_close(cut["layers.1"].pair.materialize(), want, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_scales_are_shared_by_both_factors(getkey):
     """So that a merge factor by factor is that of the scaled products."""
     adapters = [trained(lrjax.LoRA(2, alpha), getkey()) for alpha in (2.0, 8.0)]

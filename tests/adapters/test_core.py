@@ -71,6 +71,7 @@ def test_random_cores_have_the_variance_of_a_projection(getkey):
     np.testing.assert_allclose(np.std(adapters[""].core.matrices), 8**-0.5, rtol=0.04)
 
 
+@pytest.mark.slow
 def test_one_v_of_many_matrices_gets_the_sum_of_their_gradients(getkey):
     make = eqx.filter_vmap(lambda key: eqx.nn.Linear(5, 5, key=key))
     model = {
@@ -130,6 +131,7 @@ def test_loldu_is_the_residual_form(tall, model, getkey):
     assert_close(start, model)
 
 
+@pytest.mark.slow
 def test_a_zero_pivot_does_no_harm(getkey):
     weight = jnp.array([[0.0, 1.0, 2.0], [0.0, 3.0, 1.0], [0.0, 0.0, 0.0]])
     for kind in (LoLDU(3), PMSS(3)):
@@ -139,6 +141,7 @@ def test_a_zero_pivot_does_no_harm(getkey):
         assert_close(adapters["w"].pair, jax.tree.map(jnp.nan_to_num, adapters["w"].pair))
 
 
+@pytest.mark.slow
 def test_pmss_takes_columns_and_rows_that_span_the_weight(getkey):
     """Of a matrix of rank r: ``W = C W[I, J]⁻¹ R``, the skeleton decomposition."""
     left, right = jr.normal(getkey(), (7, 2)), jr.normal(getkey(), (5, 2))
@@ -166,6 +169,7 @@ def test_nora_is_its_formula(model, getkey):
     assert relative_error(merged["w"], want) < tol(merged["w"], condition=10)
 
 
+@pytest.mark.slow
 def test_eigenlorax_finds_the_directions_of_older_adapters(getkey):
     make = eqx.filter_vmap(lambda key: eqx.nn.Linear(9, 8, key=key))
     model = make(jr.split(getkey(), 2))
@@ -210,6 +214,7 @@ def test_what_eigenlorax_cannot_use_is_refused(model, getkey):
         EigenLoRAx([])
 
 
+@pytest.mark.slow
 def test_lotr_of_one_layer_is_a_tucker_form(model, getkey):
     """Three trained factors, of which a pool holds two: value and gradient."""
     adapters, merged, start = moved_and_merged(model, LoTR(2, 6.0), getkey())
@@ -251,6 +256,7 @@ def descent(model, kind, tx, steps, stretch=1.0):
     return run
 
 
+@pytest.mark.slow
 def test_a_training_run_of_stella_stays_on_the_manifold(model, getkey):
     chain = (lrjax.landing_field(0.0), optax.adam(0.05), lrjax.keep_orthonormal())
     losses, gaps = descent(model, StelLA(2), optax.chain(*chain), 60)(model, getkey())
@@ -261,6 +267,7 @@ def test_a_training_run_of_stella_stays_on_the_manifold(model, getkey):
     assert gaps[0] > 1e-2
 
 
+@pytest.mark.slow
 def test_a_training_run_of_polar_lands_on_the_manifold(model, getkey):
     """From columns that are a fifth too long, by small steps along the field."""
     run = lambda pull: optax.chain(lrjax.landing_field(pull), optax.sgd(0.02))

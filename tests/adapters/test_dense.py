@@ -93,6 +93,7 @@ def test_sharded_inputs(getkey):
     assert_close(jax.jit(mapped)(x, w), want)
 
 
+@pytest.mark.slow
 def test_checkpoint_policies_see_every_product(getkey):
     """Saved dots are not computed again: the flops of layer and factors by hand."""
     keys = [getkey() for _ in range(3)]

@@ -81,6 +81,7 @@ def arrays_of(state, shape):
 LEFT, RIGHT, COPY = (3, 4, R), (3, 3, R), (6, 5)
 
 
+@pytest.mark.slow_but("adabelief")
 @pytest.mark.parametrize("name", MOMENTS)
 def test_pruned_by_parameter_in_every_optimizer(name, getkey):
     make, rate, _ = MOMENTS[name]
@@ -113,6 +114,7 @@ def test_pruned_by_parameter_in_every_optimizer(name, getkey):
     assert_same(others(got), others(state))  # copies and counts go on
 
 
+@pytest.mark.slow
 def test_fractions_of_nothing_and_of_all(getkey):
     adapters, state = trained(ADAM, rule_of, getkey())
     _, kept = folded(room.KeepMoments(), adapters, state, getkey())
@@ -128,6 +130,7 @@ def test_fractions_of_nothing_and_of_all(getkey):
     assert int(all_gone[0].count) == 3
 
 
+@pytest.mark.slow_but("0.8")
 @pytest.mark.parametrize("fraction", [0.25, 0.8])
 def test_by_magnitude_the_smallest_first_moments_go(fraction, getkey):
     adapters, state = trained(ADAM, KIND, getkey())
@@ -164,6 +167,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.slow_but("a chain", "masked")
 @pytest.mark.parametrize("name", [name for name in WRAPPED if name != "eight bits"])
 def test_a_reset_is_a_new_state_but_for_the_schedule(name, getkey):
     tx = WRAPPED[name]
@@ -191,6 +195,7 @@ def test_a_reset_is_a_new_state_but_for_the_schedule(name, getkey):
     assert abs(size(step) / size(first) - part) < 1e-3
 
 
+@pytest.mark.slow_but("a chain")
 @pytest.mark.parametrize(
     "name", ["a chain", "injected", "by label", "in steps", "eight bits"]
 )
@@ -223,6 +228,7 @@ def wide(kind, key):
     return jax.tree.map(lambda y: y.astype(float), adapters)
 
 
+@pytest.mark.slow_but("both")
 @pytest.mark.parametrize("train", ["both", "left"])
 def test_first_moments_are_those_that_the_new_frame_would_have_seen(train, getkey, x64):
     """All gradients in the old frame, against all of them in a new one of its span."""
@@ -345,6 +351,7 @@ def test_moments_in_codes_are_refused(getkey):
     assert carried(room.PruneMoments(plain), adapters, state, getkey(), KIND)[1] == state
 
 
+@pytest.mark.slow
 def test_the_schedule_is_cosines_joined(getkey):
     peak, steps, k, first, again = 2.0, 200, 50, 20, 10
     envelope = optax.warmup_cosine_decay_schedule(0.0, peak, first, steps, 0.2)

@@ -76,6 +76,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow_but("a copy")
 @pytest.mark.parametrize("name", RULES)
 def test_a_fold_keeps_the_function_and_all_train_on(name, getkey):
     rule = RULES[name]
@@ -95,6 +96,7 @@ def test_a_fold_keeps_the_function_and_all_train_on(name, getkey):
     assert_same((model, same), (MODEL, adapters))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LoRA", "a start that is no zero change"])
 def test_in_float64_to_its_rounding(name, getkey, x64):
     rule, model = RULES[name], as_dtype(MODEL, jnp.float64)
@@ -105,6 +107,7 @@ def test_in_float64_to_its_rounding(name, getkey, x64):
     assert_close(weights(model, new), want, condition=10)
 
 
+@pytest.mark.slow
 def test_bfloat16_loses_what_is_below_half_a_spacing_and_no_more(getkey):
     half = as_dtype(MODEL, jnp.bfloat16)
     rule = room.Restart(lrjax.LoRA(R, dtype=jnp.float32))
@@ -139,6 +142,7 @@ def test_a_copy_loses_nothing_in_bfloat16(getkey):
     assert_same(new, adapters)
 
 
+@pytest.mark.slow_but("left")
 @pytest.mark.parametrize("train", ["both", "left", "right"])
 def test_ranks_add_up(train, getkey, x64):
     """On generic data each update of rank r is a new one: the bound is met."""
@@ -179,6 +183,7 @@ def test_ranks_add_up(train, getkey, x64):
     np.testing.assert_array_equal(ranks, np.minimum(R * (folds_before + 1), 8))
 
 
+@pytest.mark.slow
 def test_members_of_a_vmap_fold_when_they_are_due_and_share_the_work(getkey):
     rule = RULES["LoRA"]
     adapters, state = trained(MODEL, rule.kind, getkey())
@@ -220,6 +225,7 @@ def test_a_stack_folds_as_its_layers(getkey):
     assert_same(model.stack.bias, MODEL.stack.bias)
 
 
+@pytest.mark.slow
 def test_masks_of_ranks_go_on(getkey):
     kind = lrjax.LoRA(R)
     adapters = room.with_ranks(adapt(MODEL, kind, key=getkey()), 1)
@@ -236,6 +242,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MOMENTS)
 def test_on_a_mesh_nothing_moves_that_is_wide(name, getkey):
     """Weights by rows and columns over eight devices, and the factors with them."""
@@ -278,6 +285,7 @@ def test_each_fold_begins_with_other_numbers(getkey):
     assert_same(ends[1], ends[2])
 
 
+@pytest.mark.slow
 def test_ranks_may_step_down_outside_of_jit(getkey):
     adapters, state = trained(MODEL, lrjax.LoRA(4), getkey())
     rule = room.Restart(lrjax.LoRA(1), room.ResetMoments(TX))
@@ -306,6 +314,7 @@ def test_continuing_moves_no_number(getkey):
     assert_close(got, weights(MODEL, plain), condition=100)
 
 
+@pytest.mark.slow_but("LoRAXS")
 @pytest.mark.parametrize(
     "kind",
     [room.IncreLoRA(R), room.SoRA(R), lrjax.LoRAXS(R, std=0.5), room.StelLA(R, core=0.5)],
@@ -318,6 +327,7 @@ def test_all_with_a_frozen_start_continue(kind, getkey):
     assert all_finite(begun)
 
 
+@pytest.mark.slow
 def test_refusals(getkey):
     adapters, state = trained(MODEL, lrjax.LoRA(R), getkey())
     with pytest.raises(ValueError, match="period of at least one step, got 0"):

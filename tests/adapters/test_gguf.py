@@ -90,6 +90,7 @@ def test_adapters_on_weights_of_a_file(file, getkey):
     assert_close(run(lrjax.bind(layers, adapters)), run(dense), condition=100)
 
 
+@pytest.mark.slow_but("F32")
 @pytest.mark.parametrize("kind", ["Q8_0", "F32"])
 def test_rows_of_queries_and_keys_are_put_back(kind, tmp_path, getkey):
     weight = {

@@ -60,6 +60,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow_but("copies")
 @pytest.mark.parametrize("name", KINDS)
 def test_merged_is_the_mean_of_what_each_would_be(name, getkey):
     heads = trained(KINDS[name], getkey())
@@ -129,6 +130,7 @@ def rules(tx, axis_name=None):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["continue", "restart", "prune"])
 def test_heads_are_a_loop_and_the_same_over_devices(name, getkey):
     key, (x, y) = getkey(), data(getkey())
@@ -174,6 +176,7 @@ def wide_lora(heads, scale):
     return eqx.tree_at(lambda a: a.layers[""].pair, own, both)
 
 
+@pytest.mark.slow_but("adam")
 @pytest.mark.parametrize("tx", [optax.sgd(0.05), optax.adam(1e-2)], ids=["sgd", "adam"])
 def test_the_sum_of_heads_is_one_lora_of_all_their_ranks(tx, getkey, x64):
     """Trained together on the same data, number by number."""
@@ -223,6 +226,7 @@ def test_folded_in_every_step_it_is_one_lora_of_all_their_ranks(getkey, x64):
     assert_close(wide_lora(ends, 2.0)[""].pair, one[""].pair, condition=1e4)
 
 
+@pytest.mark.slow
 def test_updates_of_continued_heads_telescope_and_of_new_ones_add_up(getkey, x64):
     big = eqx.nn.Linear(12, 12, use_bias=False, key=getkey())
     kind = lrjax.LoRA(1)
@@ -244,6 +248,7 @@ def test_updates_of_continued_heads_telescope_and_of_new_ones_add_up(getkey, x64
     assert found == {"continue": 2, "restart": 6}
 
 
+@pytest.mark.slow
 def test_copies_and_biases_of_heads_become_their_mean(getkey):
     kind = room.WithBias(lrjax.LoRA(R))
     heads = start_here(trained(kind, getkey()))

@@ -182,6 +182,7 @@ def test_lora_xs_starts_next_to_the_model(getkey):
     np.testing.assert_allclose(np.std(core), 1e-5, rtol=0.15)
 
 
+@pytest.mark.slow_but("kind1")
 @pytest.mark.parametrize("kind", [lrjax.VeRA(3), lrjax.TiedLoRA(3, 6.0)])
 def test_scalings_of_a_shared_pair(kind, getkey):
     model = [linear(getkey, 7, 5), linear(getkey, 4, 6)]
@@ -232,6 +233,7 @@ def test_tied_lora_with_a_frozen_pair_is_vera(getkey):
     assert count(adapters) == 7 + 3 + 3 * (7 + 5)
 
 
+@pytest.mark.slow
 def test_full_trains_weight_and_bias_and_takes_vectors(getkey):
     model = {"norm": eqx.nn.LayerNorm(5), "head": linear(getkey, 3, 5)}
     adapters = lrjax.adapt(model, Full(), where=lambda path, layer: True, key=getkey())

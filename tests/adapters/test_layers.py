@@ -48,6 +48,7 @@ def build(name, key):
     return layer, start, randomized(start, kr), x
 
 
+@pytest.mark.slow_but("conv2d depthwise")
 @pytest.mark.parametrize("name", LAYERS)
 def test_bound_and_merged_agree_in_value_and_gradient(name, getkey):
     @eqx.filter_jit  # one program a layer: compiling is what takes the time
@@ -78,6 +79,7 @@ def test_bound_and_merged_agree_in_value_and_gradient(name, getkey):
     assert_close(change, want.reshape(change.shape), condition=10)
 
 
+@pytest.mark.slow
 def test_conv_factors_are_a_thin_convolution_and_a_pointwise_one(getkey):
     layer, _, adapters, x = build("conv2d", getkey())
     pair, scale = adapters.layers[""].factors()
@@ -108,6 +110,7 @@ def test_subclass_with_its_own_call_is_adapted_through_its_weight(getkey):
         lrjax.bind(layer, drops, key=getkey())
 
 
+@pytest.mark.slow_but("linear")
 @pytest.mark.parametrize("name", ["linear", "conv2d", "embedding"])
 def test_bfloat16_model_with_float32_adapters(name, getkey):
     make, shape = LAYERS[name]

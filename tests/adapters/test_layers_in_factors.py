@@ -43,6 +43,7 @@ def adapted(model, key, kind=None):
     return moved(params, key), frozen, normal(jr.fold_in(key, 1), 5, 12)
 
 
+@pytest.mark.slow_but("svd-lora")
 @pytest.mark.parametrize("kind", [lrjax.LoRA(2), lrjax.DoRA(2)], ids=["lora", "dora"])
 def test_bound_is_merged_is_the_dense_model_adapted(small, getkey, kind):
     params, frozen, x = adapted(small, getkey(), kind)
@@ -59,6 +60,7 @@ def test_bound_is_merged_is_the_dense_model_adapted(small, getkey, kind):
     assert not np.allclose(bound, plain, atol=1e-3)
 
 
+@pytest.mark.slow_but("pair")
 def test_gradients_are_those_on_the_dense_model_and_none_reaches_the_factors(small, getkey):
     params, frozen, x = adapted(small, getkey())
 
@@ -134,6 +136,7 @@ class Picture(eqx.Module):
 PICTURES = [("inputs", 1, "pair"), ("outputs", 2, "pair"), ("first", 1, "svd")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "groups", "form"), PICTURES)
 def test_convolutions_and_tables_in_factors_are_adapted(getkey, scheme, groups, form):
     model = eqx.filter_jit(Picture)(getkey(), scheme, groups, form)

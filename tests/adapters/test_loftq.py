@@ -29,6 +29,7 @@ def error(model, small, adapters):
     return jnp.linalg.norm(rest, axis=(1, 2))
 
 
+@pytest.mark.slow_but("factors")
 @pytest.mark.parametrize("first", ["weight", "factors"])
 def test_dense_reference(first, getkey):
     model = stack(getkey())
@@ -81,6 +82,7 @@ def test_what_is_refused(getkey):
         loftq(model, lrjax.LoRA(7), Int8(), key=key)
 
 
+@pytest.mark.slow_but("int4", "nf4")
 @pytest.mark.parametrize("qtype", ["int8", "int4", "nf4"])
 def test_arrays_of_qwix(qtype, getkey):
     """Quantized kernels of Flax NNX under adapters, dense ones for the call."""

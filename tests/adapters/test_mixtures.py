@@ -171,6 +171,7 @@ def check(got, experts, gates_of):
     assert relative_error(got["blocks"], x) < bound
 
 
+@pytest.mark.slow
 def test_arrow_is_the_dense_loop(getkey):
     experts, stack = experts_of(KINDS, getkey())
     gates = room.Arrow(2, temperature=0.7)
@@ -192,6 +193,7 @@ def test_arrow_is_the_dense_loop(getkey):
     assert relative_error(got["grouped"], want) < tol(got["grouped"], condition=100)
 
 
+@pytest.mark.slow
 def test_learned_gates_are_the_dense_loop(getkey):
     experts, stack = experts_of(KINDS, getkey())
     mixture = mixed(stack, room.LearnedGates(4), getkey())
@@ -213,6 +215,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow_but("sigmoids", "the largest two")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_of_learned_gates(name, getkey):
     kind, squash = SETTINGS[name]
@@ -221,6 +224,7 @@ def test_settings_of_learned_gates(name, getkey):
     check_linear(outputs(mixture), experts, learned(mixture["linear"].gate, squash))
 
 
+@pytest.mark.slow
 def test_at_the_start_it_is_the_mean_and_one_adapter_is_itself(getkey):
     experts, stack = experts_of(KINDS, getkey())
     each = [outputs(own) for own in experts]
@@ -239,6 +243,7 @@ def test_at_the_start_it_is_the_mean_and_one_adapter_is_itself(getkey):
         assert_close(got, jax.tree.map(jnp.asarray, last), condition=100)
 
 
+@pytest.mark.slow
 def test_all_of_the_largest_are_all_and_signs_do_not_matter(getkey):
     _, stack = experts_of(KINDS, getkey(), linear_alone)
     flip = lambda x: lrjax.LowRank(-x.left, -x.right) if lrjax.is_low_rank(x) else x
@@ -248,6 +253,7 @@ def test_all_of_the_largest_are_all_and_signs_do_not_matter(getkey):
     assert_close(outputs(mixed(turned, room.Arrow(9), getkey())), every, condition=10)
 
 
+@pytest.mark.slow
 def test_gates_alone_are_trained_or_adapters_beside(getkey):
     _, stack = experts_of(KINDS, getkey())
 
@@ -302,6 +308,7 @@ def test_gradients_of_gates_are_those_of_the_dense_form(getkey):
     assert_close(got, want, condition=1000)
 
 
+@pytest.mark.slow
 def test_what_is_no_product_is_mixed_change_by_change(getkey):
     """Magnitudes, with the base as one of the adapters."""
     experts, stack = experts_of([lrjax.DoRA(2)] * EXPERTS, getkey(), linear_alone)
@@ -320,6 +327,7 @@ def test_many_mixtures_under_vmap_are_a_loop(getkey):
         assert_close(at, outputs(own), condition=100)
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_there_are_refused(getkey):
     _, stack = experts_of(KINDS, getkey())
     mixture = mixed(stack, room.Arrow(), getkey())
@@ -337,6 +345,7 @@ def test_weights_that_are_not_there_are_refused(getkey):
         room.mix(own, room.Arrow(), params)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_mixed_is_refused(getkey, monkeypatch):
     layer = MODEL.linear
     stack_of = lambda *kinds: room.stack(
@@ -378,6 +387,7 @@ def test_dropped_features_are_those_of_the_rate(getkey):
         room.feature_weights(features, rate=1.0, key=key)
 
 
+@pytest.mark.slow
 def test_weights_of_scores(getkey):
     scores = jr.normal(getkey(), (6, 4))
     s = f64(scores)

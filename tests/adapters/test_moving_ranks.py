@@ -37,6 +37,7 @@ def by_path(table):
     return {"one": table[0], "stack": table[1:]}
 
 
+@pytest.mark.slow
 def test_rounds_move_ranks_as_published_in_one_program(getkey):
     adapters = room.with_ranks(trained(room.NLS((R, 2)), getkey()), 2)
     traces = []
@@ -101,6 +102,7 @@ def test_ablation_scores_are_those_of_all_single_ablations(getkey):
             assert abs(got[path][index] - want) < 1e-3 * (1 + abs(want))
 
 
+@pytest.mark.slow
 def test_growth_is_as_published_in_one_program(getkey):
     """Ranks, the column in reserve, gates, and the scale that falls."""
     kind = room.IncreLoRA(R, alpha=3.0)
@@ -155,6 +157,7 @@ def test_growth_is_as_published_in_one_program(getkey):
     assert_close(start, jnp.float32(3 / (1 + 1e-5)))
 
 
+@pytest.mark.slow
 def test_growing_leaves_the_change_of_each_column_as_it_is(getkey):
     adapters = trained(room.IncreLoRA(R), getkey())
     scores = by_path(jnp.arange(1.0, MODULES + 1))
@@ -164,6 +167,7 @@ def test_growing_leaves_the_change_of_each_column_as_it_is(getkey):
     assert_close(t[2], s[2] / 2, condition=100)  # the scale of two ranks
 
 
+@pytest.mark.slow
 def test_sensitivity_of_a_change_is_its_dense_formula(getkey):
     adapters = trained(lrjax.LoRA(2), getkey())
     x = jr.normal(getkey(), (5,))
@@ -182,6 +186,7 @@ def test_sensitivity_of_a_change_is_its_dense_formula(getkey):
         assert_close(got[path], want.astype(np.float32), condition=100)
 
 
+@pytest.mark.slow
 def test_pruning_by_inputs_is_that_of_prilora(getkey):
     adapters = trained(lrjax.LoRA(3), getkey())
     norms = {"stack": jr.uniform(getkey(), (LAYERS, 3))}

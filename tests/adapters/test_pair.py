@@ -47,6 +47,7 @@ def test_scale(kind, scale, getkey):
     assert_close(adapter.scale, jnp.asarray(scale))
 
 
+@pytest.mark.slow
 def test_rank_stabilized_change_does_not_shrink_with_the_rank(getkey):
     """With factors of fixed variance ‖ΔW‖ is level in the rank with 1/√r only."""
     layer = linear(getkey)
@@ -64,6 +65,7 @@ def test_rank_stabilized_change_does_not_shrink_with_the_rank(getkey):
     np.testing.assert_allclose(size(4, False) / size(36, False), 3, rtol=0.2)
 
 
+@pytest.mark.slow
 def test_at_the_start_only_the_left_factor_has_a_gradient(getkey):
     layer = linear(getkey)
     params, frozen = lrjax.partition(lrjax.adapt(layer, lrjax.LoRA(4), key=getkey()))
@@ -170,6 +172,7 @@ def test_every_vector_of_a_batch_has_its_own_dropout(getkey):
     assert len(np.unique(got, axis=0)) == 12
 
 
+@pytest.mark.slow
 def test_dropout_keeps_the_mean_and_has_a_gradient(getkey):
     layer, adapters = dropped(getkey, rate=0.25)
     params, frozen = lrjax.partition(adapters)

@@ -100,6 +100,7 @@ def compare(getkey, old, name, target, *, start="default", whitened=False):
     return relative_error(got, want), rounding(want, moments, old.left.eps)
 
 
+@pytest.mark.slow_but("sgd-lora_plus", "sgd-start", "sgd-ratio_and_start")
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_the_weights_take_the_same_path(getkey, x64, name, target):
@@ -107,18 +108,21 @@ def test_the_weights_take_the_same_path(getkey, x64, name, target):
     assert error < bound
 
 
+@pytest.mark.slow_but("sgd", "adam", "rmsprop")
 @pytest.mark.parametrize("name", MOMENTS)
 def test_with_weight_decay_of_both_kinds_and_any_moments(getkey, x64, name):
     error, bound = compare(getkey, DECAYED, name, TARGETS["ratio_and_start"])
     assert error < bound
 
 
+@pytest.mark.slow_but("olora")
 @pytest.mark.parametrize("start", ["orthogonal", "pissa", "olora"])
 def test_starts_that_are_not_zero(getkey, x64, start):
     error, bound = compare(getkey, OLD, "adam", TARGETS["rslora"], start=start)
     assert error < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
 def test_whitened_steps(getkey, x64, name):
     target = {"scale": 0.7, "right_size": 2.5}
@@ -189,6 +193,7 @@ def test_nothing_asked_for_changes_nothing():
     assert lrjax.equivalent_hyperparameters(OLD, "adam") == OLD
 
 
+@pytest.mark.slow
 def test_a_sweep_over_scales_in_one_program_finds_one_run(getkey):
     """Traced: the whole family, from the scale to the optimizer, under one ``vmap``."""
     given, key = problem(getkey()), getkey()

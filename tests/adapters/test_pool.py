@@ -31,6 +31,7 @@ def loop(blocks, x):
     return x
 
 
+@pytest.mark.slow_but("frozen")
 @pytest.mark.parametrize(
     "kind",
     [lrjax.VeRA(3), lrjax.TiedLoRA(3), lrjax.adapters.RandLoRA(3, 3.0)],
@@ -65,6 +66,7 @@ def test_members_of_a_vmap_have_pools_of_their_own(getkey):
     assert_close(got, want, condition=100)
 
 
+@pytest.mark.slow
 def test_layers_under_scan_hold_no_copies_of_the_pool(getkey):
     """Temporaries of the gradient with wide factors, beside those with one column."""
     depth, width, rank = 16, 64, 32

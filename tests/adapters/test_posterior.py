@@ -32,6 +32,7 @@ def arrays(model):
     return jax.tree.leaves(eqx.filter(model, eqx.is_array))
 
 
+@pytest.mark.slow_but("a frozen start, a bias beside")
 @pytest.mark.parametrize("name", KINDS)
 def test_its_mean_is_the_adapters_and_its_noise_lies_in_the_span_of_b(name, getkey):
     scale, count = 0.2, 400
@@ -95,6 +96,7 @@ def test_where_nothing_was_learnt_there_is_no_noise(getkey):
     assert_close(drawn, layer)
 
 
+@pytest.mark.slow
 def test_copies_stay_and_averages_are_the_loop(getkey):
     model = eqx.nn.MLP(4, 3, 8, 1, key=getkey())
     kind = lambda path, site: room.Full() if path == "layers.1" else lrjax.LoRA(2)
@@ -110,6 +112,7 @@ def test_copies_stay_and_averages_are_the_loop(getkey):
     assert_close(average(posterior)["p"], jnp.asarray(np.mean(each, 0)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_search_finds_the_largest_scale_that_holds(getkey):
     layer = eqx.nn.Linear(5, 6, key=getkey())
     posterior = room.isotropic_posterior(trained(lrjax.LoRA(2), getkey(), layer, None))
@@ -162,6 +165,7 @@ def test_the_search_finds_the_largest_scale_that_holds(getkey):
         assert_close(high.nll_after, high.nll_before)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number_never_holds(getkey):
     layer = eqx.nn.Linear(5, 6, key=getkey())
     posterior = room.isotropic_posterior(trained(lrjax.LoRA(2), getkey(), layer, None))

@@ -71,6 +71,7 @@ def as_triplets(tree):
     return found
 
 
+@pytest.mark.slow
 def test_gates_are_those_of_the_published_allocator(params, getkey):
     """At every step, for several rules in one program, which is the loop."""
     gradients = noise(params, getkey())
@@ -125,6 +126,7 @@ def test_the_whole_rank_as_target_prunes_nothing(params, getkey):
     assert all(np.all(g) for g in gates)
 
 
+@pytest.mark.slow
 def test_masked_columns_go_first(getkey):
     """A start at a lower rank, masked: the run of adapters that were made of that rank."""
     model = OneAndStack(getkey(), LAYERS)

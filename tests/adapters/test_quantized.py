@@ -77,6 +77,7 @@ def test_bits_of_a_number(format, bits):
     assert 8 * size / (2 * 256 * 512) == pytest.approx(bits, rel=1e-3)
 
 
+@pytest.mark.slow_but("NF4")
 @formats
 def test_stack_is_a_loop_and_rows_are_looked_up(format, getkey):
     x = jr.normal(getkey(), (3, 5, 16))
@@ -130,6 +131,7 @@ def small():
     return eqx.filter_jit(make)(jr.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_works_on_a_quantized_base(name, small, getkey):
     """As on the dense one, in value and gradient, one and many adapters."""
@@ -218,6 +220,7 @@ def test_kinds_that_form_the_weight_do_so_from_the_dequantized_one(getkey):
         assert_close(gradient[name], same[name], condition=1e4)
 
 
+@pytest.mark.slow
 def test_layers_that_compute_another_weight_are_refused_by_name(getkey):
     normed = eqx.nn.WeightNorm(eqx.nn.Linear(4, 4, key=getkey()))
     model = {"normed": normed, "last": eqx.nn.Linear(4, 4, key=getkey())}
@@ -232,6 +235,7 @@ def test_layers_that_compute_another_weight_are_refused_by_name(getkey):
             lrjax.bind(model, adapters)
 
 
+@pytest.mark.slow
 def test_dense_weights_are_no_residuals(small):
     """What the gradient keeps of the forward pass: codes and activations."""
     adapters = lrjax.adapt(small, lrjax.LoRA(2), where=["blocks", "last"], key=jr.key(0))
@@ -251,6 +255,7 @@ def test_dense_weights_are_no_residuals(small):
     assert ((3, 8, 8), "float32") in big(dequantize(small))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", [None, NF4()])
 def test_scan_copies_no_weights(format):
     """The gradient through scanned layers needs less memory than their weights have."""
@@ -270,6 +275,7 @@ def test_scan_copies_no_weights(format):
     assert memory.temp_size_in_bytes < 16 * 64 * 64 * 4 / 2
 
 
+@pytest.mark.slow
 def test_a_quantized_model_runs_as_it_is(getkey):
     """Layers, methods that read the weight, cells, stacks, ties: as the dense one does."""
     model = zoo(getkey())
@@ -293,6 +299,7 @@ def test_no_gradient_reaches_the_scales(small):
     assert np.any(gradient.last.bias)
 
 
+@pytest.mark.slow
 def test_arrays_of_other_libraries(getkey):
     """Trees of parameters with quantized leaves: kernels, heads told by a rule."""
     x = jr.normal(getkey(), (4, 2, 6))
@@ -305,6 +312,7 @@ def test_arrays_of_other_libraries(getkey):
     assert adapters["query.kernel"].pair.shape == (12, 4)
 
 
+@pytest.mark.slow
 def test_what_is_refused(small, getkey):
     adapters = lrjax.adapt(small, lrjax.LoRA(2), key=getkey())
     with pytest.raises(

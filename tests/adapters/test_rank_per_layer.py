@@ -61,6 +61,7 @@ def lora(law):
 merged = eqx.filter_jit(lambda model, a: lrjax.merge(model, a)["layers"]["proj"].weight)
 
 
+@pytest.mark.slow
 @laws
 def test_is_its_dense_formula_with_the_scale_of_its_rank(law, model, getkey):
     adapters = trained(model, lora(law), getkey())
@@ -91,6 +92,7 @@ def test_is_its_dense_formula_with_the_scale_of_its_rank(law, model, getkey):
     assert " 0–4 " in adapters.summary()
 
 
+@pytest.mark.slow_but("lora_ga")
 @pytest.mark.parametrize("init", ["pissa", "lora_ga", "eva"])
 def test_each_layer_starts_from_the_best_factors_of_its_rank(init, model, getkey):
     """As it does alone: prefixes of the widest start are others, in LoRA-GA say."""
@@ -123,6 +125,7 @@ def test_equal_kinds_in_a_list_are_the_one_kind(model, getkey):
     assert_close(listed, made(model, lrjax.DoRA(2), key))
 
 
+@pytest.mark.slow
 def test_bound_is_merged_and_masked_columns_have_no_gradient(model, getkey):
     """In a scan, under vmap over adapters, for DoRA with missing layers as well."""
     x = jr.normal(getkey(), (N,))
@@ -146,6 +149,7 @@ def test_bound_is_merged_and_masked_columns_have_no_gradient(model, getkey):
             np.testing.assert_array_equal(nothing, np.broadcast_to(unused, (2, L, R)))
 
 
+@pytest.mark.slow_but("rsLoRA")
 @laws
 def test_files_of_peft_have_the_rank_of_each_layer(law, model, getkey, tmp_path):
     adapters = trained(model, lora(law), getkey())
@@ -174,6 +178,7 @@ def test_files_of_peft_have_the_rank_of_each_layer(law, model, getkey, tmp_path)
     assert_close(jnp.stack(got), merged(model, adapters), condition=10)
 
 
+@pytest.mark.slow
 def test_experts_of_other_ranks_share_one_alpha(getkey, tmp_path):
     """PEFT holds all experts of a layer in one pair: their scales go into it."""
     tree = {"layers": {"up": jr.normal(getkey(), (2, 3, N, N))}}
@@ -193,6 +198,7 @@ def test_experts_of_other_ranks_share_one_alpha(getkey, tmp_path):
     assert_close(got, want, condition=10)
 
 
+@pytest.mark.slow_but("rsLoRA")
 @laws
 def test_plain_lora_and_fewer_columns_are_the_same(law, model, getkey):
     ranks = [1, 3, 0, 2]
@@ -205,6 +211,7 @@ def test_plain_lora_and_fewer_columns_are_the_same(law, model, getkey):
         assert_close(merged(model, other), want, condition=10)
 
 
+@pytest.mark.slow
 def test_what_is_refused(model, getkey):
     adapt = lambda rule: lrjax.adapt(model, rule, key=getkey())
     with pytest.raises(ValueError, match=r"one rank, got \[4, 8\].*list of kinds.*LoRA"):

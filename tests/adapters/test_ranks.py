@@ -34,6 +34,7 @@ def arrays(adapters):
     return factors, b, a
 
 
+@pytest.mark.slow
 def test_gated_kinds_are_their_dense_formulas(getkey):
     layer = layer_of(getkey)
     weight = np.asarray(layer.weight, np.float64)
@@ -62,6 +63,7 @@ def test_adalora_starts_as_published(getkey):
     assert_close(factors.scale, jnp.float32(20 / (20 + 1e-5)))
 
 
+@pytest.mark.slow
 def test_prefixes_are_their_dense_formulas_in_one_program(getkey):
     layer, traces = layer_of(getkey), []
     weight = np.asarray(layer.weight, np.float64)
@@ -90,6 +92,7 @@ def test_prefixes_are_their_dense_formulas_in_one_program(getkey):
     assert len(traces) == len(laws)  # one for every rank, under vmap too
 
 
+@pytest.mark.slow
 def test_a_masked_column_has_no_gradient_and_a_zero_gate_has_one(getkey):
     """The two meanings of "pruned"."""
     layer, x = layer_of(getkey), jr.normal(getkey(), (N,))
@@ -119,6 +122,7 @@ def test_a_masked_column_has_no_gradient_and_a_zero_gate_has_one(getkey):
     assert not np.any(held.gate[2:])
 
 
+@pytest.mark.slow
 def test_capaboost_is_its_dense_formula(getkey):
     layer = eqx.nn.Linear(40, 30, key=getkey())
     kind = room.CapaBoost(3, 2.0, copies=3, density=0.4)
@@ -145,6 +149,7 @@ def test_capaboost_is_its_dense_formula(getkey):
     assert np.any(lrjax.merge(layer, other).weight != got)
 
 
+@pytest.mark.slow
 def test_capaboost_with_one_whole_copy_is_lora(getkey):
     layer = layer_of(getkey)
     adapters = trained(layer, room.CapaBoost(2, copies=1, density=1.0), getkey())
@@ -169,6 +174,7 @@ def stack(getkey):
     return eqx.filter_vmap(layer)(jr.split(getkey(), 3))
 
 
+@pytest.mark.slow
 def test_each_layer_of_a_stack_has_its_own_rank(stack, getkey):
     adapters = trained(stack, lrjax.DoRA(R), getkey())
     ranks = jnp.array([1, 4, 2])
@@ -181,6 +187,7 @@ def test_each_layer_of_a_stack_has_its_own_rank(stack, getkey):
         assert_close(got[i], lrjax.merge(cut(stack), one).weight, condition=10)
 
 
+@pytest.mark.slow_but("kind1")
 @pytest.mark.parametrize("kind", [room.AdaLoRA(R), lrjax.LoRA(R, rank_stabilized=True)])
 def test_dropped_columns_change_nothing(kind, stack, getkey):
     adapters = trained(stack, kind, getkey())
@@ -210,6 +217,7 @@ def test_masked_columns_of_a_residual_start_leave_the_base(getkey):
     assert_close(lrjax.merge(layer, room.drop_ranks(moved)).weight, want, condition=10)
 
 
+@pytest.mark.slow
 def test_orthogonality_is_the_mean_distance_of_all_factors(getkey):
     adapters = trained(layer_of(getkey), room.AdaLoRA(R), getkey())
     _, b, a = arrays(adapters)

@@ -58,6 +58,7 @@ def moves(tree):
     }
 
 
+@pytest.mark.slow
 def test_natural_examples_train_adapters_and_head_and_nothing_else(setting):
     model, adapters, x, y = setting
 
@@ -89,6 +90,7 @@ def test_adversarial_examples_train_the_model_and_no_adapter(setting, getkey):
     assert not any(moves(on_adapters).values())
 
 
+@pytest.mark.slow
 def test_the_loss_is_its_formula_and_its_gradient_that_of_three_parts(getkey, x64):
     p, q = (3 * jr.normal(getkey(), (16, 3), jnp.float64) for _ in "pq")
     y = jr.randint(getkey(), (16,), 0, 3)
@@ -132,6 +134,7 @@ def test_adversarial_inputs_of_a_linear_loss_are_the_worst_of_their_box(getkey):
     assert_close(few, x + 4 / 255 * jnp.sign(slope), condition=10)
 
 
+@pytest.mark.slow
 def test_adversarial_inputs_stay_in_their_box_and_hurt(setting, getkey):
     model, _, x, y = setting
     entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -142,6 +145,7 @@ def test_adversarial_inputs_stay_in_their_box_and_hurt(setting, getkey):
     assert jnp.all((z >= 0) & (z <= 1))
 
 
+@pytest.mark.slow_but("checkpoints1")
 @pytest.mark.parametrize("checkpoints", [(0, 2, 4, 5, 7, 10), (0, 1, 2, 3), (0, 6)])
 def test_the_schedule_is_the_rule_as_it_is_written(checkpoints, getkey):
     """Scores that often repeat themselves, and steps between them without a score."""
@@ -196,6 +200,7 @@ def test_without_scores_nothing_is_reduced_and_autolora_is_sgd(getkey):
         here = optax.apply_updates(here, step)
 
 
+@pytest.mark.slow
 def test_a_training_becomes_robust_in_two_branches(setting, getkey):
     """From a model that guesses: the worst inputs of a linear task are learned."""
     model, adapters, _, _ = setting

@@ -107,6 +107,7 @@ def sends(compiled):
     ]
 
 
+@pytest.mark.slow_but("averaged")
 @pytest.mark.parametrize("name", ["stacked", "averaged", "median", "continued"])
 def test_a_round_over_devices_is_the_round(name, getkey):
     clients, data, key = clients_of(getkey(), RANKS), data_of(getkey()), getkey()
@@ -127,6 +128,7 @@ def test_a_round_over_devices_is_the_round(name, getkey):
     assert bool(dense) == (name == "continued")
 
 
+@pytest.mark.slow
 def test_stacking_is_the_loop_and_exact_for_any_ranks(getkey):
     clients, data, key = clients_of(getkey(), RANKS), data_of(getkey()), getkey()
     play = jax.jit(room.federated_round(train, rules()["stacked"]))
@@ -181,6 +183,7 @@ def error_after(rule, clients):
     return relative_error(np.asarray(first(clients)) - np.asarray(LAYER.weight), want)
 
 
+@pytest.mark.slow
 def test_averages_of_factors_miss_and_the_weights_take_it(getkey):
     clients = random_clients(getkey())
     assert error_after(room.Average(exact=False), clients) > 0.5
@@ -207,6 +210,7 @@ def test_clients_that_are_all_the_same_stay_as_they_are(getkey):
     assert_close(after, clients, condition=10)
 
 
+@pytest.mark.slow
 def test_absent_clients_may_hold_anything(getkey):
     clients = random_clients(getkey())
     here = np.arange(CLIENTS) != 4
@@ -221,6 +225,7 @@ def test_absent_clients_may_hold_anything(getkey):
     assert_close(nobody, LAYER)
 
 
+@pytest.mark.slow
 def test_less_than_half_cannot_move_a_median(getkey):
     clients = at(random_clients(getkey()), np.zeros(CLIENTS, int))
     change = lambda model: np.asarray(model.weight) - np.asarray(LAYER.weight)
@@ -276,6 +281,7 @@ def test_private_gradients_of_adapters(getkey):
     assert abs(noise.std() / deviation - 1) < 5 / np.sqrt(2 * noise.size)
 
 
+@pytest.mark.slow
 def test_clients_and_rounds_have_noise_of_their_own(getkey):
     """With a clip of zero nothing but noise: no two of it are the same."""
 
@@ -295,6 +301,7 @@ def test_clients_and_rounds_have_noise_of_their_own(getkey):
     assert np.abs(correlations).max() < 6 / np.sqrt(noise.shape[1])
 
 
+@pytest.mark.slow
 def test_refusals(getkey):
     clients = clients_of(getkey(), RANKS)
     data, key = data_of(getkey()), getkey()

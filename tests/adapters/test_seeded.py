@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 
 import lrjax
 from lrjax.adapters import NOLA
@@ -50,6 +51,7 @@ def test_the_factors_are_linear_in_their_weights_and_the_bases_uniform(getkey):
     assert relative_error(merged, 3.0 * pair.materialize()) < tol(merged)
 
 
+@pytest.mark.slow
 def test_a_seed_is_stored_and_no_basis_is_there_for_the_way_back(getkey):
     """The memory of a gradient does not grow with the number of bases."""
     model, x = {"w": jnp.zeros((128, 128))}, jnp.ones((4, 128))
@@ -69,6 +71,7 @@ def test_a_seed_is_stored_and_no_basis_is_there_for_the_way_back(getkey):
     assert temporaries[512] - temporaries[16] < 16 * size
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_bases_that_are_kept(getkey):
     model = {"w": jr.normal(getkey(), (6, 5))}
     params, frozen = adapters_of(model, NOLA(2, 19), getkey())

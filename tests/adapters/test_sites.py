@@ -25,6 +25,7 @@ from tests.adapters.models import (
 from tests.helpers import assert_close, tol
 
 
+@pytest.mark.slow
 def test_arrays_stand_beside_layers(getkey):
     """One Equinox layer does not hide the other matrices; ``where`` picks them."""
     model = zoo(getkey())
@@ -65,6 +66,7 @@ def test_a_field_called_value_keeps_its_name(getkey):
     assert set(lrjax.detach(bound)[1].layers) == {"value"}
 
 
+@pytest.mark.slow_but("query")
 @pytest.mark.parametrize(
     ("shape", "spec", "as_matrices"),
     [
@@ -77,6 +79,7 @@ def test_a_field_called_value_keeps_its_name(getkey):
         # Query, key and value in one: three matrices on rows of their own.
         ((12, 5), lrjax.MatrixSpec(blocks=3), lambda x: x.reshape(3, 4, 5)),
     ],
+    ids=["query", "output", "convolution", "scan", "blocks"],
 )
 def test_axes_are_told_by_a_rule(shape, spec, as_matrices, getkey):
     params = {"kernel": jr.normal(getkey(), shape), "bias": jnp.zeros(5)}
@@ -102,6 +105,7 @@ def test_axes_that_nobody_tells_are_not_guessed(getkey):
         lrjax.adapt(params, lrjax.LoRA(2), axes=lambda p, x: bad, key=getkey())
 
 
+@pytest.mark.slow_but("head-found3")
 @pytest.mark.parametrize(
     ("where", "found"),
     [
@@ -211,6 +215,7 @@ class Int8Site(LinearSite):
         return eqx.tree_at(lambda l: (l.weight, l.bias), layer, (matrix, bias))
 
 
+@pytest.mark.slow_but("DoRA")
 @pytest.mark.parametrize(
     "kind", [lrjax.LoRA(2), lrjax.DoRA(2), lrjax.LoRAXS(2)], ids=lambda k: type(k).__name__
 )
@@ -251,6 +256,7 @@ def test_adapt_reads_no_weight_that_the_kind_does_not_ask_for(getkey):
     assert any(not issubclass(kind, jax.core.Tracer) for kind in read)
 
 
+@pytest.mark.slow_but("kernel")
 @pytest.mark.parametrize("name", ["linear", "kernel", "stack"])
 def test_factors_take_the_sharding_of_the_weight(name, getkey):
     mesh = jax.make_mesh((4, 2), ("rows", "cols"), axis_types=(AxisType.Explicit,) * 2)
@@ -279,6 +285,7 @@ def test_factors_take_the_sharding_of_the_weight(name, getkey):
             assert jax.typeof(merged.weight).sharding.spec == spec
 
 
+@pytest.mark.slow_but("DoRA")
 @pytest.mark.parametrize(
     "kind", [lrjax.LoRA(2), lrjax.DoRA(2), lrjax.VeRA(3)], ids=lambda k: type(k).__name__
 )
@@ -308,6 +315,7 @@ def test_a_sharded_layer_gives_what_it_gives_on_one_device(kind, getkey):
     assert_close(jax.device_get(got), want, condition=100)
 
 
+@pytest.mark.slow
 def test_map_adapters_goes_by_path(getkey):
     adapters = adapt(block(getkey()), lrjax.LoRA(2), key=getkey())
     double = map_adapters(

@@ -86,6 +86,7 @@ ROWS = {
 }
 
 
+@pytest.mark.slow_but("layers")
 @pytest.mark.parametrize("name", ROWS)
 def test_each_example_gets_its_own(name, getkey):
     row = [trained(kind, getkey(), where) for kind, where in ROWS[name]]
@@ -110,6 +111,7 @@ SEVERAL = {
 }
 
 
+@pytest.mark.slow_but("residual start")
 @pytest.mark.parametrize("name", SEVERAL)
 def test_several_at_once_are_the_weighted_sum_of_changes(name, getkey):
     row = [trained(SEVERAL[name], getkey()) for _ in range(3)]
@@ -134,6 +136,7 @@ def test_several_at_once_are_the_weighted_sum_of_changes(name, getkey):
         assert_close(bound, after, condition=1e3)
 
 
+@pytest.mark.slow_but("kind1")
 @pytest.mark.parametrize("kind", [lrjax.LoRA(2, 3), lrjax.DoRA(2)])
 def test_weights_on_layers_of_a_scan(kind, getkey):
     """One weight for a whole adapter, whatever the layers' leading axes."""
@@ -162,6 +165,7 @@ def test_weights_on_layers_of_a_scan(kind, getkey):
 LAYER = eqx.nn.Linear(6, 5, key=jr.key(1))
 
 
+@pytest.mark.slow_but("kind0")
 @pytest.mark.parametrize("kind", [lrjax.LoRA(2), lrjax.DoRA(2)])
 def test_gradients_of_weights_and_of_what_they_weigh(kind, getkey):
     """The output of one layer is affine in the weights: its slopes are the changes."""
@@ -198,6 +202,7 @@ def losses(adapters, xs, ys):
     return jnp.mean((outputs - ys) ** 2)
 
 
+@pytest.mark.slow
 def test_training_all_at_once_is_a_loop(getkey):
     """One loss over the stack, one optimizer state with the leading axis."""
     kinds = [lrjax.LoRA(r, 4) for r in (1, 3)]
@@ -241,6 +246,7 @@ SWAPS = {
 }
 
 
+@pytest.mark.slow_but("of a residual start")
 @pytest.mark.parametrize("name", SWAPS)
 def test_swaps_run_in_the_programs_that_are_there(name, getkey):
     old, new, where = SWAPS[name]
@@ -280,6 +286,7 @@ class Attention(eqx.Module):
         return jax.nn.softmax(scores) @ values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [lrjax.LoRA(2), lrjax.DoRA(2)])
 def test_an_activated_adapter_reads_the_cache_of_the_base(kind, getkey):
     """What it gives for the last tokens, with the base's keys and values before them."""
@@ -336,6 +343,7 @@ def test_numbers_and_names(getkey):
     np.testing.assert_array_equal(got, served(stack, np.zeros(3, int), xs))
 
 
+@pytest.mark.slow
 def test_refusals(getkey):
     lora, other = trained(lrjax.LoRA(2), getkey()), trained(lrjax.DoRA(2), getkey())
     with pytest.raises(

@@ -146,6 +146,7 @@ def pairs(adapters):
     return {path: adapter.pair for path, adapter in adapters.layers.items()}
 
 
+@pytest.mark.slow_but("gaussian")
 @pytest.mark.parametrize("name", PLAIN + ALONG_GRADIENTS + ALONG_INPUTS)
 def test_starts_as_the_model_on_every_kind_of_layer(name, single):
     _, adapters, plain, bound = single
@@ -220,6 +221,7 @@ def loss(model, batch):
     return jnp.mean((jax.vmap(model)(batch[:, :6]) - batch[:, 6:]) ** 2)
 
 
+@pytest.mark.slow
 def test_first_step_from_lora_ga_is_the_best_of_twice_the_rank(getkey):
     """And eight columns of the gradient do as well as all of it."""
     layer = eqx.nn.Linear(6, 8, key=getkey())
@@ -239,6 +241,7 @@ def test_first_step_from_lora_ga_is_the_best_of_twice_the_rank(getkey):
         assert relative_error(got, -size * best) < 1e-2
 
 
+@pytest.mark.slow
 def test_factors_from_one_step_stay_in_the_span_of_the_target(getkey):
     """In a linear model all gradients have the columns of the missing change."""
     goal = jr.normal(getkey(), (8, R)) @ jr.normal(getkey(), (R, 6))
@@ -289,6 +292,7 @@ def test_lora_sb_starts_at_the_projected_first_step_of_adam(getkey):
         lrjax.adapt(layer, kind, key=getkey(), data={"": thin})
 
 
+@pytest.mark.slow
 def test_half_precision_models_start_as_they_are(getkey):
     half, names = jnp.bfloat16, ("pissa", "orthogonal")
     adapters, plain, bound = started(
@@ -301,6 +305,7 @@ def test_half_precision_models_start_as_they_are(getkey):
             assert gap < tol(want) * (np.abs(f64(want)).max() + 1)
 
 
+@pytest.mark.slow
 def test_gaussian_has_the_deviation_of_peft(getkey):
     layer = eqx.nn.Linear(400, 30, key=getkey())
     adapters = lrjax.adapt(layer, lrjax.LoRA(10, init="gaussian"), key=getkey())
@@ -314,6 +319,7 @@ def test_gaussian_has_the_deviation_of_peft(getkey):
     assert not np.any(pair.right)
 
 
+@pytest.mark.slow
 def test_both_orthogonal_factors_have_a_gradient_at_once(getkey):
     layer, x = eqx.nn.Linear(6, 8, key=getkey()), jr.normal(getkey(), (6,))
     adapters = lrjax.adapt(layer, lrjax.LoRA(R, init="orthogonal"), key=getkey())
@@ -336,6 +342,7 @@ class Corner(room.Start):
         return lrjax.LowRank(self.size * jnp.eye(m, rank), jnp.eye(n, rank))
 
 
+@pytest.mark.slow
 def test_a_start_of_ones_own_and_around_it_lengths(getkey):
     layer, x = eqx.nn.Linear(6, 8, key=getkey()), jr.normal(getkey(), (6,))
     kind = lrjax.adapters.WithMagnitude(lrjax.LoRA(R, init=Corner(0.5)))
@@ -357,6 +364,7 @@ def test_a_sweep_over_the_size_is_one_program(getkey):
     assert_close(10 * two[0], two[1])
 
 
+@pytest.mark.slow
 def test_unknown_names_and_ranks_that_do_not_fit_are_refused(getkey):
     with pytest.raises((ValueError, TypeError), match=r"init must be one of \['"):
         lrjax.LoRA(2, init="svd")

@@ -66,6 +66,7 @@ def seen():
     return model, batches, *both
 
 
+@pytest.mark.slow
 def test_sums_are_those_of_the_inputs(seen):
     """In a scan, in attention, under vmap, of an embedding and of a head."""
     model, batches, whole, sketch = seen
@@ -148,6 +149,7 @@ def test_patches_of_a_convolution(getkey):
     assert_close(got.energy, jnp.asarray(np.sum(rows**2)), condition=10)
 
 
+@pytest.mark.slow
 def test_the_sensitivity_is_that_of_the_output(getkey):
     """Of one output for each input the signs cancel: Σ g gᵀ of its own gradients."""
     first = eqx.nn.Conv1d(2, 3, 2, key=getkey())
@@ -190,6 +192,7 @@ def test_batches_that_a_mesh_shards(getkey):
     assert_close(jax.jit(parts)(x), want, condition=10)
 
 
+@pytest.mark.slow
 def test_nystrom_is_exact_on_low_rank_and_never_above(getkey):
     root = jr.normal(getkey(), (9, 3))
     c = root @ root.T
@@ -215,6 +218,7 @@ def gradients(seen):
     ]
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_model(seen, gradients):
     model, batches, *_ = seen
     whole, thin = gradients
@@ -239,6 +243,7 @@ def test_gradients_are_those_of_the_model(seen, gradients):
         assert np.all(error < best + 1e-4 * size)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_seen_is_refused(getkey):
     model = {"a": eqx.nn.Linear(3, 3, key=getkey()), "b": jnp.ones((3, 3))}
     x = jr.normal(getkey(), (2, 3))
@@ -268,6 +273,7 @@ def uneven(shares):
     return room.InputStatistic(image, jnp.zeros(len(shares)), one, one)
 
 
+@pytest.mark.slow
 def test_ranks_go_where_the_variance_is():
     statistics = {
         "peaked": uneven([0.9, 0.06, 0.04, 0.0]),

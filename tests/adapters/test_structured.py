@@ -115,6 +115,7 @@ def kinds(getkey):
     return every_kind(getkey.seed)
 
 
+@pytest.mark.slow
 def test_on_every_layer_bound_is_merged_and_starts_as_the_model(kinds):
     begun, _, models, plain = kinds
     arrays = lambda tree: eqx.filter(tree, eqx.is_array)
@@ -226,6 +227,7 @@ def test_ia3_scales_a_side_and_outputs_with_their_bias(side, getkey):
     assert_close(merge(layer, room.Adapters({"": hira})).weight, own.weight)
 
 
+@pytest.mark.slow
 def test_special_cases_of_lora(getkey):
     """MiSS with stacked identities, GraLoRA of one block, LoHa of squared rank."""
     layer = eqx.nn.Linear(10, 6, key=getkey())
@@ -243,6 +245,7 @@ def test_special_cases_of_lora(getkey):
         assert_close(*bound, condition=10)
 
 
+@pytest.mark.slow
 def test_ranks_that_the_papers_promise(x64, getkey):
     layer = eqx.nn.Linear(12, 12, key=getkey())
 
@@ -337,6 +340,7 @@ def test_lokr_splits_a_side_near_its_root_or_as_told(factor, sizes, getkey):
         assert (adapter.outer.shape[-1], adapter.inner.shape[-1]) == (outer, inner)
 
 
+@pytest.mark.slow
 def test_oft_keeps_lengths_and_angles_of_rows(getkey):
     layer = eqx.nn.Linear(12, 6, key=getkey())
     for terms, exact in ((None, True), (12, True), (3, False)):
@@ -358,6 +362,7 @@ def test_soda_has_a_rotation_near_the_cube_root_for_each_axis():
         assert shapes == [(q * (q - 1) // 2,) for q in sizes] + [(min(4, side),)]
 
 
+@pytest.mark.slow
 def test_soda_without_one_of_its_two_parts(getkey):
     """Its rotation alone is that of OFT, its spectrum alone that of SVFit."""
     layer = eqx.nn.Linear(7, 5, key=getkey())

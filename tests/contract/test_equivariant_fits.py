@@ -96,6 +96,7 @@ def test_every_fit_is_asked():
     assert public == set(FITS)
 
 
+@pytest.mark.slow_but("fit_robust_pca-0")
 @pytest.mark.parametrize("case", CASES)
 def test_units_and_origin_of_the_data_are_those_of_the_fit(case, getkey):
     x = case.draw(getkey())

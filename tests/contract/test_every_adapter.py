@@ -120,11 +120,7 @@ def mixed(kinds):
 
 KINDS |= {name: mixed(kinds) for name, kinds in MIXES.items()}
 BASES = {room.AdapterKind, WithBias, WithMagnitude}
-# Settings of a kind that is there already: all of them, but not in every run.
-AGAIN = {"EDoRA", "TinyLoRA, one v", "LoTR", "BoRA", "NOLA"}
-every = pytest.mark.parametrize(
-    "name", [pytest.param(k, marks=[pytest.mark.slow] * (k in AGAIN)) for k in KINDS]
-)
+every = pytest.mark.parametrize("name", KINDS)
 PLAIN = jax.jit(lambda tokens: MODEL(tokens))
 
 
@@ -191,6 +187,7 @@ def flat(tree):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
+@pytest.mark.slow_but("LoRA", "VeRA", "Full")
 @every
 def test_bound_is_merged_and_vmap_is_a_loop(name, getkey):
     """In value and gradient, from the start on, under jit, scan and a remat policy."""
@@ -226,6 +223,7 @@ def test_bound_is_merged_and_vmap_is_a_loop(name, getkey):
         assert_close(flat(got), flat(want), condition=1e3)
 
 
+@pytest.mark.slow_but("LoRA", "DoRA", "VeRA")
 @every
 def test_each_comes_out_of_a_stack_again(name, getkey):
     """To the last bit, kinds that are no plain factors with a share of one."""
@@ -271,6 +269,7 @@ RATED = {
 }
 
 
+@pytest.mark.slow_but("PiSSA")
 @pytest.mark.parametrize("name", RATED)
 def test_dropout_acts_on_the_change_alone(name, getkey):
     params, frozen = lrjax.partition(with_dropout(RATED[name], getkey()))
@@ -309,6 +308,7 @@ def half_adapters_of(kind, key):
     return lrjax.adapt(HALF, kind, where=where, key=key)
 
 
+@pytest.mark.slow_but("LoRA")
 @every
 def test_bfloat16(name, getkey):
     adapters = half_adapters_of(KINDS[name][0], getkey())
@@ -338,6 +338,7 @@ def test_bfloat16(name, getkey):
     assert np.isfinite(flat((grads, other)).astype(np.float32)).all()
 
 
+@pytest.mark.slow
 def test_all_survive_checkpoints_without_the_model(getkey, tmp_path):
     orbax = pytest.importorskip("orbax.checkpoint")
     adapters = {name: eqx.combine(*setting(name, getkey)[1:]) for name in KINDS}

@@ -73,6 +73,7 @@ def test_jit_is_eager_and_nothing_is_closed_over(name):
     assert repr(operator).startswith(f"{name}(")
 
 
+@pytest.mark.slow_but("Masked")
 @every_operator
 def test_vmap_is_a_loop(name):
     """Over matrices that share an operator, and over operators."""
@@ -104,6 +105,7 @@ def test_objectives_are_convex_functions_with_a_subgradient(name):
     assert objective(jnp.zeros(2)) == 0
 
 
+@pytest.mark.slow_but("Huber")
 @every_objective
 def test_objectives_under_transformations(name):
     objective = getattr(recovery, name)(*OBJECTIVES[name])

@@ -35,6 +35,7 @@ def test_every_problem_is_here():
     assert public == set(PROBLEMS)
 
 
+@pytest.mark.slow_but("robust_pca")
 @every
 def test_data_are_leaves_and_the_truth_is_the_minimum(make):
     problem = make(jr.key(0), outlier_fraction=0.0)
@@ -47,6 +48,7 @@ def test_data_are_leaves_and_the_truth_is_the_minimum(make):
     assert problem.loss(x) > again.loss(problem.truth)
 
 
+@pytest.mark.slow_but("phase_retrieval")
 @every
 def test_vmap_over_problems_is_a_loop_and_jit_is_eager(make):
     keys = jr.split(jr.key(0), 3)
@@ -57,6 +59,7 @@ def test_vmap_over_problems_is_a_loop_and_jit_is_eager(make):
     assert_close(together, apart, condition=100)
 
 
+@pytest.mark.slow_but("robust_pca")
 @every
 def test_gradient_is_the_adjoint_of_the_measurement(make, x64):
     problem = make(jr.key(0), objective=recovery.Squared(), dtype=jnp.float64)
@@ -69,6 +72,7 @@ def test_gradient_is_the_adjoint_of_the_measurement(make, x64):
     np.testing.assert_allclose(slope, numeric, rtol=1e-7)
 
 
+@pytest.mark.slow_but("matrix_completion")
 @every
 def test_start_and_solution(make):
     problem = make(jr.key(3))

@@ -97,6 +97,7 @@ def test_nnx_with_an_injected_learning_rate(name):
     check_under_nnx(injected, leaves, plain_loop(make(name), {"linear": leaves}))
 
 
+@pytest.mark.slow_but("adam")
 @pytest.mark.parametrize("recipe", [lrjax.subspace_adam, lrjax.dion, optax.adam])
 def test_nnx_with_quantized_states(recipe):
     leaves = leaves_of("galore")

@@ -76,6 +76,7 @@ def moments_at_eight_bits(state):
     return [x for x in found if x.shape == (8, 12) and x.dtype.itemsize == 1]
 
 
+@pytest.mark.slow_but("adam", "sgd", "lion", "adagrad")
 @every
 def test_all_of_its_moments_are_stored_and_it_still_descends(name):
     make, rate, count = MOMENTS[name]

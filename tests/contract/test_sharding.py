@@ -183,6 +183,7 @@ def test_states_keep_their_types_on_explicit_meshes(entry, layout):
     assert list(map(trimmed, leaves)) == list(types(first).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["subspace_adam", "galore", "dion", "apollo"])
 def test_nothing_need_be_jitted_on_the_default_mesh(name):
     on = NamedSharding(jax.make_mesh((8,), ("x",)), P("x"))
@@ -269,7 +270,6 @@ def agrees(entry, layout, mode, key):
     assert_close(jax.tree.map(np.abs, got), jax.tree.map(np.abs, want), rtol=1e-3)
 
 
-QUICK = ("subspace_adam", "dion", "scale_by_subset_norm")
 MODES = ("Auto", "Auto, in on_mesh", "Explicit", "Explicit without jax.set_mesh")
 
 
@@ -278,7 +278,7 @@ def cells():
     for k, (name, entry) in enumerate(dense.items()):
         layout = list(LAYOUTS)[k % len(LAYOUTS)]
         mode = MODES[k % len(MODES)]
-        marks = () if name in QUICK else pytest.mark.slow
+        marks = () if name == "subspace_adam" else pytest.mark.slow
         label = f"{name}-{layout}-{mode}"
         yield pytest.param(entry, LAYOUTS[layout], mode, id=label, marks=marks)
 

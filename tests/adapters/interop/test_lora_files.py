@@ -32,6 +32,7 @@ def made(where, key, model=MODEL, kind=ranks):
     return randomized(lrjax.adapt(model, kind, where=where, key=key), jr.fold_in(key, 1))
 
 
+@pytest.mark.slow
 def test_kohya_round_trip(tmp_path, getkey):
     path = tmp_path / "style.safetensors"
     adapters = made(["q_proj", "conv"], getkey())
@@ -94,6 +95,7 @@ def adjacent(rows, heads):
     return rows[index]
 
 
+@pytest.mark.slow
 def test_gguf_is_what_llama_cpp_reads(tmp_path, getkey):
     """``W + (alpha / r) B A`` under its names, rows of queries in its order."""
     gguf = pytest.importorskip("gguf", reason="pip install 'lrjax[peft]' brings gguf")

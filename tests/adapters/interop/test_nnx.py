@@ -45,6 +45,7 @@ def apart(model):
 X = jr.normal(jr.key(5), (2, 5, 8))
 
 
+@pytest.mark.slow
 def test_lora_of_nnx_is_the_adapted_model():
     model = Network(nnx.Rngs(0))
     params, call = apart(model)
@@ -60,6 +61,7 @@ def test_lora_of_nnx_is_the_adapted_model():
     assert_close(call(lrjax.materialize(params, same), X), want, condition=1e3)
 
 
+@pytest.mark.slow_but("False")
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_a_lora_linear_is_taken_apart(use_bias):
     layer = nnx.LoRALinear(4, 3, lora_rank=2, use_bias=use_bias, rngs=nnx.Rngs(0))
@@ -71,6 +73,7 @@ def test_a_lora_linear_is_taken_apart(use_bias):
     assert_close(call(lrjax.merge(params, adapters), x), layer(x), condition=100)
 
 
+@pytest.mark.slow
 def test_packed_factors_train_as_pairs():
     """By the gram of the other factor, as the adapters themselves do."""
     model = Network(nnx.Rngs(0))
@@ -128,6 +131,7 @@ def with_lora(model, x, **options):
     return jax.tree.map_with_path(fill, params), call
 
 
+@pytest.mark.slow
 def test_qwix_in_nnx():
     """Products, einsums and convolutions: read, merged, and put back."""
     model = Network(nnx.Rngs(0))
@@ -150,6 +154,7 @@ def test_qwix_in_nnx():
     assert_close(same, want, condition=1e3)
 
 
+@pytest.mark.slow
 def test_qwix_in_linen_with_a_scanned_stack():
     class Block(nn.Module):
         @nn.compact

@@ -45,6 +45,7 @@ def config(directory):
     return json.loads(Path(directory, "adapter_config.json").read_text())
 
 
+@pytest.mark.slow_but("adalora", "adalora_conv", "bias_all")
 @pytest.mark.parametrize("case", CASES)
 def test_is_what_peft_makes_of_its_file(case):
     """Weights merged and layers called, to the accuracy that was promised."""
@@ -69,6 +70,7 @@ REWRITTEN = {"pissa", "olora", "vera_seed", "lora_bias", "bias_all", "miss_mini"
 REWRITTEN |= {"randlora"}  # which has the bases once for every module
 
 
+@pytest.mark.slow_but("lora", "embedding", "conv")
 @pytest.mark.parametrize("case", CASES)
 def test_round_trip(case, tmp_path):
     lrjax.save_peft(tmp_path, MODEL, loaded(case))
@@ -113,6 +115,7 @@ def test_scales_come_from_the_rank_of_the_tensors():
 STACKED = small.stacked(MODEL)
 
 
+@pytest.mark.slow_but("vera")
 @pytest.mark.parametrize(
     "case", ["rslora_patterns", "dora", "vera", "bias_only", "regex", "adalora", "loha"]
 )
@@ -172,6 +175,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow_but("LoRA-FA")
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_with_a_counterpart_can_be_written(name, tmp_path, getkey):
     kind, peft_type = KINDS[name]
