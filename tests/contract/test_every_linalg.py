@@ -619,7 +619,12 @@ def test_every_public_function_has_a_row():
     assert {name.split("(")[0] for name in TABLE} | NO_ROW == public
 
 
-@pytest.mark.slow_but("svd", "truncated_svd(randomized)", "geodesic", "polar(polar_express)", "sample_rows")
+quick = pytest.mark.slow_but(
+    "svd", "truncated_svd(randomized)", "geodesic", "polar(polar_express)", "sample_rows"
+)
+
+
+@quick
 def test_a_batch_is_a_loop_and_degenerate_members_are_finite(name, getkey):
     """A batch of a generic member, zero and one of rank one, in one program."""
     row = TABLE[name]
@@ -647,7 +652,7 @@ def test_the_result_is_right_to_rounding(name, dtype, getkey):
     assert row.error(*map(wide, given), jax.tree.map(wide, out)) < tolerance(row, dtype)
 
 
-@pytest.mark.slow_but("svd", "truncated_svd(randomized)", "geodesic", "polar(polar_express)", "sample_rows")
+@quick
 def test_half_precision_is_computed_in_single(name, getkey):
     row, run = TABLE[name], program(name)
     given = inputs(row, getkey.seed, jnp.bfloat16)

@@ -31,6 +31,7 @@ def updated(tx, g, x):
     return jax.jit(lambda g, x: tx.update(g, tx.init(x), x)[0])(g, x)
 
 
+@pytest.mark.slow
 def test_the_pull_is_the_gradient_of_the_penalty(trees):
     x, g, x0, f = trees
 
@@ -42,6 +43,7 @@ def test_the_pull_is_the_gradient_of_the_penalty(trees):
     assert_close(updated(lrjax.add_anchor(0.7, x0, f), g, x), want)
 
 
+@pytest.mark.slow
 def test_the_pull_of_products_is_that_of_dense_matrices(trees, getkey):
     """With an anchor of another width; the dense matrices are formed here alone."""
     x, g, x0, _ = trees
@@ -57,6 +59,7 @@ def test_the_pull_of_products_is_that_of_dense_matrices(trees, getkey):
     assert_close(updated(tx, g, x), want, condition=100)
 
 
+@pytest.mark.slow
 def test_products_are_pulled_alike_however_they_are_split(x64, getkey):
     """The moved product to first order, for any change of gauge of the anchor as well."""
     x, x0 = (random_low_rank(getkey(), 7, 6, 2, dtype=jnp.float64) for _ in range(2))
@@ -76,6 +79,7 @@ def test_products_are_pulled_alike_however_they_are_split(x64, getkey):
     assert jnp.linalg.norm(apart) > 1e-3
 
 
+@pytest.mark.slow
 def test_zeros_for_an_anchor_are_the_decays_that_are_there(trees):
     x, g, _, _ = trees
     zeros = jax.tree.map(jnp.zeros_like, x)
@@ -87,6 +91,7 @@ def test_zeros_for_an_anchor_are_the_decays_that_are_there(trees):
     assert_close(pairs(updated(tx, g, x)), want, condition=100)
 
 
+@pytest.mark.slow
 def test_the_place_in_the_chain_couples_or_decouples(trees):
     """Behind Adam it is AdamW; before it, Adam of the loss with the penalty."""
     x, g, x0, f = trees
@@ -137,6 +142,7 @@ def test_online_consolidation_of_diagonal_tasks_forgets_nothing(tasks):
     assert jnp.linalg.norm(alone - joint) > 1e-3  # what there was to forget
 
 
+@pytest.mark.slow
 def test_by_default_the_start_is_the_anchor(trees):
     x, g, _, _ = trees
     tx = lrjax.add_anchor(0.7)

@@ -26,6 +26,7 @@ def test_full_rank_momentum_is_heavy_ball(getkey, x64):
     assert_close(state.buffer, want, condition=100)
 
 
+@pytest.mark.slow_but("qr")
 @pytest.mark.parametrize("normalize", ["columns", "qr"])
 def test_a_constant_momentum_converges_to_its_polar_factor(normalize, getkey, x64):
     values = jnp.array([4.0, 3.0, 2.0, 0.5, 0.2, 0.1], jnp.float64)

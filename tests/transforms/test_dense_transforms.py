@@ -36,6 +36,7 @@ def test_amplify_slow_waits_until_its_window_is_full(rollout, noisy, getkey):
         assert_close(got[t], g[t] + 2 * g[t - 2 : t + 1].mean(0))
 
 
+@pytest.mark.slow
 def test_amplify_slow_in_a_full_subspace_is_itself(rollout, noisy, getkey, x64):
     g = noisy(getkey(), 5, 4, 6, dtype=jnp.float64)
     tx = lrjax.project_updates(
@@ -84,6 +85,7 @@ def test_lion_k_pulls_the_weights_into_the_dual_ball(norm, dual, noisy, getkey):
     assert jnp.all(excess[1:] <= (1 - rate * decay) * excess[:-1] + 1e-4)
 
 
+@pytest.mark.slow
 def test_norms_grow_by_no_more_than_the_limit(rollout, noisy, getkey):
     g = noisy(getkey(), 8, 2, 12).reshape(8, 2, 3, 4)  # two layers, each with its limit
     g = g * jnp.exp(jr.normal(getkey(), (8, 2)))[..., None, None]
@@ -99,6 +101,7 @@ def test_norms_grow_by_no_more_than_the_limit(rollout, noisy, getkey):
     assert jnp.any(factor == 1)
 
 
+@pytest.mark.slow
 def test_layer_trust_is_optax_with_a_schedule(rollout, noisy, getkey):
     g, w = noisy(getkey(), 3, 4, 5), jr.normal(getkey(), (4, 5))
     got, _ = rollout(lrjax.scale_by_layer_trust(lambda t: 0.1 / (1 + t)), g, w)
@@ -130,6 +133,7 @@ def test_subset_norms_of_a_square_matrix_are_those_of_its_columns(getkey):
     assert state.squares.shape == (2, 1, 4)
 
 
+@pytest.mark.slow
 def test_orthogonal_updates_have_singular_values_one(getkey):
     g = {"w": jr.normal(getkey(), (2, 8, 12)), "head": jr.normal(getkey(), (8, 9))}
     tx = lrjax.orthogonalize_updates()
@@ -151,6 +155,7 @@ def test_orthogonal_updates_after_momentum_are_muon(rollout, noisy, getkey):
     assert_close(rollout(ours, g)[0], rollout(theirs, g)[0], condition=1e3)
 
 
+@pytest.mark.slow
 def test_what_is_projected_out_does_nothing_to_its_inputs(getkey):
     m = jnp.linalg.qr(jr.normal(getkey(), (6, 2)))[0]
     g = {"w": jr.normal(getkey(), (3, 4, 6)), "b": jr.normal(getkey(), (4,))}
@@ -194,6 +199,7 @@ def test_kernels_are_projected_by_their_patches(getkey):
     assert_close(other, first(got), condition=10)
 
 
+@pytest.mark.slow
 def test_grown_bases_hold_the_least_that_is_asked_for(getkey, x64):
     first = with_spectrum(getkey(), 20, 8, jnp.array([4.0, 2.0, 1.0, 0.1]), jnp.float64)
     grow = jax.jit(sub.grow_basis)
@@ -235,6 +241,7 @@ def test_every_runs_a_transform_on_its_steps_alone(rollout, noisy, getkey):
     assert_close(state.inner, inner)
 
 
+@pytest.mark.slow
 def test_every_maps_the_parameters_themselves(getkey):
     """Truncation to low rank on every second step of plain descent, under vmap."""
 

@@ -52,6 +52,7 @@ def train(tx, loss, x, steps, **extra):
     return jax.lax.scan(body, (x, tx.init(x)), length=steps)
 
 
+@pytest.mark.slow_but("kls-1-0.0-6")
 @pytest.mark.parametrize("width", [R, 9])  # twice nine columns do not fit on either side
 @pytest.mark.parametrize(
     ("method", "every", "momentum"),
@@ -95,6 +96,7 @@ def test_masked_columns_are_real_shapes(method, every, momentum, width, getkey, 
     assert len(set(np.asarray(ranks).ravel().tolist())) > 2
 
 
+@pytest.mark.slow_but("augmented-1e-06")
 @pytest.mark.parametrize("smallest", [1.0, 1e-6, 1e-12])
 @pytest.mark.parametrize("method", ["kls", "augmented", "parallel"])
 def test_one_step_reaches_a_matrix_of_the_rank(method, smallest, getkey, x64):
@@ -122,6 +124,7 @@ def test_one_step_reaches_a_matrix_of_the_rank(method, smallest, getkey, x64):
         assert int(ranks[every - 1]) == 3
 
 
+@pytest.mark.slow
 def test_a_parallel_step_is_the_tangent_step(getkey, x64):
     """``W − η P(G)`` exactly, before any truncation: its rank is at most twice as large."""
     x = start_at(getkey(), [3.0, 2.0, 0.5], 6)
@@ -134,6 +137,7 @@ def test_a_parallel_step_is_the_tangent_step(getkey, x64):
     assert int(ranks[0]) == 6
 
 
+@pytest.mark.slow
 def test_the_methods_differ_by_the_square_of_the_step(getkey, x64):
     """Back at the old rank; the differences fall fourfold when the step is halved."""
     x = start_at(getkey(), [3.0, 2.0, 1.0], 3)
@@ -152,6 +156,7 @@ def test_the_methods_differ_by_the_square_of_the_step(getkey, x64):
     assert 3.9 < gaps[0] / gaps[1] < 4.1
 
 
+@pytest.mark.slow_but("kls")
 @pytest.mark.parametrize("method", ["parallel", "augmented", "kls"])
 def test_the_step_of_the_matrix_ignores_how_it_is_factored(method, getkey, x64):
     """``(U Q₁, Q₁ᵀ S Q₂, V Q₂)`` is the same matrix, and takes the same steps."""
@@ -171,6 +176,7 @@ def test_the_step_of_the_matrix_ignores_how_it_is_factored(method, getkey, x64):
     assert ranks.tolist() == others.tolist()
 
 
+@pytest.mark.slow
 def test_the_error_of_truncation_is_within_the_tolerance(getkey, x64):
     x = start_at(getkey(), [3.0, 2.0, 0.5])
     loss, _ = quadratic(getkey(), target_of(getkey()))
@@ -185,6 +191,7 @@ def test_the_error_of_truncation_is_within_the_tolerance(getkey, x64):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"method": "augmented", "every": 5}, {"moments": "reset", "every": 5}]
 )
@@ -220,6 +227,7 @@ def test_adam_on_the_core_and_on_the_rest(settings, getkey, x64):
     assert_close(biases[0], want)
 
 
+@pytest.mark.slow
 def test_weight_decay_shrinks_the_matrix_and_not_the_bases(getkey, x64):
     x = start_at(getkey(), [3.0, 2.0], 4)
     inner = optax.chain(optax.add_decayed_weights(0.1), optax.scale(-1.0))
@@ -231,6 +239,7 @@ def test_weight_decay_shrinks_the_matrix_and_not_the_bases(getkey, x64):
     assert_close(y.left[:, :2].T @ y.left[:, :2], np.eye(2), condition=10)
 
 
+@pytest.mark.slow
 def test_a_step_of_nothing_moves_nothing(getkey, x64):
     """Signs of singular vectors stay, so that averages of parameters mean something."""
     x = start_at(getkey(), [3.0, 2.0, 1.0], 3)
@@ -240,6 +249,7 @@ def test_a_step_of_nothing_moves_nothing(getkey, x64):
     assert max(float(jnp.max(jnp.abs(u))) for u in jax.tree.leaves(updates)) < 1e-13
 
 
+@pytest.mark.slow
 def test_bases_stay_orthonormal_in_float32(getkey):
     x = start_at(getkey(), [3.0, 2.0, 1.0], 6, dtype=jnp.float32)
     target = jr.normal(getkey(), (M, N))
@@ -251,6 +261,7 @@ def test_bases_stay_orthonormal_in_float32(getkey):
         assert np.max(np.abs(side.T @ side - np.eye(6))) < 50 * eps
 
 
+@pytest.mark.slow
 def test_rank_grows_where_it_is_needed(getkey, x64):
     x = start_at(getkey(), [1e-3], 6)
     target = target_of(getkey(), rank=4)
@@ -261,6 +272,7 @@ def test_rank_grows_where_it_is_needed(getkey, x64):
     assert relative_error(y.materialize(), target) < 1e-2
 
 
+@pytest.mark.slow
 def test_no_decomposition_is_wider_than_twice_the_rank(getkey):
     """And nothing is tall but products: the Cholesky factors are small as well."""
     x = start_at(getkey(), [3.0, 2.0], 4, m=40, n=30, dtype=jnp.float32)
@@ -280,6 +292,7 @@ def test_no_decomposition_is_wider_than_twice_the_rank(getkey):
     assert max(map(max, shapes)) <= 8
 
 
+@pytest.mark.slow
 def test_degenerate_nodes_stay_finite(getkey):
     x = start_at(getkey(), [2.0, 1.0], 4, dtype=jnp.float32)
     zero = jax.tree.map(jnp.zeros_like, x)
@@ -293,6 +306,7 @@ def test_degenerate_nodes_stay_finite(getkey):
     assert all_finite(updates)
 
 
+@pytest.mark.slow
 def test_rounding_along_new_directions_makes_no_step(getkey):
     """Adam would make whole steps of it, where the gradient lies inside the bases."""
     x = start_at(getkey(), [3.0, 2.0], 4, dtype=jnp.float32)

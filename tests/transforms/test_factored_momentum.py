@@ -46,6 +46,7 @@ def gradients(key, dtype=jnp.float32):
     return mean + 0.5 * jr.normal(fresh, (STEPS, 2, 6, 9), dtype)
 
 
+@pytest.mark.slow
 def test_a_stack_of_matrices_equals_the_reference(getkey, x64):
     """Also the identity of the core: M is SVD_r of the decayed M and the tangent part."""
     g = gradients(getkey(), jnp.float64)
@@ -72,6 +73,7 @@ def test_a_zero_gradient_decays_and_repeats(getkey, x64):
     assert_close(momenta[3], DECAY * momenta[2])
 
 
+@pytest.mark.slow
 def test_null_directions_of_the_momentum_do_not_move_the_weights(getkey):
     one = jnp.einsum("li,lj->lij", jr.normal(getkey(), (2, 6)), jr.normal(getkey(), (2, 9)))
     updates, _ = scan(2)(jnp.broadcast_to(one, (STEPS, 2, 6, 9)))
@@ -86,6 +88,7 @@ def test_gradients_of_any_size_in_float32(getkey):
         assert_close(scan(2)(scale * g)[0], want, condition=1e3)
 
 
+@pytest.mark.slow
 def test_zero_and_non_finite_gradients(getkey):
     g = gradients(getkey()).at[0].set(0).at[4, 0, 1, 1].set(jnp.inf)
     updates, momenta = scan(2)(g)
@@ -102,6 +105,7 @@ def test_memory_is_r_times_m_plus_n_plus_one():
     assert sum(x.size for x in jax.tree.leaves(state)) == 3 * 4 * (16 + 24 + 1)
 
 
+@pytest.mark.slow_but("qr")
 @pytest.mark.parametrize("method", ["cholesky", "qr"])
 def test_product_svd_of_dependent_and_ill_scaled_columns(method, getkey, x64):
     """A tall factor with a repeated and a tiny column, a zero one, and one too wide."""

@@ -63,6 +63,7 @@ def target(x64, getkey):
     return 1.5 * jr.normal(getkey(), (M, N), jnp.float64)
 
 
+@pytest.mark.slow_but("spectral")
 @pytest.mark.parametrize("name", NORMS)
 def test_convex_losses_fall_as_one_over_the_steps(target, name):
     """``loss − min ≤ 2 L d²/(t + 2)``, and never more than the gap."""
@@ -211,6 +212,7 @@ def test_what_it_does_not_know_is_refused(getkey):
         tx.update(x, tx.init(x))
 
 
+@pytest.mark.slow
 def test_an_orthogonal_dictionary_is_learned_online(getkey):
     """Sparse codes are the spikiest: ``max E Σ|D y|³`` over the spectral ball finds them.
 

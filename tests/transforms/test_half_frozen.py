@@ -58,6 +58,7 @@ ONE_SIDED = {
 }
 
 
+@pytest.mark.slow_but("gram-left", "phi-right", "tangent-left")
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("tx", "damping"), ONE_SIDED.values(), ids=ONE_SIDED.keys())
 def test_the_trained_factor_is_preconditioned_by_the_frozen_one(tx, damping, side, pair):
@@ -127,6 +128,7 @@ def of_model(model, x, y):
     return value
 
 
+@pytest.mark.slow_but("right")
 @pytest.mark.parametrize("side", SIDES)
 def test_lora_with_one_trained_side_learns_under_every_wrapper(side, getkey):
     kind = lrjax.LoRA(4, train=side)
@@ -171,6 +173,7 @@ def compiled(tx, model, params, frozen, x, y):
     return jax.jit(step).lower(params, state, frozen, x, y).compile(), state
 
 
+@pytest.mark.slow_but("decay and tangent")
 @pytest.mark.parametrize(
     "direction",
     [
@@ -219,6 +222,7 @@ def test_stacks_and_sweeps_of_half_pairs_are_loops(getkey):
         assert_close(one(step(0.5)), alone, condition=100)
 
 
+@pytest.mark.slow
 def test_on_a_zero_partner_everything_stays_finite(getkey):
     """LoRA with the trained side beside a frozen zero: no gradient, and no direction."""
     for dtype in (jnp.float32, jnp.bfloat16):
@@ -244,6 +248,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow_but("magnitude", "gate", "full")
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 def test_all_but_the_pairs_of_adapters_passes_unchanged(kind, getkey):
     """Magnitudes, gates, cores, whole weights, and the factors of a trained pool."""

@@ -10,6 +10,7 @@ import lrjax
 from tests.helpers import all_finite, assert_close, random_low_rank
 
 
+@pytest.mark.slow_but("1.0", "0.3")
 @pytest.mark.parametrize("ratio", [None, 1.0, 0.3])
 def test_the_penalty_is_the_gradient_of_its_square(ratio, getkey, x64):
     """``‖A Aᵀ − ρ BᵀB‖²`` for ``B = left (m, r)``, ``A = rightᵀ``, and ``ρ = r/m``."""
@@ -26,6 +27,7 @@ def test_the_penalty_is_the_gradient_of_its_square(ratio, getkey, x64):
     assert_close(got, jax.tree.map(jnp.add, u, jax.grad(penalty)(x)), condition=100)
 
 
+@pytest.mark.slow_but("3.0")
 @pytest.mark.parametrize("ratio", [0.5, 3.0])
 def test_no_factor_is_pulled_by_more_than_itself(ratio, getkey):
     """Factors a thousand times too large come down as by weight decay, in one direction."""
@@ -53,6 +55,7 @@ def test_at_a_ratio_of_one_the_product_does_not_move_to_first_order(getkey, x64)
         assert (moved > 1e-6 * size) == moves
 
 
+@pytest.mark.slow_but("None")
 @pytest.mark.parametrize("ratio", [None, 1.0])
 def test_the_pull_ends_at_the_ratio(ratio, getkey):
     """Of a loss that is constant, with Adam's moments at rest."""
@@ -72,6 +75,7 @@ def test_the_pull_ends_at_the_ratio(ratio, getkey):
     assert jnp.all(jnp.diff(path) < 1e-4)
 
 
+@pytest.mark.slow
 def test_relative_imbalance_knows_its_extremes(getkey):
     x = random_low_rank(getkey(), 6, 5, 2, batch=(2,))
     even, measure = lrjax.balance(x), lrjax.metrics.relative_imbalance
@@ -86,6 +90,7 @@ def test_relative_imbalance_knows_its_extremes(getkey):
     assert_close(measure(x), off / sizes, condition=10)
 
 
+@pytest.mark.slow
 def test_nearest_factors_are_balanced_and_no_other_balanced_ones_are_nearer(getkey, x64):
     x = random_low_rank(getkey(), 6, 5, 3, batch=(2,), dtype=jnp.float64)
     near = lrjax.refactor(x, "nearest")
@@ -132,6 +137,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow_but("ilora-float32", "allora-float32")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("make", RECIPES.values(), ids=RECIPES)
 def test_a_left_factor_of_zero_moves_and_gives_finite_numbers(make, dtype, getkey):

@@ -38,6 +38,7 @@ def test_psgd_kron_ends_in_the_polar_factor_of_a_constant_gradient(getkey, x64):
     assert_close(updates[-1], 5**0.5 * u @ v, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_psgd_kron_whitens_noise_that_is_a_product(getkey):
     """Gradients ``A Z B``: in the end all entries of ``X`` have one size on average."""
     rows, columns = jnp.logspace(0, -2, 6), jnp.logspace(0, -1, 9)
@@ -59,6 +60,7 @@ def test_psgd_kron_is_bounded_where_there_is_no_gradient(x64):
     assert jnp.all(jnp.linalg.eigvalsh(left) > 0)
 
 
+@pytest.mark.slow_but("psgd_kron-30")
 @pytest.mark.parametrize("exponent", [-30, 30])
 @pytest.mark.parametrize(
     "tx",
@@ -73,6 +75,7 @@ def test_updates_do_not_depend_on_the_size_of_the_gradients(tx, exponent, getkey
     assert_close(run(tx, 2.0**exponent * g)[1], run(tx, g)[1], condition=1e3)
 
 
+@pytest.mark.slow
 def test_kl_shampoo_turns_with_its_gradients(getkey, x64):
     """Square ones: of others the first one leaves a null space, completed as it comes."""
     a, b = (orthogonal(getkey(), 6, jnp.float64) for _ in range(2))
@@ -83,6 +86,7 @@ def test_kl_shampoo_turns_with_its_gradients(getkey, x64):
     assert_close(got, a @ run(tx, g)[1] @ b.T, condition=1e6)
 
 
+@pytest.mark.slow
 def test_kl_shampoo_without_bases_knows_second_moments_of_rank_one(getkey):
     """``|G_ij| = √(a_i b_j)``: the product of its eigenvalues is ``a bᵀ``."""
     a, b = (jnp.exp(jr.normal(getkey(), (n, 1))) for n in (5, 7))
@@ -94,6 +98,7 @@ def test_kl_shampoo_without_bases_knows_second_moments_of_rank_one(getkey):
     assert state.left.gram == optax.MaskedNode()
 
 
+@pytest.mark.slow
 def test_kl_factors_are_those_of_their_equations(getkey):
     """At rest ``L = E[G R⁻¹ Gᵀ]/n`` with ``R`` from its own eigenvalues: a product."""
     left = jr.normal(getkey(), (4, 4)) + 3 * jnp.eye(4)
@@ -108,6 +113,7 @@ def test_kl_factors_are_those_of_their_equations(getkey):
     assert jnp.linalg.norm(got - want) < 0.25 * jnp.linalg.norm(want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [0.0, jnp.nan, jnp.inf])
 @pytest.mark.parametrize(
     "tx",
@@ -148,6 +154,7 @@ def test_sides_that_are_longer_have_no_matrix(recipe, longest):
     assert not has_matrix(longest + 1)
 
 
+@pytest.mark.slow
 def test_the_factors_of_both_sides_stay_of_one_size(getkey):
     tx = lrjax.scale_by_psgd_kron(where=every_matrix)
     g = jr.normal(getkey(), (6, 40)) * jnp.geomspace(1, 1e-3, 40)[None]

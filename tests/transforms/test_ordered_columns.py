@@ -40,6 +40,7 @@ def test_every_layer_and_width_is_as_likely(getkey):
     assert all(abs(counted[pair] - want[pair]) < 5 * spread for pair in pairs)
 
 
+@pytest.mark.slow
 def test_columns_that_are_gone_are_not_drawn(getkey):
     x = lowrank.first_columns(random_low_rank(getkey(), 6, 5, 4), 2)
     draw = lambda key: lowrank.columns_in_use(sample_prefix(x, key=key))
@@ -82,6 +83,7 @@ def test_the_lasso_is_the_gradient_of_its_norms(getkey, x64):
 SETTINGS = {"strength": 0.5, "threshold": 0.3, "period": 4}
 
 
+@pytest.mark.slow
 def test_maestro_is_that_of_its_reference_with_arrays_that_shrink(getkey, x64):
     """The same steps, whatever rank is left, in one program."""
     target = with_spectrum(getkey(), 6, 5, [3.0, 1.0, 0.1], jnp.float64)
@@ -118,6 +120,7 @@ def test_maestro_is_that_of_its_reference_with_arrays_that_shrink(getkey, x64):
     assert ranks[-1] < 5, "nothing was pruned"
 
 
+@pytest.mark.slow
 def test_trained_prefixes_are_the_singular_directions(getkey, x64):
     """The mean over all prefixes is least where each is the best of its rank."""
     values = [3.0, 2.0, 1.0]
@@ -146,6 +149,7 @@ def test_trained_prefixes_are_the_singular_directions(getkey, x64):
         assert jnp.linalg.norm(got - best) < 1e-3
 
 
+@pytest.mark.slow
 def test_pruned_columns_stay_zero_whatever_the_step(getkey):
     x = lowrank.first_columns(
         random_low_rank(getkey(), 6, 5, 4, batch=(2,)), jnp.array([3, 1])

@@ -100,6 +100,7 @@ def test_of_one_memory_it_is_the_closed_form_of_a_gem(x64, getkey):
     assert state.conflicts == 0
 
 
+@pytest.mark.slow
 def test_memories_without_a_gradient_bind_nothing(getkey):
     g, memory = trees(getkey(), 3)
     memory = jax.tree.map(lambda m: m.at[0].set(0), memory)
@@ -118,6 +119,7 @@ def test_how_long_the_gradient_of_a_memory_is_does_not_matter(x64, getkey):
         assert_close(new, project(g, memory, damping=damping)[0], condition=1e3)
 
 
+@pytest.mark.slow
 def test_a_whole_optimizer_is_followed_by_a_projection_of_steps(x64, getkey):
     """−η g behind the learning rate is g before it, for a constant one."""
     g, memory = trees(getkey(), 3)

@@ -105,6 +105,7 @@ def freezing():
     return lrjax.freeze_factors(optax.sgd(RATE), schedule, window=3)
 
 
+@pytest.mark.slow
 def test_frozen_factors_are_those_of_aflora(getkey):
     pairs = {
         "one": random_low_rank(getkey(), 6, 5, 2),
@@ -142,6 +143,7 @@ def test_frozen_factors_are_those_of_aflora(getkey):
     assert np.all(moved), "what is no factor stands still"
 
 
+@pytest.mark.slow
 def test_aflora_leaves_the_vectors_of_tied_pairs_to_move(getkey):
     """``diag(b) B diag(d) A`` with a pair for each layer: at the end b and d learn."""
     model = eqx.nn.MLP(6, 4, 8, 1, key=getkey())

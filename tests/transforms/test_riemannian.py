@@ -46,6 +46,7 @@ def train_fixed(tx, loss, x, steps):
     return jax.lax.scan(body, (x, tx.init(x)), length=steps)[1]
 
 
+@pytest.mark.slow_but("3")
 @pytest.mark.parametrize("width", [3, 9])
 def test_momentum_is_tangent_and_follows_the_point(width, getkey, x64):
     x = start_at(getkey(), np.linspace(3, 1, width), width)
@@ -66,6 +67,7 @@ def test_it_does_not_depend_on_the_factors(getkey, x64):
     assert_close(run(y), run(x), condition=1e3)
 
 
+@pytest.mark.slow
 def test_without_momentum_it_is_the_parallel_method_at_full_width(getkey, x64):
     x = start_at(getkey(), [3.0, 2.0, 1.0], 3)
     loss, _ = quadratic(getkey(), target_of(getkey()))
@@ -74,6 +76,7 @@ def test_without_momentum_it_is_the_parallel_method_at_full_width(getkey, x64):
     assert_close(train_fixed(tx, loss, x, 8), first, condition=1e3)
 
 
+@pytest.mark.slow
 def test_weight_decay_is_that_of_the_matrix(getkey, x64):
     x = start_at(getkey(), [3.0, 2.0, 1.0], 3)
     inner = optax.chain(optax.add_decayed_weights(0.1), optax.scale(-1.0))
@@ -89,6 +92,7 @@ def test_second_moments_are_refused(getkey):
         lrjax.riemannian(optax.adam(0.1)).init(x)
 
 
+@pytest.mark.slow
 def test_the_penalty_is_its_formula(getkey, x64):
     x = start_at(getkey(), [], 5)
     core = jnp.zeros((5, 5), jnp.float64).at[:3, :3].set(jr.normal(getkey(), (3, 3)))
@@ -133,6 +137,7 @@ def test_spectra_are_flatter_the_stronger_the_penalty(getkey, x64):
     assert conditions[1] - 1 < 0.8 * (conditions[0] - 1)
 
 
+@pytest.mark.slow
 def test_conditions_stay_within_their_bound(getkey, x64):
     x = start_at(getkey(), [3.0, 2.0, 1.0], 3)
     loss, _ = quadratic(getkey(), target_of(getkey()))

@@ -53,6 +53,7 @@ def test_steps_are_those_of_the_reference_and_an_svd_moves_nothing(getkey, x64):
     assert not same[2::3].all()
 
 
+@pytest.mark.slow
 def test_moments_are_those_of_the_drawn_columns_and_start_anew(getkey):
     x = lrjax.svd(jr.normal(getkey(), (8, 6)))
     tx = lrjax.sample_directions(1e-3, 2, period=4, refactor_every=100)
@@ -78,6 +79,7 @@ def test_columns_are_drawn_by_their_weights(getkey):
     assert (abs(counts - draws * p) < 5 * np.sqrt(draws * p * (1 - p))).all()
 
 
+@pytest.mark.slow
 def test_all_columns_at_once_reach_any_matrix(getkey):
     target = jr.normal(getkey(), (6, 5))
     x = lrjax.svd(jr.normal(getkey(), (6, 5)))
@@ -88,6 +90,7 @@ def test_all_columns_at_once_reach_any_matrix(getkey):
     assert jnp.linalg.norm(last.materialize() - target) < 0.02
 
 
+@pytest.mark.slow
 def test_a_tree_is_trained_whole_and_zeros_stay_finite(getkey):
     params = {"w": lrjax.svd(jr.normal(getkey(), (2, 6, 5))), "b": jnp.ones(3)}
     loss = lambda p: jnp.sum(p["w"].materialize() ** 2) + jnp.sum(p["b"] ** 2)

@@ -38,6 +38,7 @@ def run(make, grads, params=None):
     return as_rows(all_steps(as_tree(grads)))
 
 
+@pytest.mark.slow_but("True")
 @pytest.mark.parametrize("relative", [True, False])
 def test_equals_the_dense_recursion(relative, getkey, x64):
     grads = jr.normal(getkey(), (STEPS, N), jnp.float64)
@@ -46,6 +47,7 @@ def test_equals_the_dense_recursion(relative, getkey, x64):
     assert relative_error(got, want) < 1e-12
 
 
+@pytest.mark.slow
 def test_the_recipe_equals_its_reference(getkey, x64):
     """With its default arguments, and with other ones and decay."""
     grads = jr.normal(getkey(), (20, N), jnp.float64)
@@ -75,6 +77,7 @@ def test_single_precision_keeps_its_digits_at_small_damping(getkey, x64):
     assert relative_error(got, want) < 1e-2
 
 
+@pytest.mark.slow_but("0.0")
 @pytest.mark.parametrize("damping", [0.0, 1e-6])
 def test_repeated_and_vanishing_gradients_are_finite(damping, getkey):
     same = jnp.tile(jr.normal(getkey(), (1, N)), (STEPS, 1)).at[2].set(0)

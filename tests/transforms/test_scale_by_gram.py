@@ -68,6 +68,7 @@ def test_unit_norm_gives_a_step_of_dual_norm_one(pair):
     assert_close(step, jax.tree.map(lambda p: p / jnp.sqrt(dual), plain), condition=1e3)
 
 
+@pytest.mark.slow
 def test_alternating_is_alternating_least_squares(getkey, x64):
     """With learning rate one each step solves for one factor; two reach any low rank."""
     target = with_spectrum(getkey(), 9, 7, [5.0, 1.0, 0.1], jnp.float64)
@@ -118,6 +119,7 @@ def test_lora_start_is_safe():
     assert np.abs(x.materialize() - 1.0).max() < 0.3
 
 
+@pytest.mark.slow
 def test_local_rate_of_scaled_gd_is_free_of_the_condition_number(getkey, x64):
     """max(|1 − η|, |1 − 2η|) whatever the spectrum; not convergent at η = 1."""
     for condition in (1.0, 1e3):
@@ -208,6 +210,7 @@ def descent(key, order, partner):
     return jax.lax.scan(body, (x, tx.init(x)), jnp.arange(size))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("partner", ["generic", "ill-conditioned", "deficient"])
 @pytest.mark.parametrize("order", ["alternating", "greedy"])
 def test_one_factor_at_a_time_is_monotone(getkey, x64, order, partner):

@@ -44,6 +44,7 @@ def one_step(tx, value_fn, params, **extra):
 FALLING = 10.0 ** -np.linspace(0, 4, N)
 
 
+@pytest.mark.slow
 def test_at_full_rank_it_is_half_a_damped_newton_step(getkey, x64):
     """The largest eigenvalue of (H + ρI)⁻¹H is λ₁/(λ₁ + ρ)."""
     c, value_fn = quadratic(getkey(), FALLING)
@@ -72,6 +73,7 @@ def test_the_rate_is_that_of_the_other_batch(getkey, x64):
     assert relative_error(updates, want) < 1e-10
 
 
+@pytest.mark.slow
 def test_told_nothing_what_was_not_kept_has_curvature_one_at_most(getkey, x64):
     """And so the rate is near one half, whatever the condition of the Hessian."""
     _, value_fn = quadratic(getkey(), FALLING)
@@ -80,6 +82,7 @@ def test_told_nothing_what_was_not_kept_has_curvature_one_at_most(getkey, x64):
     assert 0.1 < state.rate < 1
 
 
+@pytest.mark.slow
 def test_the_sketch_is_refreshed_when_due(getkey, x64):
     _, value_fn = quadratic(getkey(), FALLING)
     tx = lrjax.scale_by_nystrom(3, refresh_every=3)
@@ -96,6 +99,7 @@ def test_the_sketch_is_refreshed_when_due(getkey, x64):
     assert np.any(values[2] != values[3])
 
 
+@pytest.mark.slow
 def test_other_curvature_and_what_is_not_finite(getkey):
     """Products may be any; where they are no numbers the preconditioner stays."""
     params = as_tree(jnp.ones(N))
@@ -109,6 +113,7 @@ def test_other_curvature_and_what_is_not_finite(getkey):
     np.testing.assert_array_equal(state.values, [0, 0])
 
 
+@pytest.mark.slow
 def test_training_is_the_dense_iteration(getkey, x64):
     """Of a quadratic function, 20 steps: η P⁻¹ g with P and η of the state."""
     c, value_fn = quadratic(getkey(), FALLING)

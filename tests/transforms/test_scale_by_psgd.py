@@ -73,6 +73,7 @@ def test_no_step_makes_the_preconditioner_singular(getkey, x64):
     assert all_finite(states)
 
 
+@pytest.mark.slow
 def test_newton_like_rate_on_a_quadratic(x64):
     """Fitted on Hessian-vector products, a step leaves less than a sixth of the error."""
 
@@ -93,6 +94,7 @@ def test_newton_like_rate_on_a_quadratic(x64):
     assert jnp.min(gradient_descent) > 0.5
 
 
+@pytest.mark.slow
 def test_gradients_are_whitened(x64):
     """P → E[g gᵀ]^(−½): P C P has its eigenvalues near one, for every seed."""
     values = jnp.array([100.0, 30.0] + [1.0] * (N - 2))
@@ -110,6 +112,7 @@ def one_pair(g, state, pair):
     return lrjax.scale_by_psgd(RANK, 0.5).update(g, state, pair=pair)
 
 
+@pytest.mark.slow
 def test_the_inverse_hessian_is_a_fixed_point(getkey, x64):
     """Where it has the form of P, no pair moves it: a fit without a floor of noise."""
     state = lrjax.scale_by_psgd(RANK).init(jnp.zeros(N))
@@ -127,6 +130,7 @@ def test_the_inverse_hessian_is_a_fixed_point(getkey, x64):
     assert jnp.linalg.norm(new.left - u) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_tree_is_its_vector(getkey, x64):
     """Leaves of any shape, and one number: the same as the vector of all of them."""
     tree = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(N - 7), "s": jnp.zeros(())}
@@ -144,6 +148,7 @@ def test_a_tree_is_its_vector(getkey, x64):
     assert new.left["s"].shape == (RANK,)
 
 
+@pytest.mark.slow
 def test_size_of_the_gradient_and_unusable_ones(getkey):
     g = {"w": jr.normal(getkey(), (4, 6))}
     tx = lrjax.scale_by_psgd(RANK)

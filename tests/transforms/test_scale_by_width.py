@@ -82,6 +82,7 @@ def test_each_leaf_has_the_rate_of_its_sides(optimizer):
         np.testing.assert_array_equal(leaf, np.full(leaf.shape, want, np.float32))
 
 
+@pytest.mark.slow
 def test_at_the_width_of_the_base_nothing_is_changed(getkey):
     model = Zoo(8, 2, getkey())
     grads = arrays(model)
@@ -149,6 +150,7 @@ def copied(model):
     return eqx.tree_at(parts, model, jax.tree.map(jnp.asarray, new))
 
 
+@pytest.mark.slow_but("sgd")
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_copies_of_units_stay_copies_and_train_as_the_base(getkey, x64, optimizer):
     """Exact at every step: so the rates are right for each leaf, factors included."""
@@ -274,6 +276,7 @@ def test_every_rate_does_to_a_wide_network_what_it_does_to_a_narrow_one(getkey):
     assert apart(scaled) < 0.5 * apart(plain)
 
 
+@pytest.mark.slow
 def test_the_start_has_the_norms_of_a_map_between_unit_entries(getkey):
     """Spectral norms grow as (out/in)^(1/2) for every kind of layer, pairs too."""
     keys = jr.split(getkey(), 5)

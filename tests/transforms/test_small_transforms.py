@@ -43,6 +43,7 @@ def test_polyak_makes_no_step_below_the_minimum_or_uphill():
         assert not step.any()
 
 
+@pytest.mark.slow
 def test_nuclear_norm_is_the_gradient_of_the_squared_factors(getkey):
     x = random_low_rank(getkey(), 5, 4, 2)
     penalty = lambda x: 0.3 * 0.5 * (jnp.sum(x.left**2) + jnp.sum(x.right**2))
@@ -64,6 +65,7 @@ def test_scale_factors_gives_each_factor_its_rate(getkey):
     assert_close(got["b"], g["b"])
 
 
+@pytest.mark.slow_but("nearest")
 @pytest.mark.parametrize("mode", ["balanced", "nearest"])
 def test_a_product_of_zero_is_left_in_factors_that_learn(mode, getkey):
     """A rate that begins at zero must not take the gradient from LoRA's start for ever."""

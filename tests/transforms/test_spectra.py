@@ -92,6 +92,7 @@ def test_hard_thresholding_is_the_dense_loop(getkey):
         lrjax.keep_rank(0)
 
 
+@pytest.mark.slow
 def test_hard_thresholding_recovers_a_sensed_matrix():
     """The dense baseline of recovery: singular value projection on matrix sensing."""
     problem = lrjax.matrix_sensing(jr.key(0), (12, 10), 2, measurements=200)
@@ -114,6 +115,7 @@ def test_hard_thresholding_recovers_a_sensed_matrix():
     assert problem.relative_error(x) < 1e-4
 
 
+@pytest.mark.slow
 def test_proximal_gradient_ends_at_the_penalized_minimum(getkey, x64):
     """On ½‖A(W) − b‖²: −G is a subgradient of the penalty, and the rank has fallen."""
     a = jr.normal(getkey(), (30, 40), jnp.float64) / 30**0.5

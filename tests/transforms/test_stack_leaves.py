@@ -53,6 +53,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow_but("chain")
 @pytest.mark.parametrize("name", RECIPES)
 def test_stacked_steps_are_the_steps_apart(getkey, name):
     """From one state, in which every leaf has a basis of its own, to the next ones."""
@@ -116,6 +117,7 @@ def test_a_limit_of_none_stacks_everything(getkey):
         assert len(shapes[0]) == count
 
 
+@pytest.mark.slow
 def test_ranks_by_path_are_respected(getkey):
     params = {name: jnp.ones((9, 12)) for name in "abcd"}
     rank = lambda path, sides: 2 if path in "ab" else 4

@@ -84,6 +84,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow_but("schedule")
 @pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_it_is_the_plain_step(tx, getkey):
     other = optax.sgd(0.01)
@@ -132,6 +133,7 @@ def temporaries(init, step, given):
     return memory.temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_the_gradient_is_never_whole():
     given = problem(jr.key(0), depth=16, width=64)
     gradient = sum(x.nbytes for x in jax.tree.leaves(given[0]))

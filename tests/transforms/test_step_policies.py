@@ -41,6 +41,7 @@ def dense_gauss_newton(x, g, damping):
     )
 
 
+@pytest.mark.slow_but("3.0")
 @pytest.mark.parametrize("damping", [1e-2, 3.0])
 def test_the_closed_form_solves_the_whole_system(pair, damping):
     x, g = pair
@@ -149,6 +150,7 @@ def test_a_level_given_up_too_soon_makes_more_patient_and_more_ambitious():
     assert seen[5] == (9.0, 2.0 * 1.5 * 4)
 
 
+@pytest.mark.slow
 def test_the_search_ends_where_the_loss_is_rounding():
     """Gaps that no float can show shrink to nothing, and the steps with them."""
     gaps = [gap for _, gap in follow([1000.0] * 400)]
@@ -161,6 +163,7 @@ def test_the_search_does_not_depend_on_the_unit_of_the_loss():
     np.testing.assert_allclose(1e3 * np.array(plain), scaled, rtol=1e-5)
 
 
+@pytest.mark.slow_but("left", "right")
 @pytest.mark.parametrize("mode", ["balanced", "left", "right"])
 def test_refactor_keeps_the_product_and_shapes_the_factors(x64, mode):
     x = random_low_rank(jr.key(0), 8, 9, 3, batch=(2,), dtype=jnp.float64)
@@ -179,6 +182,7 @@ def test_refactor_keeps_the_product_and_shapes_the_factors(x64, mode):
         lrjax.refactor(random_low_rank(jr.key(0), 2, 9, 3), "left")
 
 
+@pytest.mark.slow
 def test_rebalancing_once_happens_once_and_in_every_member_by_itself(x64):
     x = random_low_rank(jr.key(0), 8, 5, 2, dtype=jnp.float64)
     still = jax.tree.map(jnp.zeros_like, x)

@@ -36,6 +36,7 @@ def linear(params, x, y):
 START = {"w": jnp.full(SIZE, 0.1), "b": jnp.ones(()), "none": None}
 
 
+@pytest.mark.slow_but("sgd")
 @pytest.mark.parametrize("tx", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"])
 def test_one_step_is_the_step_of_the_optimizer(fit, tx):
     """Whatever the step size in z; over five calls, with the state passed on."""
@@ -110,6 +111,7 @@ def test_exact_alternating_minima_in_factors_are_scaled_descent(factored):
     assert np.all(np.diff(values) < 0)  # for eta below one over the curvature
 
 
+@pytest.mark.slow
 def test_the_minimum_in_both_factors_is_a_truncated_gradient_step(factored):
     """``left rightᵀ`` is the best of its rank near ``z_t − η ∇loss``."""
     x, loss = factored
@@ -126,6 +128,7 @@ def test_the_minimum_in_both_factors_is_a_truncated_gradient_step(factored):
     assert_close(got.materialize(), want, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_below_the_curvature_the_model_is_above_the_loss(fit, getkey):
     """So that steps which lower it lower the loss at least as much."""
     x, y = fit

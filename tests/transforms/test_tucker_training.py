@@ -42,6 +42,7 @@ def with_zeros(x):
     return TuckerForm(x.masked_core(), x.factors)
 
 
+@pytest.mark.slow
 def test_two_gradients_are_the_published_step_with_arrays_that_change_shape(getkey, x64):
     """Thirty steps, for several tolerances at once, in one program."""
     target = 3 * jr.normal(getkey(), SHAPE)
@@ -66,6 +67,7 @@ def test_two_gradients_are_the_published_step_with_arrays_that_change_shape(getk
     assert len({tuple(r) for r in np.asarray(ranks).reshape(-1, 3).tolist()}) > 3
 
 
+@pytest.mark.slow
 def test_one_gradient_is_a_step_along_the_tangent(getkey, x64):
     target = jr.normal(getkey(), SHAPE)
     x = with_zeros(orthonormal_form(getkey(), widths=(3, 3, 3), ranks=(2, 3, 2)))
@@ -81,6 +83,7 @@ def test_one_gradient_is_a_step_along_the_tangent(getkey, x64):
     assert tuple(ranks[-1].tolist()) == want.shape
 
 
+@pytest.mark.slow_but("kls")
 @pytest.mark.parametrize("method", ["parallel", "kls"])
 def test_a_tensor_of_two_axes_is_trained_as_a_matrix(getkey, method, x64):
     target = jr.normal(getkey(), (8, 6))
@@ -93,6 +96,7 @@ def test_a_tensor_of_two_axes_is_trained_as_a_matrix(getkey, method, x64):
     np.testing.assert_array_equal(ranks, np.stack([rank, rank], -1))
 
 
+@pytest.mark.slow
 def test_a_step_of_zero_moves_nothing(getkey):
     x = tucker_truncate(orthonormal_form(getkey(), widths=(3, 3, 3)), (3, 3, 3))
     zero = jax.tree.map(jnp.zeros_like, x)
@@ -103,6 +107,7 @@ def test_a_step_of_zero_moves_nothing(getkey):
     assert state.rank.tolist() == [3, 3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["parallel", "augmented"])
 def test_a_convolution_is_trained_and_its_ranks_fall(getkey, method):
     """A stack of two kernels, by Adam, in one program for both tolerances."""
@@ -139,6 +144,7 @@ def test_refuses_bases_wider_than_the_others_multiplied(getkey):
         tx.init(x)
 
 
+@pytest.mark.slow
 def test_tangent_of_a_stack_is_that_of_its_members(getkey):
     x = orthonormal_form(getkey(), batch=(2,))
     slope = orthonormal_form(getkey(), batch=(2,))

@@ -50,6 +50,7 @@ def problem(getkey, x64):
     return random_low_rank(getkey(), 9, 7, 3, dtype=jnp.float64), target
 
 
+@pytest.mark.slow_but("jacobi-True")
 @pytest.mark.parametrize("conserve", [True, False])
 @pytest.mark.parametrize("order", ["jacobi", "alternating"])
 def test_matrix_adam_is_its_equations(problem, conserve, order):
@@ -96,6 +97,7 @@ def regauged(problem, getkey):
     return jax.tree.map(lambda *a: jnp.stack(a), x, y)
 
 
+@pytest.mark.slow_but("trace-alternating", "trace-greedy")
 @pytest.mark.parametrize("order", ["jacobi", "alternating", "greedy"])
 @pytest.mark.parametrize("phi", PHIS.values(), ids=PHIS.keys())
 def test_trajectories_of_the_product_ignore_the_gauge(problem, regauged, phi, order):
@@ -142,6 +144,7 @@ def test_momentum_of_a_partner_that_stays_is_plain_momentum(problem):
             assert not got.right.any()
 
 
+@pytest.mark.slow
 def test_the_first_step_is_spectral(problem):
     """``√m`` times the polar factor of the whitened gradient."""
     x, target = problem
@@ -151,6 +154,7 @@ def test_the_first_step_is_spectral(problem):
     np.testing.assert_allclose(values, np.sqrt(9), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_column_is_adam_with_one_second_moment(getkey, x64):
     grads = jr.normal(getkey(), (6, 5), jnp.float64)
     x = lrjax.LowRank(jnp.ones((5, 1)), jnp.ones((1, 1)))
@@ -165,6 +169,7 @@ def test_one_column_is_adam_with_one_second_moment(getkey, x64):
         assert_close(step.left[:, 0], jnp.asarray(m), condition=1e3)
 
 
+@pytest.mark.slow
 def test_steps_keep_their_size_while_the_frame_moves(getkey, x64):
     """Of noise that is alike in all directions, in a frame that is drawn anew each time.
 
@@ -194,6 +199,7 @@ def test_steps_keep_their_size_while_the_frame_moves(getkey, x64):
     assert lost.mean() > 1.7 * kept.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 @pytest.mark.parametrize("order", ["jacobi", "alternating", "greedy"])
