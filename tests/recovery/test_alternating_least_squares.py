@@ -51,6 +51,7 @@ def dense_row_regressions(problem, right, ridge):
     return jnp.linalg.solve(a, (sums @ right)[..., None])[..., 0]
 
 
+@pytest.mark.slow_but("masked")
 @pytest.mark.parametrize("kind", ["identity", "masked"])
 def test_one_sweep_finds_a_fully_observed_matrix(kind, x64):
     truth = random_low_rank(jr.key(0), M, N, RANK, dtype=jnp.float64)
@@ -63,6 +64,7 @@ def test_one_sweep_finds_a_fully_observed_matrix(kind, x64):
     assert_close(found.x.materialize(), matrix, rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_the_regression_of_every_row():
     problem, _, start = completion(noise=0.1)
     found = sweep(problem, start, steps=1, ridge=0.5)
@@ -71,6 +73,7 @@ def test_a_sweep_is_the_regression_of_every_row():
     assert float(found.history.loss[0]) == float(problem.loss(start))
 
 
+@pytest.mark.slow
 def test_a_sketch_gives_the_exact_method():
     problem, start, _ = completion(recovery.Huber(0.1), noise=0.1)
     exact = sweep(problem, start, steps=60, ridge=1e-2).x.materialize()
@@ -81,6 +84,7 @@ def test_a_sketch_gives_the_exact_method():
     assert_close(rough.x.materialize(), exact, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_robust_objectives_stand_gross_errors():
     for objective in (recovery.Huber(0.01), recovery.L1()):
         problem, start, _ = completion(objective, outliers=0.05)
@@ -88,6 +92,7 @@ def test_robust_objectives_stand_gross_errors():
         assert float(problem.relative_error(x)) < 0.01
 
 
+@pytest.mark.slow
 def test_rows_without_entries_and_vmap():
     problem, _, start = completion()
     hidden = problem.operator.rows == 3
@@ -123,6 +128,7 @@ def test_scaled_gd_completes_at_the_same_rate_for_every_condition(x64):
     assert bool(jnp.all(jnp.abs(counts - 148) <= 0.15 * 148)), counts
 
 
+@pytest.mark.slow
 def test_bad_arguments_are_refused():
     problem, _, start = completion()
     run = lrjax.alternating_least_squares

@@ -70,6 +70,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow_but("fit_robust_pca-jvp")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", FITS)
 def test_both_modes_are_refused_by_name(name, mode, getkey):
@@ -101,6 +102,7 @@ def scaled(name, factor):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITS)
 def test_a_fit_that_is_held_constant_passes(name, getkey):
     y = matrix(getkey())
@@ -115,6 +117,7 @@ def test_a_fit_that_is_held_constant_passes(name, getkey):
     np.testing.assert_allclose(value, 2 * slope, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_solution_of_robust_pca_has_no_derivative(x64):
     """Why: it moves by another amount for an error than for minus that error."""
     key_left, key_right, key_sparse, key_sign, key_error, key_part = jr.split(jr.key(0), 6)
@@ -166,6 +169,7 @@ def value_and_slopes(run, y, along, weight, start, at):
     return value(y), reverse, jax.jvp(value, (y,), (along,))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_what_is_offered_in_their_place_has_derivatives(x64, seed):
     """Both modes are those of central differences."""

@@ -71,6 +71,7 @@ def test_noise_is_estimated_and_not_fitted(seed):
     assert int(result.rank) == RANK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_gross_errors(seed):
     p = problem(seed, 0.0, 0.1)
@@ -79,6 +80,7 @@ def test_gross_errors(seed):
     assert float(robust) < 1e-4 < 0.1 < float(plain)
 
 
+@pytest.mark.slow
 def test_the_scale_of_the_data_and_their_order_do_not_matter():
     p = problem()
     want = complete(p)
@@ -100,6 +102,7 @@ def test_the_transpose_gives_the_transpose():
     assert_close(got.low_rank.materialize().T, want, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_several_matrices_with_different_numbers_of_entries():
     problems = [problem(seed, 0.1) for seed in range(3)]
     padded = [p.targets.at[: 40 * k].set(jnp.nan) for k, p in enumerate(problems)]
@@ -114,6 +117,7 @@ def test_several_matrices_with_different_numbers_of_entries():
         assert int(batch.steps[k]) == int(one.steps)
 
 
+@pytest.mark.slow
 def test_new_rows():
     p = problem(0, 0.01)
     result = complete(p)
@@ -128,6 +132,7 @@ def test_new_rows():
         result.transform(at.rows, at.cols, values, 21)
 
 
+@pytest.mark.slow
 def test_new_rows_with_gross_errors():
     result = complete(problem(0, 0.01), robust=True)
     rows = jr.normal(jr.key(1), (M, RANK)) @ problem().truth.right.T
@@ -139,6 +144,7 @@ def test_new_rows_with_gross_errors():
     assert_close(scores @ result.low_rank.right.T, rows, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_repeated_entry_is_a_repeated_observation():
     p = problem(0, 0.3)
     i, j, y = p.operator.rows, p.operator.cols, p.targets
@@ -176,6 +182,7 @@ def rows_on_devices(p, devices=8):
     return rows.astype(jnp.int32), cols.astype(jnp.int32), values.astype(jnp.float32)
 
 
+@pytest.mark.slow
 def test_rows_on_eight_devices_give_the_same():
     p = problem(0, 0.1, 0.05)
     want = complete(p, robust=True)
@@ -217,6 +224,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("robust", [False, True])
 @pytest.mark.parametrize("name", BAD)
 def test_degenerate_data_give_finite_numbers(name, robust):
@@ -237,6 +245,7 @@ def test_degenerate_data_give_finite_numbers(name, robust):
         assert_close(image[3], others.mean(axis=0), rtol=0.3)
 
 
+@pytest.mark.slow
 def test_integers_and_the_rank_of_the_short_side():
     matrix = jnp.outer(jnp.arange(1, 10), jnp.arange(1, 7))
     i, j = jnp.nonzero(matrix != 24)
@@ -246,6 +255,7 @@ def test_integers_and_the_rank_of_the_short_side():
     assert_close(result.low_rank.materialize(), matrix.astype(jnp.float32), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_quarter_of_gross_errors(seed):
     keys = jr.split(jr.key(seed), 3)
@@ -267,6 +277,7 @@ def test_effects_of_rows_and_columns_alone(getkey):
     assert int(result.rank) == 0
 
 
+@pytest.mark.slow
 def test_without_effects_a_direction_that_the_means_carry_is_counted():
     at = problem().operator
     row = 2 + jnp.linspace(0, 1, N)
@@ -293,6 +304,7 @@ def test_too_few_entries_are_told_from_enough():
     assert float(result.held_out_error) > 0.3 * size
 
 
+@pytest.mark.slow
 def test_values_that_are_missing_because_they_are_large():
     p = problem(0, 0.05)
     at, y = p.operator, p.targets
@@ -304,6 +316,7 @@ def test_values_that_are_missing_because_they_are_large():
     assert float(jnp.linalg.norm(error)) < 0.3 * float(jnp.linalg.norm(plain))
 
 
+@pytest.mark.slow
 def test_one_entry_in_a_row_and_constant_columns():
     p = problem(0, 0.01)
     at, y = p.operator, p.targets
@@ -319,6 +332,7 @@ def test_one_entry_in_a_row_and_constant_columns():
     assert float(jnp.abs(image[5]).max()) < float(jnp.abs(image[rows]).max())
 
 
+@pytest.mark.slow
 def test_rows_that_are_wrong_as_a_whole():
     p = problem(0)
     at = p.operator
@@ -329,6 +343,7 @@ def test_rows_that_are_wrong_as_a_whole():
     assert_close(image, want, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_columns_with_units_of_their_own():
     p = problem(0, 0.1)
     at, y = p.operator, p.targets
@@ -364,6 +379,7 @@ def test_columns_with_noise_of_their_own(getkey):
     assert 0.6 * float(want) < float(found) < 1.3 * float(want)
 
 
+@pytest.mark.slow
 def test_features_tell_of_rows_and_columns_without_entries(getkey):
     at = problem().operator
     told, weights = jr.normal(getkey(), (M, 2)), jr.normal(getkey(), (2, N))
@@ -386,6 +402,7 @@ def test_features_tell_of_rows_and_columns_without_entries(getkey):
         )
 
 
+@pytest.mark.slow
 def test_the_pattern_of_the_entries_tells_of_the_values():
     """Columns that are seldom seen are low: what is seen once is guessed from that."""
     m, n = 200, 60
@@ -440,6 +457,7 @@ def test_bad_arguments_are_refused():
         run(i, i, np.array(["2026-01-01", "2026-01-02"], "datetime64[D]"), (4, 3))
 
 
+@pytest.mark.slow
 def test_indices_may_be_constants_of_a_jitted_function():
     at, p = problem().operator, problem()
     run = lambda y, **shape: lrjax.fit_completion(
@@ -452,6 +470,7 @@ def test_indices_may_be_constants_of_a_jitted_function():
         jax.jit(lambda y: run(y, n=5))(p.targets)
 
 
+@pytest.mark.slow
 def test_rows_are_visited_in_blocks_of_slabs(monkeypatch):
     monkeypatch.setattr(lrjax.recovery.completion.grouped, "ROWS", 5)
     key_place, key_value, key_vector = jr.split(jr.key(0), 3)
@@ -467,6 +486,7 @@ def test_rows_are_visited_in_blocks_of_slabs(monkeypatch):
     assert_close(counts[:, 0], jnp.bincount(rows, length=13))
 
 
+@pytest.mark.slow
 def test_a_matrix_alone_is_its_entries():
     matrix = np.outer(np.arange(1.0, 13), np.arange(1.0, 9)).astype(np.float32)
     matrix[np.arange(8), np.arange(8)] = np.nan

@@ -43,6 +43,7 @@ def test_recovers_with_nothing_known(seed):
     assert_close(result.sparse, observed, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_known_rank_gives_the_same_matrix():
     p = problem()
     result = fit(p.targets, mask=p.operator.mask, rank=RANK)
@@ -50,6 +51,7 @@ def test_a_known_rank_gives_the_same_matrix():
     assert float(p.relative_error(result.low_rank)) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_transpose_gives_the_transpose():
     p = problem()
     tall = fit(p.targets, mask=p.operator.mask)
@@ -82,6 +84,7 @@ def test_a_power_of_two_as_unit_changes_no_bit(power):
     assert got.held_out_error == want.held_out_error
 
 
+@pytest.mark.slow
 def test_several_matrices_at_once():
     problems = [problem(seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
@@ -93,6 +96,7 @@ def test_several_matrices_at_once():
         assert int(one.rank) == RANK
 
 
+@pytest.mark.slow
 def test_new_rows_with_gross_errors_and_missing_entries():
     p = problem()
     result = fit(p.targets, mask=p.operator.mask)
@@ -106,6 +110,7 @@ def test_new_rows_with_gross_errors_and_missing_entries():
         result.transform(rows[:, :7])
 
 
+@pytest.mark.slow
 def test_row_blocks_on_a_mesh_give_the_same_and_stay_where_they_are():
     p = problem()
     want = fit(p.targets, mask=p.operator.mask)
@@ -123,6 +128,7 @@ def test_row_blocks_on_a_mesh_give_the_same_and_stay_where_they_are():
     assert not re.search(rf"\[({M},{N}|{N},{M})\]", text)
 
 
+@pytest.mark.slow
 def test_batches_of_rows_give_the_matrix_of_all_rows():
     p = problem()
     whole = fit(p.targets, mask=p.operator.mask)
@@ -151,6 +157,7 @@ def test_batches_of_rows_give_the_matrix_of_all_rows():
         last.update(batches[0][:, :7])
 
 
+@pytest.mark.slow
 def test_a_batch_with_a_new_direction_teaches_the_basis():
     left = jr.normal(jr.key(0), (80, 3)) * jnp.array([[1.0, 1.0, 0.0]])
     left = left.at[40:, 2].set(2 * jr.normal(jr.key(1), (40,)))
@@ -194,6 +201,7 @@ def test_degenerate_data_give_the_right_answer(name):
         assert_close(got, truth, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 12), (12, 1), (1, 1)])
 def test_one_row_or_column_is_its_own_low_rank_part(shape):
     result = lrjax.fit_robust_pca(jnp.ones(shape))
@@ -201,6 +209,7 @@ def test_one_row_or_column_is_its_own_low_rank_part(shape):
     assert_close(result.low_rank.materialize(), jnp.ones(shape), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_any_rank_up_to_the_short_side():
     p = problem(observed=1.0)
     result = fit(p.targets[:60], rank=60)
@@ -208,6 +217,7 @@ def test_any_rank_up_to_the_short_side():
     assert_close(result.low_rank.materialize(), p.truth.materialize()[:60], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_integer_data_from_numpy():
     matrix = np.outer(np.arange(1, 31), np.arange(1, 21))
     want = jnp.asarray(matrix, jnp.float32)
@@ -219,6 +229,7 @@ def test_integer_data_from_numpy():
     assert_close(result.sparse[3, 4], 5000 - want[3, 4], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_rank_in_64_bits_reaches_the_rounding_error(x64):
     p = lrjax.robust_pca(jr.key(0), (60, 50), 2, 0.05, dtype=jnp.float64)
     result = fit(p.targets, rank=5, tol=1e-11)
@@ -249,6 +260,7 @@ def test_refuses(matrix, options, message):
         lrjax.fit_robust_pca(matrix, **options)
 
 
+@pytest.mark.slow
 def test_the_weight_is_that_of_pursuit_where_most_entries_are_missing(x64):
     """At 30 % observed, where the solution is not the truth and follows the weight."""
     p = recovery.robust_pca(jr.key(0), (40, 24), 3, 0.1, observed=0.3, dtype=jnp.float64)
@@ -268,6 +280,7 @@ def test_the_weight_is_that_of_pursuit_where_most_entries_are_missing(x64):
     assert same < 0.5 * min(without, squared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "rank"), [(5, 1), (30, 2)])
 def test_a_singular_value_near_the_tolerance_is_no_rank(getkey, x64, size, rank):
     """5 · tol · σ₁ is not told from noise, 30 · tol · σ₁ is."""
@@ -279,6 +292,7 @@ def test_a_singular_value_near_the_tolerance_is_no_rank(getkey, x64, size, rank)
     assert jnp.count_nonzero(found.values) == rank
 
 
+@pytest.mark.slow
 def test_an_unfinished_fit_says_so():
     assert not lrjax.fit_robust_pca(problem().targets, max_steps=3).converged
 
@@ -296,6 +310,7 @@ def test_the_size_of_the_errors_does_not_matter(getkey, size, tol):
     assert found.trusted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constant", [False, True])
 def test_what_no_method_recovers_is_not_trusted(getkey, constant):
     """At 60 % errors, and with nothing but noise."""
@@ -309,6 +324,7 @@ def test_what_no_method_recovers_is_not_trusted(getkey, constant):
         assert found.held_out_error > 0.1  # infinite beside a low-rank part of zero
 
 
+@pytest.mark.slow
 def test_a_direction_for_one_row_alone_proves_nothing(getkey):
     """The row is reproduced, errors and all, and the matrix has equal entries enough."""
     clean = _low_rank(getkey(), (60, 50), 2)
@@ -352,6 +368,7 @@ def test_at_the_edge_of_what_pursuit_recovers_failures_are_not_trusted(getkey):
     assert jnp.sum(good & ~trusted) <= 2
 
 
+@pytest.mark.slow_but("shape0")
 @pytest.mark.parametrize("shape", [(M, N), (200, 100)])
 def test_a_fifth_of_the_entries_may_be_wrong(getkey, shape):
     """Pursuit recovers all of these, and so does a fit that is told nothing."""
@@ -379,6 +396,7 @@ def test_the_width_grows_to_the_rank(getkey):
     assert not fit(dirty).trusted
 
 
+@pytest.mark.slow
 def test_noise_beside_the_errors_is_noticed(getkey):
     """σ = .1 on entries of 1.5, one in twenty of them wrong: the error is the noise's."""
     shape, noise = (M, N), 0.1
@@ -405,6 +423,7 @@ def _rows_that_are_wrong(key):
     return clean, wrong, jnp.where(wrong[:, None], 5 * jr.normal(second, (60, 50)), clean)
 
 
+@pytest.mark.slow
 def test_rows_and_columns_may_be_wrong_as_a_whole(getkey):
     clean, wrong, dirty = _rows_that_are_wrong(getkey())
     rows = lrjax.fit_robust_pca(dirty, errors="rows")
@@ -416,6 +435,7 @@ def test_rows_and_columns_may_be_wrong_as_a_whole(getkey):
     assert jnp.array_equal(jnp.any(columns.sparse != 0, axis=0), wrong)
 
 
+@pytest.mark.slow
 def test_so_may_blocks():
     clean = _low_rank(jr.key(0), (96, 80), 2)
     dirty = clean
@@ -455,6 +475,7 @@ def test_blocks_may_be_wrong_in_new_rows_too(getkey):
     assert jnp.all(trusted | ~good)
 
 
+@pytest.mark.slow
 def test_a_sample_chooses_for_a_large_matrix(getkey):
     """Noise of .1 in more rows than are asked: as the sample says, all are fitted."""
     shape, noise = (700, 60), 0.1

@@ -23,6 +23,7 @@ def blocks(groups):
             yield slice(i, i + rows), slice(j, j + cols)
 
 
+@pytest.mark.slow_but("groups0", "groups1")
 @pytest.mark.parametrize("groups", KINDS)
 def test_the_projection_is_that_of_each_block(groups, getkey):
     x = jr.normal(getkey(), (M, N))
@@ -47,6 +48,7 @@ def test_the_transpose_and_rows_that_are_free(groups, getkey):
     assert_close(got[2:], groups.project(x[2:], 0.5), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_with_noise_alone_it_is_the_threshold_of_singular_values(getkey, x64):
     """``min ‖L‖_* + ‖matrix − L‖²/2τ``, where errors cost too much to be any."""
     x = jr.normal(getkey(), (M, N), jnp.float64).T

@@ -46,6 +46,7 @@ def want():
     return lrjax.fit_robust_pca(jnp.asarray(X), mask=jnp.asarray(~GAP), max_steps=1)
 
 
+@pytest.mark.slow_but("jax")
 @forms
 def test_every_form_of_a_matrix_gives_the_same_fit(form, want):
     got = lrjax.fit_robust_pca(form, max_steps=1)
@@ -62,6 +63,7 @@ def test_of_a_sparse_matrix_what_is_stored_is_observed(kind):
     assert got.shape == (2, 2)
 
 
+@pytest.mark.slow
 def test_robust_pca_asks_what_the_gaps_of_a_sparse_matrix_mean(want):
     matrix = scipy.sparse.csr_array(X)
     with pytest.raises(ValueError, match=r"zeros or missing.*toarray\(\).*mask="):
@@ -76,6 +78,7 @@ def test_a_traced_matrix_keeps_its_entries():
     np.testing.assert_array_equal(got[2], HOLED.ravel().astype(np.float32))
 
 
+@pytest.mark.slow
 def test_a_completion_fit_takes_a_table():
     entries = recovery.matrix_entries(table(HOLED))
     options = {"rank": 1, "max_steps": 1, "effects": None, "pattern": False}
@@ -129,6 +132,7 @@ def test_refuses_numbers_that_no_fit_can_use():
         lrjax.fit_completion(["ann", "bob"], [0, 1], [1.0, 2.0], (2, 2))
 
 
+@pytest.mark.slow
 def test_a_share_of_outliers_may_be_an_integer():
     problem = lrjax.robust_pca(jax.random.key(0), (6, 5), 1, outlier_fraction=0)
     assert float(problem.relative_error(problem.truth)) == 0

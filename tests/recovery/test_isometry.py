@@ -28,6 +28,7 @@ def test_mixed_norm_of_gaussian_measurements(operator):
     assert float(rip.sharpness) == pytest.approx(float(rip.lower))
 
 
+@pytest.mark.slow
 def test_outliers_lower_the_sharpness(operator):
     """Around (1 − 2p) of the mean; no recovery from half of them."""
     for share in (0.1, 0.3, 0.5):
@@ -38,6 +39,7 @@ def test_outliers_lower_the_sharpness(operator):
     assert float(rip.sharpness) < 0.05 * float(rip.mean)
 
 
+@pytest.mark.slow
 def test_sign_rip_falls_with_the_number_of_measurements():
     """The direction of the subgradient, and 1/√m for its deviation; outliers change φ."""
     deviations = []

@@ -73,6 +73,7 @@ def test_training_through_the_scan_pays_and_transfers():
         assert trained < 0.01 * plain
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_finite_differences(x64):
     truth, y = (x.astype(jnp.float64) for x in draw(jr.key(0), 16, 2))
     layers = recovery.geometric_layers(3, first=jnp.float64(0.05))
@@ -94,6 +95,7 @@ def test_gradients_are_those_of_finite_differences(x64):
     assert all(float(jnp.abs(g).min()) > 0 for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_a_layer_is_its_formula(x64):
     y = np.asarray(draw(jr.key(0), 16, 2)[1], np.float64)
     layers = recovery.geometric_layers(2, first=jnp.float64(0.05), decay=0.5, rate=0.4)
@@ -112,6 +114,7 @@ def test_a_layer_is_its_formula(x64):
     assert_close(fit.sparse, rest - np.clip(rest, -0.025, 0.025), condition=1e3)
 
 
+@pytest.mark.slow
 def test_missing_entries_and_a_sweep_over_layers():
     truth, y = draw(jr.key(0), SIZE, 1, 0.02)
     mask = jr.bernoulli(jr.key(1), 0.9, y.shape)

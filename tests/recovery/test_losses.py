@@ -47,6 +47,7 @@ def test_quantile_is_minimized_by_the_quantile():
     assert abs(float(grid[jnp.argmin(loss)]) - 0.2) < 0.006
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize("size", [1.0, 1e4])
 def test_gross_targets_count_less_by_a_constant(objective, size, x64):
@@ -62,6 +63,7 @@ def test_gross_targets_count_less_by_a_constant(objective, size, x64):
     assert bool(constants[0] > 1) == (size > 1 and has_tails)
 
 
+@pytest.mark.slow
 def test_the_loss_tells_matrices_apart_beside_errors_of_any_size():
     """The difference of two losses is the same in float32 at 10 and at 10⁹ times."""
     targets = jr.normal(jr.key(0), (400,))

@@ -62,6 +62,7 @@ def test_prec_gd_is_linear_and_free_of_the_condition_number(x64):
             assert around(steps_to(curve, level), steps)
 
 
+@pytest.mark.slow
 def test_a_constant_damping_stalls_and_a_tiny_one_from_a_small_start_does_not(x64):
     """ScaledGD(λ): at most 198-203 steps to 1e-8 at every condition number."""
     conditions = jnp.array([1.0, 20.0, 100.0])
@@ -89,6 +90,7 @@ def opsa_at_twice_the_rank(damping, scale):
     return jax.vmap(run)(damping, scale)
 
 
+@pytest.mark.slow
 def test_opsa_is_linear_under_a_constant_damping_if_its_start_is_unbalanced(x64):
     errors = opsa_at_twice_the_rank(jnp.array([2.0, 0.1, 2.0]), jnp.array([2.0, 2.0, 1.0]))
     assert steps_to(errors[0], 1e-8) <= 132 * 1.15
@@ -125,6 +127,7 @@ def _marquardt(f_min, size):
     return lrjax.levenberg_marquardt(f_min="search", damping=lambda t: 1e-2 * 0.9**t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "price"), [(_searched, 3.0), (_geometric, 4.5), (_marquardt, 3.0)]
 )
@@ -136,6 +139,7 @@ def test_nothing_has_to_be_known_to_recover(recipe, price):
     assert untold <= price * told
 
 
+@pytest.mark.slow
 def test_geometric_steps_set_the_rate():
     """The error falls by the factor of the schedule, ln 100/−ln q steps for two digits."""
     errors = np.asarray(robust_errors(jnp.arange(1), _geometric, 150))[0]
@@ -143,6 +147,7 @@ def test_geometric_steps_set_the_rate():
     assert around(steps, np.log(100) / -np.log(0.93))
 
 
+@pytest.mark.slow
 def test_subgm_at_full_width(x64):
     """Factors as wide as the matrix, a fifth of the measurements wrong, five seeds."""
 
@@ -171,6 +176,7 @@ def factorization(rank, values, n=30, objective=None):
     )
 
 
+@pytest.mark.slow
 def test_one_rescaling_makes_descent_independent_of_the_size_of_the_start(x64):
     """147, 153, 125 and 126 steps to 1e-8 from starts of size 1, 0.3, 0.1 and 0.03."""
     problem = factorization(2, [1.0, 0.5])
@@ -192,6 +198,7 @@ def test_one_rescaling_makes_descent_independent_of_the_size_of_the_start(x64):
     assert np.all(errors(alphas, False)[1:, -1] > 1e-6)
 
 
+@pytest.mark.slow
 def test_levenberg_marquardt_converges_where_nothing_else_does(x64):
     """n = 50, r = 2, d = 5, κ = 100: to rounding in 20 steps, the root of the loss as λ."""
     problem = factorization(2, [1.0, 0.01], n=50)
@@ -211,6 +218,7 @@ def test_levenberg_marquardt_converges_where_nothing_else_does(x64):
     assert float(problem.relative_error(last(optax.sgd(0.3)))) > 1e-3
 
 
+@pytest.mark.slow
 def test_alternating_scaled_descent_is_approximate_gauss_newton(x64):
     """Two steps of order="alternating" are one sweep with pseudo-inverses, at any width."""
     problem = lrjax.matrix_sensing(
@@ -240,6 +248,7 @@ def test_alternating_scaled_descent_is_approximate_gauss_newton(x64):
     assert np.linalg.norm(got - want) <= 1e-8 * np.linalg.norm(want)
 
 
+@pytest.mark.slow
 def test_opsa_told_nothing_solves_the_first_problem_of_the_readme():
     problem = lrjax.matrix_sensing(
         jr.key(0), (40, 40), 4, 1280, outlier_fraction=0.1, condition=20.0
@@ -262,6 +271,7 @@ def searching(seed, constant):
     return lrjax.solve(problem, tx, start, steps=160).history.relative_error[-1]
 
 
+@pytest.mark.slow
 def test_the_damping_of_a_searched_level_vanishes_with_its_gap(x64):
     """A constant one stalls."""
     seeds = jnp.arange(5)

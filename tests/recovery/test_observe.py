@@ -13,6 +13,7 @@ from lrjax import recovery
 from ..helpers import assert_close, random_low_rank
 
 
+@pytest.mark.slow
 def test_distances_are_those_of_dense_matrices():
     truth = random_low_rank(jr.key(0), 9, 7, 3)
     x = random_low_rank(jr.key(1), 9, 7, 2)
@@ -44,6 +45,7 @@ def climb():
     return run(jnp.array([1e-1, 1e-3, 1e-5]))
 
 
+@pytest.mark.slow
 def test_small_starts_climb_the_ranks_one_by_one(climb):
     """A dip for every rank, in order, the deeper the smaller the start."""
     distances = np.asarray(climb.history.observed[1].distances)

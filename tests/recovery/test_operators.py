@@ -49,6 +49,7 @@ def dense_matrices(kind, operator):
 KINDS = ("dense", "rank_one", "entries", "masked", "identity")
 
 
+@pytest.mark.slow_but("rank_one", "identity")
 @pytest.mark.parametrize("kind", KINDS)
 def test_measures_inner_products(kind, getkey):
     operator = make(kind, getkey(), jnp.float32)
@@ -65,6 +66,7 @@ def test_measures_inner_products(kind, getkey):
     assert_close(operator.adjoint_rmatmul(y, u), want.T @ u)
 
 
+@pytest.mark.slow_but("rank_one", "identity")
 @pytest.mark.parametrize("kind", KINDS)
 def test_adjoint_to_machine_precision(kind, getkey, x64):
     operator = make(kind, getkey(), jnp.float64)
@@ -76,6 +78,7 @@ def test_adjoint_to_machine_precision(kind, getkey, x64):
     assert abs(forward - backward) <= 1e-14 * size
 
 
+@pytest.mark.slow_but("rank_one", "entries", "identity")
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_is_the_adjoint_times_the_other_factor(kind, getkey):
     operator = make(kind, getkey(), jnp.float32)
@@ -98,6 +101,7 @@ def test_a_batch_of_operators_is_a_loop(kind, getkey):
     assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_members_that_share_a_dense_operator_become_one_matrix_product(getkey):
     problem = lrjax.matrix_sensing(getkey(), (M, N), 2, COUNT)
     xs = random_low_rank(getkey(), M, N, 2, batch=(4,))
@@ -124,6 +128,7 @@ def test_wrong_shapes_are_refused(getkey):
         recovery.Entries(jnp.ones(2, int), jnp.ones(3, int), (M, N))
 
 
+@pytest.mark.slow
 def test_entries_block_by_block_are_entries_at_once(getkey, monkeypatch):
     operator = make("entries", getkey(), jnp.float32)
     x, move = random_low_rank(getkey(), M, N, 2), random_low_rank(getkey(), M, N, 2)
@@ -156,6 +161,7 @@ def many_entries():
     return problem, random_low_rank(jr.key(2), *dims, 20)
 
 
+@pytest.mark.slow
 def test_gradients_of_entries_take_the_memory_of_the_data(many_entries):
     problem, x = many_entries
     compiled = jax.jit(lambda p, x: jax.grad(p.loss)(x)).lower(problem, x).compile()
@@ -166,6 +172,7 @@ def test_gradients_of_entries_take_the_memory_of_the_data(many_entries):
     assert temporary < 2 * data + blocks < gathered
 
 
+@pytest.mark.slow
 def test_sharded_entries_are_gathered_where_they_are(many_entries):
     problem, x = many_entries
     mesh = jax.make_mesh((8,), ("entries",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -192,6 +199,7 @@ class Diagonals(recovery.Operator):
         return jnp.concatenate([sums.ravel(), x.left[:1] @ x.right[0]])
 
 
+@pytest.mark.slow
 def test_a_users_own_operator_needs_shape_and_call_only(getkey, x64):
     operator = Diagonals(jr.normal(getkey(), (N, 4), jnp.float64))
     y = jr.normal(getkey(), (4 * M + 1,), jnp.float64)
@@ -203,6 +211,7 @@ def test_a_users_own_operator_needs_shape_and_call_only(getkey, x64):
     assert_close(operator.adjoint_rmatmul(y, u), adjoint.T @ u)
 
 
+@pytest.mark.slow
 def test_a_users_own_operator_and_objective_are_solved(x64):
     class LogCosh(recovery.Objective):
         def pointwise(self, r):

@@ -48,6 +48,7 @@ def legend(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
+@pytest.mark.slow
 def test_ratios_are_those_of_pca_without_gross_errors(drawn, separated, completed):
     """Up to what errors and gaps cost, which is of the order of the noise's share.
 
@@ -93,6 +94,7 @@ def test_a_separation_is_drawn(drawn, separated):
     plt.close(figure)
 
 
+@pytest.mark.slow
 def test_a_completion_is_drawn_beside_its_effects(completed):
     figure = completed.plot()
     scree, sizes = figure.axes
@@ -107,6 +109,7 @@ def test_a_completion_is_drawn_beside_its_effects(completed):
     plt.close(figure)
 
 
+@pytest.mark.slow
 def test_a_tensor_is_drawn_axis_by_axis():
     factors = [jnp.eye(n)[:, :2] for n in (6, 5, 4)]
     core = jnp.zeros((2, 2, 2)).at[0, 0, 0].set(3.0).at[1, 1, 1].set(2.0)

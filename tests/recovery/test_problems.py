@@ -46,6 +46,7 @@ def loss_and_error(problem, x):
     return problem.loss(x), problem.relative_error(x)
 
 
+@pytest.mark.slow_but("symmetric")
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_truth_solves_the_clean_problem(name, getkey):
     problem = draw(name, getkey())
@@ -65,6 +66,7 @@ def test_outliers_hit_the_share_that_was_asked_for(name, getkey):
     assert abs(float(share) - 0.25 * observed) < 5 * deviation
 
 
+@pytest.mark.slow
 def test_problems_batch(getkey):
     keys = jr.split(getkey(), 3)
     make = jax.jit(lambda key: lrjax.robust_pca(key, (8, 6), 1, 0.1, observed=0.9))
@@ -85,6 +87,7 @@ def test_relative_error_of_a_dense_and_of_a_factorized_truth(getkey):
     assert_close(loss_and_error(problem, x), loss_and_error(dense, x), condition=10)
 
 
+@pytest.mark.slow
 def test_from_data(getkey):
     matrices = jr.normal(getkey(), (20, 4, 3))
     x = random_low_rank(getkey(), 4, 3, 1)

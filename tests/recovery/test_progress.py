@@ -42,6 +42,7 @@ def ends(printed):
     return [k for k, after in zip(counts, [*counts[1:], 0], strict=True) if after == 0]
 
 
+@pytest.mark.slow_but("fit_robust_tensor")
 @pytest.mark.parametrize("name", FITS)
 def test_bars_count_the_steps_and_change_nothing(name, capsys):
     """One for each run on the way, of which there are many, and for a batch not more."""

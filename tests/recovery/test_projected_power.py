@@ -37,6 +37,7 @@ def test_in_the_range_of_a_linear_model_it_is_pca_there(getkey):
     assert abs(abs(np.dot(found.vector, want)) - 1) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_generative_model_finds_what_the_noise_hides():
     """Below the threshold of PCA, five draws: of several starts that of largest value."""
     n, k, strength = 60, 2, 0.9

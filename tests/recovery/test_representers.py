@@ -65,6 +65,7 @@ def fit():
     return jax.jit(complete)(i, j, x[i, j]), x
 
 
+@pytest.mark.slow
 def test_a_row_is_linear_in_its_entries(fit):
     """Contributions against differences of completions, and their sum."""
     fit, x = fit

@@ -45,6 +45,7 @@ def test_the_conditions_of_a_minimum_hold():
         assert_close(found.x.materialize(), found.factor @ found.factor.T)
 
 
+@pytest.mark.slow
 def test_the_unit_of_the_cost_does_not_matter(getkey):
     cost, key = symmetric(getkey()), getkey()
     one, other = solved(cost, key), solved(1e6 * cost, key)
@@ -52,6 +53,7 @@ def test_the_unit_of_the_cost_does_not_matter(getkey):
     assert_close(other.value, 1e6 * one.value, condition=1e5)
 
 
+@pytest.mark.slow
 def test_too_low_a_rank_is_not_certified():
     """The maximum cut of an odd cycle: rank one cuts edges, and says so."""
     i = jnp.arange(N - 1)
@@ -67,6 +69,7 @@ def test_too_low_a_rank_is_not_certified():
     assert_close((N - 1) / 2 - relaxed.value, jnp.float32(want), condition=1e5)
 
 
+@pytest.mark.slow
 def test_the_theta_of_a_pentagon():
     """Lovász's number of the cycle of five is √5; an operator of one's own."""
 
@@ -87,6 +90,7 @@ def test_the_theta_of_a_pentagon():
     assert_close(found.value, -jnp.sqrt(5.0), condition=1e5)
 
 
+@pytest.mark.slow
 def test_members_are_those_of_the_loop(getkey):
     costs = jnp.stack([symmetric(getkey()) for _ in range(2)])
     keys = jr.split(getkey(), 2)

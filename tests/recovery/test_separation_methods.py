@@ -53,6 +53,7 @@ def value(fit):
     return fit.low_rank.left @ fit.low_rank.right.T
 
 
+@pytest.mark.slow_but("scaled_descent")
 @pytest.mark.parametrize("name", METHODS)
 def test_recovers_and_stops(name):
     p, fit = problem(0), results(name)["plain"]
@@ -64,6 +65,7 @@ def test_recovers_and_stops(name):
     assert fit.steps < len(fit.residual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_transposes_and_the_scale_of_the_data_do_not_matter(name):
     fits = results(name)
@@ -81,6 +83,7 @@ def test_bad_members_give_finite_numbers_and_harm_no_other(name):
     assert relative_error(rows, truth) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scaled_descent", "alternating_projections"])
 def test_row_blocks_on_a_mesh_and_no_batch_give_the_same(name):
     p = problem(0)
@@ -105,6 +108,7 @@ def trajectory(method, y, **settings):
     return np.asarray(run(y).observed)
 
 
+@pytest.mark.slow
 def test_scaled_descent_is_the_slow_reference(x64):
     y = data()
     settings = {"outlier_fraction": 0.1, "learning_rate": 0.4, "max_steps": 10}
@@ -113,6 +117,7 @@ def test_scaled_descent_is_the_slow_reference(x64):
     assert_close(got, want, condition=1e3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("incoherence", [None, 1.5])
 def test_alternating_projections_are_the_slow_reference(x64, incoherence):
     y = data()
@@ -181,6 +186,7 @@ def ill_conditioned(seed, n, rank, fraction, condition):
     return y.astype(np.float32), truth.astype(np.float32)
 
 
+@pytest.mark.slow
 def test_the_rate_of_scaled_descent_is_free_of_the_condition_number():
     """n = 200, r = 5, α = 0.05: the same steps to 1e-5 at κ = 1 and 10."""
     cases = [ill_conditioned(seed, 200, 5, 0.05, c) for seed, c in enumerate((1, 10))]
@@ -196,6 +202,7 @@ def test_the_rate_of_scaled_descent_is_free_of_the_condition_number():
     assert (abs(steps - 24) <= 0.15 * 24).all()
 
 
+@pytest.mark.slow
 def test_steps_of_alternating_projections():
     """n = 500, r = 5, α = 0.1, U(−1, 1)·mean|L|: 24 steps to 2e-6."""
     rng = np.random.default_rng(0)
@@ -227,6 +234,7 @@ def test_bad_arguments_are_refused():
         trace(METHODS["alternating_projections"], y, rank=3)
 
 
+@pytest.mark.slow
 def test_results_say_whether_they_converged():
     y = recovery.robust_pca(jr.key(0), (24, 20), RANK, 0.1).targets
     run = lambda **options: recovery.alternating_projections(y, RANK, **options)
@@ -238,6 +246,7 @@ def test_results_say_whether_they_converged():
     assert int(all_steps.steps) == 3
 
 
+@pytest.mark.slow_but("True")
 @pytest.mark.parametrize("dependent", [False, True])
 def test_library_calls_factorize_as_elimination_does(getkey, dependent):
     """The route of accelerators and that of CPU: the same factor, and the same rank."""

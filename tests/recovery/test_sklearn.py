@@ -46,6 +46,7 @@ def test_passes_the_checks_of_scikit_learn(estimator):
     assert skipped <= {"check_array_api_input"}
 
 
+@pytest.mark.slow
 def test_components_are_those_of_pca_on_the_clean_table(pca):
     want = PCA(RANK).fit(CLEAN)
     assert pca.n_components_ == RANK
@@ -80,6 +81,7 @@ def test_fewer_components_are_the_first_ones(pca):
         RobustPCA(n_components=2.5).fit(DIRTY)
 
 
+@pytest.mark.slow
 def test_an_imputer_fills_gaps_and_nothing_else(imputer):
     filled = imputer.transform(HOLED)
     np.testing.assert_array_equal(filled[~GAPS], HOLED[~GAPS])
@@ -90,6 +92,7 @@ def test_an_imputer_fills_gaps_and_nothing_else(imputer):
     assert np.isfinite(nothing).all()
 
 
+@pytest.mark.slow
 def test_an_imputer_leaves_out_columns_without_entries():
     table = np.column_stack([np.full(M, np.nan), HOLED, np.full(M, 5.0)])
     left_out = MatrixCompletion().fit(table)
@@ -109,6 +112,7 @@ def test_gross_errors_among_the_entries():
     assert error < 0.2 * CLEAN.std()
 
 
+@pytest.mark.slow
 def test_tables_in_and_out_of_a_pipeline():
     table = pandas.DataFrame(HOLED, columns=[f"c{k}" for k in range(N)])
     steps = make_pipeline(MatrixCompletion(), RobustPCA(RANK))

@@ -52,6 +52,7 @@ def test_rate_is_free_of_the_condition_number(x64):
         assert 95 * 0.85 <= min(steps) <= max(steps) <= 125 * 1.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_local_rate_of_scaled_gd(symmetric, x64):
     """max(|1 − η|, |1 − 2η|) on an exact factorization."""
@@ -76,6 +77,7 @@ def test_local_rate_of_scaled_gd(symmetric, x64):
         assert abs(rate - max(abs(1 - eta), abs(1 - 2 * eta))) < 1e-2
 
 
+@pytest.mark.slow
 def test_undamped_at_twice_the_rank_stays_finite_in_float32():
     problem = sensing(jr.key(0), condition=20.0, rank=3, factor=24)
     solution = polyak(problem, jr.key(0), 6, 2000)
@@ -83,6 +85,7 @@ def test_undamped_at_twice_the_rank_stays_finite_in_float32():
     assert float(problem.relative_error(solution.x)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_early_stop_keeps_the_result_and_repeats_the_record():
     problem = sensing(jr.key(1))
     stopped = polyak(problem, jr.key(1), 2, 300, tol=1e-5)
@@ -96,6 +99,7 @@ def test_early_stop_keeps_the_result_and_repeats_the_record():
     assert bool(jnp.all(history.loss[taken:] == history.loss[taken - 1]))
 
 
+@pytest.mark.slow
 def test_members_of_a_batch_stop_by_themselves():
     keys = jr.split(jr.key(2), 3)
     conditions = jnp.array([1.0, 3.0, 30.0])
@@ -109,6 +113,7 @@ def test_members_of_a_batch_stop_by_themselves():
         assert_close(jax.tree.map(lambda a, k=k: a[k], batch.x), alone.x, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_member_that_diverges_leaves_the_others_alone():
     problem = sensing(jr.key(3))
     problem = recovery.Problem(
@@ -126,6 +131,7 @@ def test_a_member_that_diverges_leaves_the_others_alone():
     assert int(stopped.steps) < 60
 
 
+@pytest.mark.slow
 def test_relative_step_is_the_first_order_move():
     problem = sensing(jr.key(4))
     start = lrjax.spectral_init(problem, 2, key=jr.key(0))
@@ -136,6 +142,7 @@ def test_relative_step_is_the_first_order_move():
     assert_close(history.relative_step[0], want, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_observe_and_callback_and_plot():
     problem = sensing(jr.key(5), n=10)
     start = lrjax.spectral_init(problem, 2, key=jr.key(0))
@@ -155,6 +162,7 @@ def test_observe_and_callback_and_plot():
     assert len(solution.plot().lines) == 3
 
 
+@pytest.mark.slow
 def test_a_bar_begins_with_every_run_and_ends_with_it(capsys):
     """One for all members of a batch, with the largest loss; free where it is off."""
     problem = sensing(jr.key(5), n=10)
@@ -178,6 +186,7 @@ def test_a_bar_begins_with_every_run_and_ends_with_it(capsys):
         assert f"loss={float(losses[-1]):.3e}" in shown
 
 
+@pytest.mark.slow
 def test_a_bar_does_no_harm_to_gradients():
     problem = sensing(jr.key(6), n=10)
     start = lrjax.spectral_init(problem, 2, key=jr.key(0))
@@ -190,6 +199,7 @@ def test_a_bar_does_no_harm_to_gradients():
     assert_close(slope(1e-3, True), slope(1e-3, False), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_pass_through_all_steps():
     problem = sensing(jr.key(6), n=10)
     start = lrjax.spectral_init(problem, 2, key=jr.key(0))
@@ -213,6 +223,7 @@ def falling():
     return problem, lambda factor, tol=0.0: jitted(problem, start, factor, tol)
 
 
+@pytest.mark.slow
 def test_a_run_that_froze_is_stalled_and_not_converged(falling):
     problem, run = falling
     frozen, good = run(0.6, 1e-6), run(0.93, 1e-6)
@@ -240,6 +251,7 @@ def test_the_best_iterate_is_kept_when_asked(falling):
     assert float(hovering.history.loss[-1]) > losses.min()
 
 
+@pytest.mark.slow
 def test_the_best_iterate_may_be_the_last_or_the_first():
     problem = sensing(jr.key(9), n=10)
     start = lrjax.spectral_init(problem, 2, key=jr.key(0))

@@ -34,6 +34,7 @@ MAKERS = {
 MAKERS = {name: jax.jit(make) for name, make in MAKERS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_outliers_are_trimmed_without_being_told(name):
     """Over five seeds: close with 10 % gross outliers, and no rank or fraction given."""
@@ -45,6 +46,7 @@ def test_outliers_are_trimmed_without_being_told(name):
         assert problem.relative_error(everything) > 2 * problem.relative_error(start)
 
 
+@pytest.mark.slow
 def test_symmetric_starts_have_equal_factors():
     for problem in (
         lrjax.phase_retrieval(jr.key(0), 10, 800, 2, outlier_fraction=0.05),
@@ -55,6 +57,7 @@ def test_symmetric_starts_have_equal_factors():
         assert float(problem.relative_error(start)) < 0.7
 
 
+@pytest.mark.slow
 def test_symmetric_factors_stay_equal():
     problem = lrjax.matrix_sensing(jr.key(0), (10, 10), 2, 800, symmetric=True)
     start = init(problem, rank=2, key=jr.key(1), symmetric=True)
@@ -64,6 +67,7 @@ def test_symmetric_factors_stay_equal():
     assert float(problem.relative_error(x)) < 1e-2
 
 
+@pytest.mark.slow
 def test_does_not_depend_on_the_scale_of_the_operator():
     problem = lrjax.matrix_sensing(jr.key(0), (10, 8), 2, 600)
     operator = recovery.DenseSensing(1e3 * problem.operator.matrices, (10, 8))

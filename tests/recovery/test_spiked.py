@@ -39,6 +39,7 @@ def test_the_shrinkage_counts_the_spikes_above_the_threshold(model):
     np.testing.assert_allclose(shrunk[:3], want[:3], rtol=FEW)
 
 
+@pytest.mark.slow
 def test_completion_finds_the_spikes_above_the_threshold(model):
     """Every entry seen: the rank is that of the transition, the error that of shrinkage."""
     entries = recovery.matrix_entries(20 * model.matrix)

@@ -38,6 +38,7 @@ def error(fit, x):
     return float(jnp.linalg.norm(fit.low_rank.materialize() - x) / jnp.linalg.norm(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "observed"), [(0.2, 1.0), (0.1, 0.6)])
 def test_separates_told_nothing(share, observed, getkey):
     x = truth(getkey())
@@ -58,6 +59,7 @@ def test_the_sparse_part_is_the_errors_and_nothing_else(getkey):
     assert float(jnp.max(jnp.abs(jnp.where(small, fit.sparse, 0)))) < 1e-3
 
 
+@pytest.mark.slow
 def test_noise_does_not_become_signal(getkey):
     """Told nothing of it: what is found is nearer to the truth than what was seen."""
     x = truth(getkey())
@@ -77,6 +79,7 @@ def test_completes_from_a_third(getkey):
     assert float(jnp.max(jnp.abs(fit.sparse))) == 0
 
 
+@pytest.mark.slow
 def test_axes_and_units_may_change(getkey):
     """Permuted axes permute the result; another unit scales it."""
     x = truth(getkey())
@@ -90,6 +93,7 @@ def test_axes_and_units_may_change(getkey):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_tensors_at_once():
     keys = jr.split(jr.key(0), 2)
     xs = jnp.stack([truth(k) for k in keys])

@@ -60,6 +60,7 @@ def errors(*, methods, factor, width, outliers, steps, size=10.0):
     return dict(zip(methods, found, strict=True))
 
 
+@pytest.mark.slow_but("12-0.2")
 @pytest.mark.parametrize(("factor", "outliers"), [(24, 0.4), (12, 0.2)])
 def test_a_searched_level_recovers_where_the_known_minimum_does(factor, outliers):
     """Sharpness falls to a tenth here: a level needs some hundred steps to be reached.
@@ -83,6 +84,7 @@ def test_a_searched_level_recovers_where_the_known_minimum_does(factor, outliers
     assert np.median(steps["search"]) <= 3 * np.median(steps["known"])
 
 
+@pytest.mark.slow
 def test_opsa_does_not_stall_at_the_level_of_its_damping():
     """A constant damping of 0.1 ends at 1e-4; one that falls, at float32's 1e-7."""
     found = errors(
@@ -92,6 +94,7 @@ def test_opsa_does_not_stall_at_the_level_of_its_damping():
         assert float(found[method][:, -1].max()) < 5e-6, method
 
 
+@pytest.mark.slow
 def test_errors_of_a_million_times_do_not_drown_the_gap_in_float32():
     """The sum of the errors is 10⁷ times the gap at the start."""
     found = errors(
@@ -106,11 +109,13 @@ def test_errors_of_a_million_times_do_not_drown_the_gap_in_float32():
         assert float(found[method][:, -1].max()) < 1e-4, method
 
 
+@pytest.mark.slow
 def test_opsa_recovers_with_factors_as_wide_as_the_matrix():
     found = errors(methods=("opsa",), factor=24, width=SIZE, outliers=0.1, steps=600)
     assert float(found["opsa"][:, -1].max()) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_schedule_sets_the_length_of_the_steps_and_the_damping_follows_it():
     rate = optax.exponential_decay(0.5, 1, 0.8)
     x = lrjax.LowRank(jnp.eye(4, 2) + 0.1, jnp.eye(3, 2))

@@ -50,6 +50,7 @@ def test_follows_a_plane_that_turns_by_a_radian(getkey):
     assert float(jnp.median(late)) < 0.8 * float(jnp.median(behind))
 
 
+@pytest.mark.slow
 def test_a_plane_that_stays_is_kept_and_errors_are_found(getkey):
     x, basis = moving(getkey())
     x = x[:60] @ basis @ basis.T
@@ -63,6 +64,7 @@ def test_a_plane_that_stays_is_kept_and_errors_are_found(getkey):
     np.testing.assert_allclose(overlap, 1, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_without_errors_it_is_the_incremental_svd(getkey):
     """A rank as wide as the data, nothing forgotten: the SVD of all rows."""
     rows = jr.normal(getkey(), (12, RANK)) @ jr.normal(getkey(), (RANK, N))
@@ -73,6 +75,7 @@ def test_without_errors_it_is_the_incremental_svd(getkey):
     np.testing.assert_allclose(end.values, want, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_starts_from_a_fit_and_refuses_other_rows():
     problem = lrjax.robust_pca(jr.key(0), (60, N), RANK, 0.05)
     fit = lrjax.fit_robust_pca(problem.targets)
