@@ -676,6 +676,7 @@ def expected(case, name, place, places, grads):
     return np.stack(out, axis=1).reshape(grads.shape)
 
 
+@pytest.mark.slow_but(*(name for name in CASES if "(" not in name))
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference(name, x64):
     case = CASES[name]
@@ -696,6 +697,7 @@ def test_equals_the_reference(name, x64):
         assert errors[worst] < case.tolerance, f"{leaf}, step {worst}: {errors[worst]:.1e}"
 
 
+@pytest.mark.slow_but("free")
 @pytest.mark.parametrize(
     ("make", "rank", "clip", "decay"),
     [

@@ -51,6 +51,7 @@ def tree(key):
     return {"w": matrix, "b": bias, "s": jnp.array(2.0), "n": None}
 
 
+@pytest.mark.slow_but("scaled_gd", "scaled_gd(alternating)", "scaled_subgradient")
 @every
 def test_without_a_node_it_is_the_plain_gradient_step(make, getkey):
     """Or Adam's, where that is the fallback; no params, value or grad are needed."""
@@ -72,6 +73,7 @@ def test_without_a_node_it_is_the_plain_gradient_step(make, getkey):
     assert tx.update({}, tx.init({}))[0] == {}
 
 
+@pytest.mark.slow_but("scaled_gd", "scaled_gd(alternating)", "scaled_adamw")
 @every
 def test_other_leaves_do_not_change_what_a_node_gets(make, getkey):
     """But for Polyak's step, which is one of all leaves."""
@@ -98,6 +100,7 @@ def test_states_can_be_mapped(make, getkey):
         assert_close(optax.tree.map_params(tx, lambda a: a, state), state)
 
 
+@pytest.mark.slow_but("scaled_gd", "scaled_subgradient", "prec_gd")
 @pytest.mark.parametrize(
     "recipe",
     [

@@ -527,6 +527,7 @@ def trajectory(tx, params, full, values):
     return jax.lax.scan(step, (params, tx.init(params)), (full, values))[1]
 
 
+@pytest.mark.slow_but(*(name for name in CASES if "(" not in name))
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference(name, x64):
     case = CASES[name]

@@ -39,6 +39,7 @@ def trained(x, targets, rate, radius, smoothing, scale):
     return jax.lax.scan(step, (x, tx.init(x)), targets)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("radius", "smoothing", "scale"), [(0.05, 0.9, 1.0), (0.4, 0.5, 2.0), (3.0, 0.5, 0.5)]
 )
@@ -86,6 +87,7 @@ def test_without_a_radius_it_is_adam_and_the_first_step_always_is(getkey):
         assert (jnp.linalg.norm(moved) > 1e-3) == (radius > 0)
 
 
+@pytest.mark.slow
 def test_the_perturbation_has_the_size_that_is_asked_for(getkey):
     """Each matrix of a stack by itself; at large gradients ``κ = 1/ḡ``, never above 10."""
     x, g = (random_low_rank(getkey(), 6, 5, 2, batch=(2,)) for _ in range(2))
@@ -100,6 +102,7 @@ def test_the_perturbation_has_the_size_that_is_asked_for(getkey):
     assert perturbed_params(x, state).rank == 6
 
 
+@pytest.mark.slow
 def test_it_is_bound_through_adapters(getkey):
     """The gradient of the bound model is that at the perturbed weight, by the pair."""
     model = eqx.nn.Linear(5, 4, use_bias=False, key=getkey())
@@ -150,6 +153,7 @@ def test_with_a_frozen_factor_the_other_one_is_moved(side, getkey):
         assert_close(slope(params).left, jnp.ones_like(x.left))
 
 
+@pytest.mark.slow_but("float32")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_left_factor_of_zero_gives_finite_numbers(dtype, getkey):
     x = random_low_rank(getkey(), 6, 5, 2, dtype=dtype)

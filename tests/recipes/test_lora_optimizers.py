@@ -73,6 +73,7 @@ def test_adam_without_eps_leaves_what_never_had_a_gradient(dtype):
     np.testing.assert_allclose(np.asarray(step.right, float), [[np.nan], [0.5]], **close)
 
 
+@pytest.mark.slow
 def test_lora_pro_moves_the_weight_along_the_projected_gradient(getkey, x64):
     """As its paper's factors do, which are the shortest that can."""
     scale = 1.5
@@ -146,6 +147,7 @@ def test_a_factor_that_rests_keeps_its_moments_and_is_not_decayed(getkey, x64):
     assert relative_error(path.left[2], path.left[1]) > 1e-3
 
 
+@pytest.mark.slow_but("alt_lora")
 @pytest.mark.parametrize("name", ["scaled_adamw", "alt_lora", "alt_lora_plus", "lora_rite"])
 def test_a_mask_of_decay_reaches_into_pairs(name):
     """A tree of bools for all parameters holds for each part that is treated apart."""

@@ -96,6 +96,7 @@ def test_plain_steps_in_between(getkey, x64):
     assert_close(new, truncated(left @ right.T + move, 2), condition=1e4)
 
 
+@pytest.mark.slow
 def test_a_zero_factor_and_one_too_wide(getkey):
     x = random_low_rank(getkey(), 7, 9, 2)
     fresh = lrjax.LowRank(x.left, jnp.zeros((9, 2)))  # as adapters start

@@ -58,6 +58,7 @@ def data_parallel():
     return params, grads, updates, errors, compiled.as_text()
 
 
+@pytest.mark.slow
 def test_power_sgd_on_eight_devices_is_one_on_the_mean_gradient(data_parallel):
     params, grads, updates, errors, _ = data_parallel
     mean = jax.tree.map(lambda g: g.mean(0), grads)
@@ -117,6 +118,7 @@ def first_updates(params):
     return [tx.update(params, tx.init(params), params)[0] for tx in (dion, mofasgd)]
 
 
+@pytest.mark.slow
 def test_matrices_get_polar_factors_and_the_rest_adam(getkey):
     params = {"w": jr.normal(getkey(), (8, 12)), "b": jr.normal(getkey(), (5,))}
     dion, mofasgd = first_updates(params)
@@ -129,6 +131,7 @@ def test_matrices_get_polar_factors_and_the_rest_adam(getkey):
     assert_close(mofasgd["b"], -0.1 * jnp.sign(params["b"]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_orth_dion_updates_are_scaled_isometries(getkey, x64):
     params = jr.normal(getkey(), (8, 12), jnp.float64)
     grads = jr.normal(getkey(), (3, 8, 12), jnp.float64)

@@ -35,6 +35,7 @@ def updates_of(tx, grads):
     return updates, state
 
 
+@pytest.mark.slow_but("muon")
 @every
 def test_a_kernel_of_flax_moves_as_its_transpose(make, getkey):
     """Its outputs are columns, those of an attention kernel two axes."""
@@ -50,6 +51,7 @@ def test_a_kernel_of_flax_moves_as_its_transpose(make, getkey):
         assert_close(got.reshape(3, 8, 12).mT, flat["weight"], condition=1e3)
 
 
+@pytest.mark.slow_but("muon")
 @every
 def test_the_right_factor_moves_as_the_matrix_that_it_stands_for(make, getkey):
     """``A (r, n)`` has r outputs, and a node holds ``Aᵀ``."""
@@ -61,6 +63,7 @@ def test_the_right_factor_moves_as_the_matrix_that_it_stands_for(make, getkey):
     assert_close(got["right"].mT, updates_of(make(), {"a": a})[0]["a"], condition=1e3)
 
 
+@pytest.mark.slow
 def test_muon_on_factors_has_the_scales_of_their_own_layout(getkey):
     """``√max(1, outputs/inputs)``: 4 for B (64, 4), and 1 for A (4, 32)."""
     node = random_low_rank(getkey(), 64, 32, 4)
@@ -72,6 +75,7 @@ def test_muon_on_factors_has_the_scales_of_their_own_layout(getkey):
     assert_close(values(step["a"].right), ones, condition=100)
 
 
+@pytest.mark.slow
 def test_muon_on_factors_is_that_of_optax_with_its_axes_named(getkey):
     """Without them optax takes B and A for ``(in, out)``: scales 1 and 2.83.
 
@@ -100,6 +104,7 @@ def test_muon_on_factors_is_that_of_optax_with_its_axes_named(getkey):
     assert_close(trapped["right"], 8**0.5 * got["right"].mT, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_dion_on_factors_comes_to_muon(getkey):
     """At full rank nothing is compressed: a constant momentum has one polar factor."""
     left, right = jr.normal(getkey(), (64, 8)), jr.normal(getkey(), (32, 8))
@@ -115,6 +120,7 @@ def test_dion_on_factors_comes_to_muon(getkey):
         assert_close(last[0]["right"], (8 / 32) ** 0.5 * last[1]["right"], rtol=1e-2)
 
 
+@pytest.mark.slow_but("dion")
 @every
 def test_the_axes_that_a_user_names_are_taken_at_their_word(make, getkey):
     g = jr.normal(getkey(), (3, 12, 8))
@@ -124,6 +130,7 @@ def test_the_axes_that_a_user_names_are_taken_at_their_word(make, getkey):
     assert_close(got["kernel"], want["weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "count"), [((7, 10), 3), ((10, 7), 3)])
 def test_dion2_moves_some_rows_of_the_short_side_orthogonally(shape, count, getkey):
     g = jr.normal(getkey(), (4, *shape))

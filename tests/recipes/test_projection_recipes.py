@@ -35,6 +35,7 @@ def test_randomized_galore_is_galore_where_the_rank_suffices(rollout, noisy, get
     assert_close(run("randomized"), run("svd"), condition=100)
 
 
+@pytest.mark.slow
 def test_four_leaves_take_turns_over_a_period(rollout, noisy, getkey):
     """They refresh a quarter of 200 steps apart: updates of rank one show the basis."""
     g = {name: noisy(getkey(), 201, 8, 9) for name in "abcd"}
@@ -49,6 +50,7 @@ def test_four_leaves_take_turns_over_a_period(rollout, noisy, getkey):
     assert found == {"a": [200], "b": [150], "c": [100], "d": [50]}
 
 
+@pytest.mark.slow
 def test_sara_draws_everything_at_full_rank(rollout, noisy, getkey):
     g = noisy(getkey(), 3, 6, 9)
     run = lambda recipe: rollout(recipe(1.0, 6, refresh_every=2, where=anything), g)[0]
@@ -61,6 +63,7 @@ def test_grass_at_full_rank_is_adam(rollout, noisy, getkey):
     assert_close(got, rollout(optax.adam(1.0), g)[0])
 
 
+@pytest.mark.slow
 def test_sumo_at_full_rank_is_the_polar_factor_of_momentum(rollout, noisy, getkey, x64):
     """Whatever the bases are, and across their changes."""
     g = {"w": noisy(getkey(), 5, 5, 8, dtype=jnp.float64)}
@@ -71,6 +74,7 @@ def test_sumo_at_full_rank_is_the_polar_factor_of_momentum(rollout, noisy, getke
     assert_close(got["b"], rollout(optax.adam(1.0), g["b"])[0])
 
 
+@pytest.mark.slow
 def test_the_heads_of_galore_plus_share_the_basis_of_one(getkey):
     heads = random_low_rank(getkey(), 8, 12, 2, batch=(3,)).materialize()
     heads = heads.at[1].set(0.0)  # a head without a gradient is never the one
@@ -107,6 +111,7 @@ def test_fused_heads_are_cut_apart(getkey):
         lrjax.galore_plus(1.0, where=five).init(x)
 
 
+@pytest.mark.slow
 def test_a_basis_shared_by_all_is_that_of_their_gradients_side_by_side(getkey):
     a = jr.normal(getkey(), (2, 3, 6, 9))
     basis = sub.Shared(sub.SVD(2), choice="all")
@@ -122,6 +127,7 @@ def test_a_basis_shared_by_all_is_that_of_their_gradients_side_by_side(getkey):
     assert_close(alone, p @ (p.T @ a[0, 0]), condition=10)
 
 
+@pytest.mark.slow
 def test_q_galore_steps_in_a_quantized_basis(getkey):
     g = jr.normal(getkey(), (16, 24))
     recipe = lrjax.q_galore(1.0, 4, block=32, min_size=1, where=anything)
@@ -135,6 +141,7 @@ def test_q_galore_steps_in_a_quantized_basis(getkey):
     assert_close(got, 0.25 * projector.lift(jnp.sign(projector.project(g))), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_the_projection_of_their_mean(rollout, noisy, getkey):
     g = {"w": noisy(getkey(), 8, 6, 9), "b": noisy(getkey(), 8, 1, 5)[:, 0]}
     key = getkey()
@@ -155,6 +162,7 @@ def test_accumulated_gradients_are_the_projection_of_their_mean(rollout, noisy, 
     assert np.linalg.matrix_rank(got["w"][7]) == 4  # the next cycle draws anew
 
 
+@pytest.mark.slow
 def test_a_bad_microbatch_is_left_out_of_the_mean(rollout, noisy, getkey):
     g = {"w": noisy(getkey(), 4, 6, 9), "b": noisy(getkey(), 4, 1, 5)[:, 0]}
     spoilt = {"w": g["w"].at[1, 2, 3].set(jnp.nan), "b": g["b"]}

@@ -49,6 +49,7 @@ def gradients(key, *batch, m=M, n=N):
 
 # The first gradient has no null space on a side that is rotated: eigenvectors of a
 # repeated eigenvalue are anybody's choice.
+@pytest.mark.slow_but("right")
 @pytest.mark.parametrize(
     ("side", "n"), [("both", M), ("right", M), ("short", N)], ids=["both", "right", "short"]
 )
@@ -75,6 +76,7 @@ def test_a_stack_is_a_loop_and_leaves_take_turns(getkey, x64):
     assert same(first_turn_of_second + 1) > 1e-3
 
 
+@pytest.mark.slow
 def test_identity_bases_are_adam(getkey, x64):
     g = gradients(getkey())
     got = run(rotate(max_side=1), g)
@@ -83,6 +85,7 @@ def test_identity_bases_are_adam(getkey, x64):
     assert_close(one_sided, run(rotate(side="left"), g))
 
 
+@pytest.mark.slow
 def test_rotated_gradients_give_rotated_updates(getkey, x64):
     g = gradients(getkey(), n=M)
     u = jnp.linalg.qr(jr.normal(getkey(), (M, M), jnp.float64))[0]
@@ -93,6 +96,7 @@ def test_rotated_gradients_give_rotated_updates(getkey, x64):
     assert jnp.linalg.norm(run(ADAM, turn(g)) - turn(run(ADAM, g))) > 1
 
 
+@pytest.mark.slow
 def test_the_recipe_decays_and_gives_the_rest_to_adam(getkey):
     params = {"w": jr.normal(getkey(), (M, N)), "b": jr.normal(getkey(), (3,))}
     tx = lrjax.soap(0.1, weight_decay=0.5, where=every_matrix)
@@ -107,6 +111,7 @@ def test_the_recipe_decays_and_gives_the_rest_to_adam(getkey):
     assert_close(second["b"], -0.1 * jnp.sign(params["b"]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bad_gradients_enter_no_basis(getkey):
     tx = rotate()
     g = jr.normal(getkey(), (2, M, N))
@@ -138,6 +143,7 @@ def outside_of_branches(jaxpr):
     return names
 
 
+@pytest.mark.slow
 def test_no_factorization_on_ordinary_steps_under_vmap():
     g = jnp.ones((4, M, N))
     tx = rotate()
