@@ -278,6 +278,25 @@ def test_effects_of_rows_and_columns_alone(getkey):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("effects", ["rows", "cols"])
+@pytest.mark.parametrize("units", ["shared", "columns"])
+def test_effects_of_one_side_keep_the_center(effects, units, getkey):
+    """The center is part of the matrix and of new rows, whichever side has effects."""
+    p, at = problem(0), problem(0).operator
+    image = p.truth.materialize()
+    image = 30.0 + image / jnp.std(image)
+    values = image[at.rows, at.cols]
+    result = fit(at.rows, at.cols, values, (M, N), rank=WIDTH, effects=effects, units=units)
+    np.testing.assert_allclose(result.low_rank.materialize(), image, atol=1e-2)
+    again = transform(result, at.rows, at.cols, values, M)
+    np.testing.assert_allclose(again @ result.low_rank.right.T, image, atol=3e-2)
+    empty = transform(result, at.rows, at.cols, jnp.full_like(values, jnp.nan), M)
+    np.testing.assert_allclose(
+        empty @ result.low_rank.right.T, jnp.full((M, N), 30.0), atol=3.0
+    )
+
+
+@pytest.mark.slow
 def test_without_effects_a_direction_that_the_means_carry_is_counted():
     at = problem().operator
     row = 2 + jnp.linspace(0, 1, N)

@@ -116,6 +116,7 @@ def test_a_tensor_is_drawn_axis_by_axis():
     low_rank = TuckerForm(core, factors)
     fit = recovery.TensorFit(
         low_rank,
+        center=jnp.array(0.0),
         sparse=jnp.zeros((6, 5, 4)),
         ranks=jnp.array([2, 2, 2]),
         residual=jnp.array(1e-7),

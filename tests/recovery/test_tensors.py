@@ -93,6 +93,32 @@ def test_axes_and_units_may_change(getkey):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+def test_a_center_is_no_direction(getkey):
+    """Far from zero it costs no rank, and what carries it is orthonormal with the rest."""
+    x = truth(getkey())
+    for method, y in (
+        (robust, corrupted(getkey(), x, 0.1, 0.8)),
+        (completion, corrupted(getkey(), x, 0.0, 0.5)),
+    ):
+        fit = method(y + 100.0)
+        assert tuple(fit.ranks.tolist()) == RANKS
+        assert bool(fit.trusted)
+        np.testing.assert_allclose(fit.center, 100.0, atol=1e-3)
+        np.testing.assert_allclose(fit.low_rank.materialize(), x + 100.0, atol=1e-3)
+        for factor, rank in zip(fit.low_rank.factors, RANKS, strict=True):
+            used = factor[:, : rank + 1]
+            np.testing.assert_allclose(used.T @ used, np.eye(rank + 1), atol=1e-4)
+            assert float(jnp.max(jnp.abs(factor[:, rank + 1 :]))) == 0
+
+
+@pytest.mark.slow
+def test_a_full_axis_holds_the_center(getkey):
+    """An axis of as many directions as entries has no room for one more, and no need."""
+    x = truth(getkey(), (12, 3, 10), RANKS)
+    fit = completion(corrupted(getkey(), x, 0.0, 0.9) - 7.0)
+    np.testing.assert_allclose(fit.low_rank.materialize(), x - 7.0, atol=1e-3)
+
+
 @pytest.mark.slow
 def test_several_tensors_at_once():
     keys = jr.split(jr.key(0), 2)

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from ...linalg import cross, gram, nonzero, orthonormalize, outer, svd, times
 from ...lowrank import LowRank
 from ...metrics import singular_values
+from .._center import meet
 from .._inputs import VectorLike
 from .._plots import norm_of_noise, plot_fit, refuse_batch, sampled_entries
 from .._variance import explained_variance_ratio
@@ -37,8 +38,8 @@ NO_DERIVATIVE = (
 class Prior(NamedTuple):
     """What the fit learned about rows: the setting in which new ones are regressed.
 
-    A row is ``gauge @ [u, 1]`` in the basis ``low_rank.right``; without effects of the
-    columns, ``gauge @ u``.
+    A row is ``gauge @ [u, 1]`` in the basis ``low_rank.right``; without any effects,
+    ``gauge @ u``.
 
     Attributes:
         gauge: ``(w, k)``; columns are regressed on ``(right @ gauge) / scale``.
@@ -141,7 +142,7 @@ class CompletionFit(eqx.Module):
         if self.noise.ndim:
             right = right / self.prior.scale[:, None]
         of_rows, of_cols = self.effects
-        if of_cols:
+        if of_cols or self.noise.ndim:  # columns of their own units have their own center
             left = left - jnp.mean(left, axis=0, keepdims=True)
         if of_rows:
             right = right - jnp.mean(right, axis=0, keepdims=True)
@@ -243,7 +244,14 @@ def assemble(
     right, rank = _supported(left, right, state.noise, model)
     sizes = jnp.sqrt(jnp.diagonal(left.prior))
     rows, _, columns, spread = joined(left, right, sizes, model)
-    if model.col_effects:
+    if model.row_effects and not model.col_effects:
+        # The center needs a constant of the rows, as the effects of columns do.
+        rows = jnp.pad(rows, ((0, 0), (0, 1)), constant_values=1)
+        columns = jnp.pad(columns, ((0, 0), (0, 1)))
+        spread = jnp.pad(spread, ((0, 0), (0, 1), (0, 1)))
+    extra = columns.shape[1] - d
+    if extra:
+        mean_row = columns[:, -1] * scale + center
         columns = columns.at[:, -1].add(center / scale)
     basis, gauge = _orthogonal(columns)
     # Sorted by what the rows make of it.
@@ -254,17 +262,18 @@ def assemble(
     # A center far from zero magnifies by how much the basis misses to be orthonormal.
     gauge += cross(basis, columns - times(basis, gauge))
     # Rounding would give the others sizes, too.
-    extra = int(model.row_effects) + int(model.col_effects)
     kept = jnp.arange(len(gauge)) < rank + extra
     gauge = jnp.where(kept[:, None], gauge, 0)
     shared = len(scale) == 1
-    gauge = gauge * scale[0] if shared else gauge
+    gauge, basis = (gauge * scale[0], basis) if shared else (gauge, basis * scale[:, None])
+    if extra:
+        basis = meet(mean_row, basis, gauge[:, -1])
     noise = jnp.sqrt(state.pooled if shared else state.noise)
     # In units of the columns, if these have their own.
     unit = scale[0] if shared else jnp.ones_like(scale[0])
     fine = held_out.error <= jnp.maximum(TRUSTED * held_out.expected, NEGLIGIBLE)
     return CompletionFit(
-        low_rank=LowRank(outer(rows, gauge), basis if shared else basis * scale[:, None]),
+        low_rank=LowRank(outer(rows, gauge), basis),
         rank=rank,
         noise=noise * unit if shared else noise * scale,
         residual=state.move,

@@ -9,8 +9,9 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ..._progress import Meter
-from ...linalg import nonzero, working_dtype
-from ...lowrank import TuckerForm, unfolded_svd
+from ...linalg import nonzero, orthonormalize, working_dtype
+from ...lowrank import TuckerForm, multiply_axes, unfolded_svd
+from .._center import meet, middle
 from .._inputs import as_mask, as_numbers, check_not_negative, check_width
 from .._plots import plot_fit, refuse_batch
 from ..derivatives import refuse_derivatives
@@ -35,8 +36,10 @@ class TensorFit(eqx.Module):
     """A tensor of low multilinear rank, and the gross errors beside it.
 
     Attributes:
-        low_rank: a :class:`lrjax.lowrank.TuckerForm`; columns of its factors from the rank
-            of their axis on are zero, those before are orthonormal.
+        low_rank: a :class:`lrjax.lowrank.TuckerForm`, with the center; columns of its
+            factors are orthonormal, and zero from the rank of their axis on, but for one
+            that the center needs.
+        center: the constant in it, which no rank counts.
         sparse: the gross errors, zero where nothing is observed; of a completion zeros.
         ranks: ``(d,)``, the ranks of the unfoldings.
         residual: ``‖tensor − low_rank − sparse‖ / ‖tensor‖`` over what is observed.
@@ -50,6 +53,7 @@ class TensorFit(eqx.Module):
     """
 
     low_rank: TuckerForm
+    center: Float[Array, ""]
     sparse: Float[Array, "*s"]
     ranks: Int[Array, " d"]
     residual: Float[Array, ""]
@@ -61,9 +65,9 @@ class TensorFit(eqx.Module):
     def plot(self) -> Any:
         """Draw the singular values of all unfoldings, and all sizes that tell of errors.
 
-        Right: how many entries of the low-rank part and gross errors are how large, with
-        a line at the error where entries were held out. A fit is good where it is far
-        left of the low-rank part.
+        Without the center. Right: how many entries of the low-rank part and gross errors
+        are how large, with a line at the error where entries were held out. A fit is good
+        where it is far left of the low-rank part.
 
         Returns:
             The matplotlib figure.
@@ -74,12 +78,13 @@ class TensorFit(eqx.Module):
         """
         refuse_batch(self)
         # Of the core, as the factors are orthonormal.
-        values, _ = unfolded_svd(self.low_rank.core)
+        core, factors = self.low_rank.core, self.low_rank.factors
+        values, _ = unfolded_svd(core - self.center * _constant(factors))
         named = {
             f"axis {axis}": (values[axis], self.ranks[..., axis])
             for axis in range(len(values))
         }
-        entries = self.low_rank.materialize()
+        entries = self.low_rank.materialize() - self.center
         size = jnp.sqrt(jnp.mean(entries**2))
         levels = {"error of entries held out": self.held_out_error * size}
         return plot_fit(self, named, entries, self.sparse, levels)
@@ -103,13 +108,15 @@ def fit_robust_tensor(
         L ← C ×_1 U_1U_1ᵀ … ×_d U_dU_dᵀ,   R ← tensor − L + Λ/μ,
         Λ ← μ clip(R, ± 1/μ),   S ← R − Λ/μ,   μ ← growth · μ,
 
-    ``c_k = 1.4 sqrt(observed fraction · longer side of unfolding k)``. What is of low rank
-    in every unfolding at once is held by all of them: more errors can be told from
-    it than by any unfolding alone, and more than by the sum of their nuclear norms.
+    ``c_k = 1.4 sqrt(observed fraction · longer side of unfolding k)``, and beside L the
+    mean of C − L over what is observed, a center of the entries. What is of low rank in
+    every unfolding at once is held by all of them: more errors can be told from it than by
+    any unfolding alone, and more than by the sum of their nuclear norms.
 
     Told nothing: a few entries are held out, the thresholds fall, and the step that
     predicts them best is where they stop in a second turn with all entries. Data without
-    noise are followed to the tolerance. Pure: jit it (``ranks``, ``max_steps`` static),
+    noise are followed to the tolerance. A fit of ``a X + c`` is ``a`` times that of ``X``,
+    plus ``c``. Pure: jit it (``ranks``, ``max_steps`` static),
     ``vmap`` it. A step costs a Gram matrix and an eigendecomposition ``(n_k, n_k)`` for
     each axis.
 
@@ -151,7 +158,8 @@ def fit_robust_tensor(
     name = "fit_robust_tensor"
     meter = Meter(f"lrjax.recovery.{name}", max_steps, "residual") if progress else None
     data, known, widths, tol = _checked(name, tensor, mask, ranks, tol)
-    data, start, unit = _in_units(data, known)
+    origin = middle(data, known)
+    data, start, unit = _in_units(jnp.where(known, data - origin, 0), known)
     scales, penalty = _first_levels(start, known)
 
     def run(seen: Array, last: Array) -> Path:
@@ -178,6 +186,7 @@ def fit_robust_tensor(
             scales,
             widths,
             rule,
+            seen,
             held,
             data,
             last=last,
@@ -187,12 +196,11 @@ def fit_robust_tensor(
         )
 
     path, error, steps = _two_turns(run, known, data)
-    low_rank = TuckerForm(path.core, path.factors)
-    rest = jnp.where(known, data - low_rank.materialize(), 0)
+    rest = jnp.where(known, data - path.whole(), 0)
     # What was clipped is an error; the rest is noise, or rounding.
     clipped, growth, _ = path.memory
     sparse = jnp.where(jnp.abs(clipped) > 0.999 * growth / path.penalty, rest, 0)
-    return _assemble(path, sparse, rest - sparse, data, unit, tol, error, steps)
+    return _assemble(path, sparse, rest - sparse, data, origin, unit, tol, error, steps)
 
 
 def fit_tensor_completion(
@@ -210,7 +218,9 @@ def fit_tensor_completion(
     ``P`` the observed places and p their share,
 
         C = L + P(tensor − L),   U_k ← vectors of unfolding k of C with values above c_k/μ,
-        L ← C ×_1 U_1U_1ᵀ … ×_d U_dU_dᵀ,   μ ← (1 + p/4) μ.
+        L ← C ×_1 U_1U_1ᵀ … ×_d U_dU_dᵀ,   μ ← (1 + p/4) μ,
+
+    and a center beside L, as in :func:`fit_robust_tensor`.
 
     Told nothing: a few entries are held out, and where they are predicted best the
     thresholds stop in a second turn with all entries. So the ranks follow from the noise;
@@ -255,6 +265,8 @@ def fit_tensor_completion(
     name = "fit_tensor_completion"
     meter = Meter(f"lrjax.recovery.{name}", max_steps, "residual") if progress else None
     data, known, widths, tol = _checked(name, tensor, mask, ranks, tol)
+    origin = middle(data, known)
+    data = jnp.where(known, data - origin, 0)
     share = _share_of(known, data.dtype)
     unit = nonzero(norm(data) / jnp.sqrt(share * known.size))
     data = data / unit
@@ -277,6 +289,7 @@ def fit_tensor_completion(
             scales,
             widths,
             rule,
+            seen,
             held,
             data,
             last=last,
@@ -286,8 +299,9 @@ def fit_tensor_completion(
         )
 
     path, error, steps = _two_turns(run, known, data)
-    rest = jnp.where(known, data - TuckerForm(path.core, path.factors).materialize(), 0)
-    return _assemble(path, jnp.zeros_like(rest), rest, data, unit, tol, error, steps)
+    rest = jnp.where(known, data - path.whole(), 0)
+    nothing = jnp.zeros_like(rest)
+    return _assemble(path, nothing, rest, data, origin, unit, tol, error, steps)
 
 
 def _checked(
@@ -359,18 +373,19 @@ def _two_turns(
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     first = nothing, mask & ~held, jnp.full_like(nothing.best, jnp.inf)
     (path, _, _), (errors, steps) = lax.scan(turn, first, None, length=2)
-    low_rank = TuckerForm(path.core, path.factors).materialize()
-    again = median(jnp.where(held, jnp.abs(tensor - low_rank), 0), jnp.sum(held))
+    again = median(jnp.where(held, jnp.abs(tensor - path.whole()), 0), jnp.sum(held))
     return path, jnp.maximum(errors[0], again), jnp.sum(steps)
 
 
-def _assemble(path, sparse, rest, tensor, unit, tol, error, steps) -> TensorFit:
+def _assemble(path, sparse, rest, tensor, origin, unit, tol, error, steps) -> TensorFit:
     residual = relative_norm(rest, tensor)
     # A low-rank part that exploded must not count as the measure of its error.
     size = jnp.minimum(norm(path.core) / tensor.size**0.5, 1)
     relative = error / nonzero(size)
+    center = origin + unit * path.center
     return TensorFit(
-        low_rank=TuckerForm(path.core * unit, path.factors),
+        low_rank=_with_constant(path.core * unit, path.factors, path.ranks, center),
+        center=center,
         sparse=sparse * unit,
         ranks=path.ranks,
         residual=residual,
@@ -379,3 +394,24 @@ def _assemble(path, sparse, rest, tensor, unit, tol, error, steps) -> TensorFit:
         converged=(path.residual <= tol) | (path.left <= 0),
         trusted=relative <= TRUSTED,
     )
+
+
+def _with_constant(core: Array, factors: Sequence[Array], ranks: Array, center: Array):
+    """A Tucker form and a constant as one: a column of each factor makes room for it."""
+    wider = []
+    for factor, rank in zip(factors, ranks, strict=True):
+        n, width = factor.shape
+        factor = jnp.pad(factor, ((0, 0), (0, min(width + 1, n) - width)))
+        ones = jnp.ones(n, factor.dtype)
+        new = orthonormalize(ones[:, None], against=factor)
+        at = jnp.arange(factor.shape[1]) == rank
+        factor = jnp.where(at[None, :], new, factor)
+        wider.append(meet(ones, factor, jnp.sum(factor, axis=0)))
+    padding = [(0, w.shape[1] - n) for w, n in zip(wider, core.shape, strict=True)]
+    return TuckerForm(jnp.pad(core, padding) + center * _constant(wider), wider)
+
+
+def _constant(factors: Sequence[Array]) -> Array:
+    """The core of a tensor of ones, if it is in the span of the orthonormal factors."""
+    one = jnp.ones((1,) * len(factors), factors[0].dtype)
+    return multiply_axes(one, tuple(jnp.sum(f, axis=0)[:, None] for f in factors))

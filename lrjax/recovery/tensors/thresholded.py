@@ -1,4 +1,8 @@
-"""The loop of both tensor fits: thresholds on the unfoldings that fall step by step."""
+"""The loop of both tensor fits: thresholds on the unfoldings that fall step by step.
+
+A constant, the center of the entries, is fitted beside the part of low rank: no unfolding
+has to spend a direction on it.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,6 +30,7 @@ class Path(NamedTuple):
         core: of the low-rank part in ``factors``.
         factors: ``(n_k, d_k)``, the columns in use orthonormal, zeros beyond.
         ranks: how many are in use.
+        center: the constant beside the low-rank part.
         penalty: one over the threshold, up to a factor for each axis.
         residual: of the last step, relative.
         steps: how many were made.
@@ -39,6 +44,7 @@ class Path(NamedTuple):
     core: Float[Array, "*r"]
     factors: tuple[Float[Array, "_n _d"], ...]
     ranks: Int[Array, " d"]
+    center: Float[Array, ""]
     penalty: Float[Array, ""]
     residual: Float[Array, ""]
     steps: Int[Array, ""]
@@ -46,8 +52,12 @@ class Path(NamedTuple):
     error: Float[Array, ""]
     left: Int[Array, ""]
 
+    def whole(self) -> Float[Array, "*s"]:
+        """The low-rank part with the center."""
+        return TuckerForm(self.core, self.factors).materialize() + self.center
 
-# (low rank, its change, memory, penalty) -> (cleaned, memory, growth, residual)
+
+# (low rank with center, its change, memory, penalty) -> (cleaned, memory, growth, residual)
 Rule = Callable[[Array, Array, Any, Array], tuple[Array, Any, Array, Array]]
 
 
@@ -79,8 +89,9 @@ def follow(
     scales: Array,
     widths: tuple[int, ...],
     rule: Rule,
+    seen: Bool[Array, "*s"],
     held: Bool[Array, "*s"],
-    matrix: Array,
+    tensor: Array,
     *,
     last: Array,
     tol: Array,
@@ -96,24 +107,27 @@ def follow(
         scales: ``(d,)``.
         widths: the largest ranks.
         rule: what follows from a low-rank part.
-        held: entries that the rule does not see, on which the steps are judged.
-        matrix: what is observed.
+        seen: entries that the rule sees, which have the center as their mean.
+        held: entries that it does not see, on which the steps are judged.
+        tensor: what is observed.
         last: the largest penalty.
         tol: stop at this residual.
         max_steps: at most as many steps.
         meter: is told the residuals.
     """
-    count = jnp.sum(held)
+    count, all_seen = jnp.sum(held), jnp.sum(seen)
 
     def step(state: Path) -> Path:
         levels = scales / state.penalty
-        found, ranks = cut(state.cleaned, levels, state.ranks, widths)
+        found, ranks = cut(state.cleaned - state.center, levels, state.ranks, widths)
         low_rank = found.materialize()
-        old = TuckerForm(state.core, state.factors).materialize()
+        rest = jnp.sum(jnp.where(seen, state.cleaned - low_rank, 0))
+        center = rest / jnp.maximum(all_seen, 1)
+        whole = low_rank + center
         cleaned, memory, growth, residual = rule(
-            low_rank, low_rank - old, state.memory, state.penalty
+            whole, whole - state.whole(), state.memory, state.penalty
         )
-        error = median(jnp.where(held, jnp.abs(matrix - low_rank), 0), count)
+        error = median(jnp.where(held, jnp.abs(tensor - whole), 0), count)
         if meter is not None:
             meter.at(state.steps, residual)
         better = (error < PREFERRED * state.error) & jnp.any(ranks > 0)
@@ -123,6 +137,7 @@ def follow(
             found.core,
             found.factors,
             ranks,
+            center,
             jnp.minimum(growth * state.penalty, last),
             residual,
             state.steps + 1,
@@ -142,6 +157,7 @@ def follow(
         jnp.zeros(widths, dtype),
         tuple(jnp.zeros(f, dtype) for f in zip(start.shape, widths, strict=True)),
         jnp.zeros(d, jnp.int32),
+        jnp.zeros((), dtype),
         jnp.minimum(penalty, last),
         jnp.full((), jnp.inf, dtype),
         jnp.zeros((), jnp.int32),
