@@ -144,7 +144,7 @@ def test_entries_block_by_block_are_entries_at_once(getkey, monkeypatch):
         )
 
     want = jax.jit(everything)(x)
-    monkeypatch.setattr(recovery.operators, "BLOCK", 4)
+    monkeypatch.setattr(recovery.problems.operators, "BLOCK", 4)
     xs = jax.tree.map(lambda a: a[None], x)
     got = jax.jit(jax.vmap(lambda x: everything(x)))(xs)
     assert_close(jax.tree.map(lambda a: a[0], got), want, condition=10)
@@ -153,7 +153,7 @@ def test_entries_block_by_block_are_entries_at_once(getkey, monkeypatch):
 @pytest.fixture(scope="module")
 def many_entries():
     """A problem whose entries fill several blocks, and a start."""
-    dims, count = (2000, 1000), 5 * recovery.operators.BLOCK
+    dims, count = (2000, 1000), 5 * recovery.problems.operators.BLOCK
     places = jr.randint(jr.key(0), (2, count), 0, jnp.array([[2000], [1000]]))
     operator = recovery.Entries(places[0], places[1], dims)
     targets = jr.normal(jr.key(1), (count,))
@@ -168,7 +168,7 @@ def test_gradients_of_entries_take_the_memory_of_the_data(many_entries):
     data = sum(leaf.nbytes for leaf in jax.tree.leaves(problem))
     gathered = problem.targets.nbytes * x.rank
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    blocks = 2 * recovery.operators.BLOCK * x.rank * 4
+    blocks = 2 * recovery.problems.operators.BLOCK * x.rank * 4
     assert temporary < 2 * data + blocks < gathered
 
 
