@@ -39,13 +39,15 @@ MUTANTS = [
     recipe("coap", "carry=sub.Rotate()", "carry=sub.Keep()"),
     recipe("coap", "step_size: ArrayLike = 0.1", "step_size: ArrayLike = 1.0"),
     recipe("dion", "weight_decay: ArrayLike = 0.01", "weight_decay: ArrayLike = 0.0"),
-    recipe("_neurons", "outputs / inputs) ** 0.5", "inputs / outputs) ** 0.5", "dion"),
+    recipe(
+        "_neurons", "max(outputs / inputs, least)", "max(inputs / outputs, least)", "dion"
+    ),
     recipe("_neurons", "0.25 if fraction is None", "0.5 if fraction is None", "dion2"),
     recipe("_neurons", "else min(sides)", "else max(sides)", "dion2"),
     (
         "recipes/_neurons.py",
-        "(where is None or not told)",
-        "(where is None or told)",
+        "(is_default or not told)",
+        "(is_default or told)",
         ["tests/recipes/test_neurons.py", "-k", "kernel or word"],
     ),
     recipe("dion2", 'momentum, "short"', 'momentum, "left"'),
@@ -67,8 +69,8 @@ MUTANTS = [
     ),
     other(
         "adapters/folds/heads",
-        "total / count",
-        "total",
+        "1 / total)",
+        "1.0)",
         "tests/adapters/test_heads.py -k mean_of",
     ),
     other(
@@ -79,7 +81,7 @@ MUTANTS = [
     ),
     other(
         "adapters/folds/rules",
-        "dataclasses.replace(now, mask=was.mask)",
+        "dataclasses.replace(now, mask=was.mask, scale=was.scale)",
         "now",
         "tests/adapters/test_folds.py -k masks",
     ),
@@ -231,7 +233,10 @@ MUTANTS = [
         "tests/subspaces/test_loop.py",
     ),
     other(
-        "linalg/decompositions/product_svd", "unit / nonzero(sizes)", "x", "tests/linalg"
+        "linalg/decompositions/product_svd",
+        "[unit_columns(x) for x in tall]",
+        "tall",
+        "tests/linalg",
     ),
     other("linalg/decompositions/polar", "steps - len(polynomials)", "0", "tests/linalg"),
     other(
