@@ -88,6 +88,17 @@ def test_rooms_are_entered_by_their_front_door(path):
         assert len(name) == 1 or hasattr(front, name[1]), f"{deep} is not public"
 
 
+@parts
+def test_what_is_private_stays_in_its_room(path):
+    """Also that of rooms in rooms; what stands beside them is seen by all of them."""
+    for name in imports(path):
+        for i, part in enumerate(name):
+            owner = ROOT.joinpath(*name[:i])
+            home = owner if owner.is_dir() else owner.parent
+            inside = path.is_relative_to(home) or not part.startswith("_")
+            assert inside, f"{name} is private to its room"
+
+
 def test_every_room_is_an_attribute():
     for folder in ROOT.iterdir():
         if (folder / "__init__.py").exists() and not folder.name.startswith("_"):
@@ -107,5 +118,5 @@ def test_rooms_are_small():
     """All but the index of recipes, and the root with what its rooms share."""
     files = Counter(p.parent.relative_to(ROOT) for p in FILES)
     exempt = (Path(), Path("recipes"))
-    large = {str(room): n for room, n in files.items() if n > 12 and room not in exempt}
+    large = {str(at): n for at, n in files.items() if n > 12 and at not in exempt}
     assert not large, f"split these by mechanism: {large}"

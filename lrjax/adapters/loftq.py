@@ -10,9 +10,9 @@ from .._arguments import check_key
 from .._sites import QuantizedArray, Site, Where, find_sites, flat_leaves, pick
 from ..linalg import truncated_svd
 from ..lowrank import LowRank
+from ._settings import check_fits
 from .binding import adapt
 from .kinds import Factors, LoRA
-from .kinds._settings import check_fits
 from .protocol import AdapterKind, Adapters
 from .quantize import quantized_layer
 

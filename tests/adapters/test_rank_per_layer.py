@@ -11,7 +11,7 @@ import pytest
 
 import lrjax
 from lrjax import adapters as room
-from lrjax.adapters.kinds._settings import checked_rank
+from lrjax.adapters._settings import checked_rank
 from tests.adapters.models import moved
 from tests.helpers import assert_close
 from tests.reference import adapters as reference

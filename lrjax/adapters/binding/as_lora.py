@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, PyTree
 from ..._sites import Site
 from ...linalg import TruncatedSVD, nonzero, product_svd, truncated_svd
 from ...lowrank import LowRank
+from .._settings import checked_rank
 from ..kinds import Factors
-from ..kinds._settings import checked_rank
 from ..protocol import Adapter, Adapters, Pool, Ready
 from .bind import adapted_sites, dense_change
 

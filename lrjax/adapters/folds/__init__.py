@@ -1,5 +1,6 @@
 """Adapters folded into the weights as training goes on, and begun anew."""
 
+from ._parts import check_alike as check_alike
 from .averages import Average as Average
 from .fold import fold as fold
 from .heads import merge_heads as merge_heads

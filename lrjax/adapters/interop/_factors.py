@@ -12,7 +12,7 @@ from ..protocol import Adapters
 from ..ranks.masks import without_masked
 from ._names import Module, Rename
 from ._stacks import taken_apart
-from .methods.lora import factors_of
+from .methods import factors_of
 
 
 Triple = tuple[np.ndarray, np.ndarray, float]

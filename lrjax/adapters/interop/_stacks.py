@@ -15,7 +15,7 @@ from ..kinds.factors import Factors
 from ..kinds.full import FullCopy
 from ..protocol import Adapter, Adapters
 from ._names import Module, Rename, find_modules, modules_of
-from .methods._format import Part
+from .methods import Part
 
 
 def taken_apart(

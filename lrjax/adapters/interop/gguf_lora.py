@@ -17,8 +17,7 @@ from ..protocol import Adapters
 from ._factors import factors_by_module
 from ._names import Module, Rename, find_modules
 from ._stacks import as_adapters
-from .methods._format import misfit
-from .methods.lora import as_factors
+from .methods import as_factors, misfit
 
 
 _NATIVE = re.compile(r"blk\.\d+\..*|token_embd|output")

@@ -12,8 +12,7 @@ from ._factors import factors_by_module
 from ._names import Rename, find_modules
 from ._stacks import as_adapters
 from ._tensors import open_tensors, write_tensors
-from .methods._layout import Names, check_convolution, pair_as_stored, read_pair
-from .methods.lora import as_factors
+from .methods import Names, as_factors, check_convolution, pair_as_stored, read_pair
 
 
 _NAMES = Names(("lora_down.weight", "lora_up.weight"), ("", ""))

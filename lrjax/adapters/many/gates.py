@@ -13,8 +13,8 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from ..._sites import Site
 from ...linalg import product_svd, working_dtype
+from .._settings import as_number, checked_rank, kaiming_uniform
 from ..binding import stacked_factors
-from ..kinds._settings import as_number, checked_rank, kaiming_uniform
 from ..protocol import Adapter, Pool, trained
 from .weights import among_largest, softmax_weights
 

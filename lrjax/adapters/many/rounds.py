@@ -8,8 +8,7 @@ from jax.sharding import Mesh, PartitionSpec as P
 from jaxtyping import PRNGKeyArray, PyTree
 
 from ..._arguments import check_key
-from ..folds import FoldRule
-from ..folds._parts import check_alike
+from ..folds import FoldRule, check_alike
 from ..folds.heads import head_count, head_keys
 from ..protocol import Adapters
 

@@ -8,8 +8,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, PyTree
 
+from .._settings import checked_rank
 from ..binding import adapted_sites
-from ..kinds._settings import checked_rank
 from ..protocol import Adapters, Pool
 from ._alike import entry, stacked
 

@@ -10,7 +10,7 @@ from ....lowrank import LowRank
 from ...kinds.factors import Factors
 from .._config import is_called
 from .._names import Module
-from ..methods._format import Part, misfit
+from ..methods import Part, misfit
 
 
 SUFFIX = "token_adapter.trainable_tokens_delta"

@@ -15,9 +15,7 @@ from .._config import is_targeted, read_config
 from .._names import Module, Rename, expert_keys, find_modules
 from .._stacks import as_adapters
 from .._tensors import Tensors, open_tensors
-from ..methods import FORMATS, PREFIX, TENSOR_FILE
-from ..methods._format import Format, misfit
-from ..methods.lora import expert_shapes_fit
+from ..methods import FORMATS, PREFIX, TENSOR_FILE, Format, expert_shapes_fit, misfit
 from ._stored import as_matrix, base_bias
 from ._tokens import SUFFIX, read_rows
 

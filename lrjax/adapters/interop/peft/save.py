@@ -13,9 +13,7 @@ from .._config import one_value, write_config
 from .._names import Module, Rename, expert_keys
 from .._stacks import taken_apart
 from .._tensors import write_tensors
-from ..methods import FORMATS, PREFIX, TENSOR_FILE
-from ..methods._format import Format, Part
-from ..methods.lora import Lora
+from ..methods import FORMATS, PREFIX, TENSOR_FILE, Format, Lora, Part
 from ._stored import as_stored, base_bias
 from ._tokens import SUFFIX, rows_of
 

@@ -7,8 +7,8 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ....linalg import outer, working_dtype
 from ....lowrank import LowRank
+from ..._settings import as_dtype, as_number, as_rate, checked_dropout, checked_rank
 from ...protocol import Adapter, AdapterKind, Added, BasisPool, trained
-from .._settings import as_dtype, as_number, as_rate, checked_dropout, checked_rank
 
 
 class Bases(Adapter):

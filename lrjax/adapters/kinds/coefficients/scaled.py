@@ -8,8 +8,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
 from ....lowrank import LowRank
+from ..._settings import as_number, as_rate, checked_dropout, checked_rank, kaiming_uniform
 from ...protocol import Adapter, AdapterKind, FactorPool, PoolRows, Product, trained
-from .._settings import as_number, as_rate, checked_dropout, checked_rank, kaiming_uniform
 
 
 class Scaled(Adapter):

@@ -10,8 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, UInt
 
 from ....lowrank import LowRank
-from ...protocol import Adapter, AdapterKind, Product, trained
-from .._settings import (
+from ..._settings import (
     as_dtype,
     as_rate,
     checked_dropout,
@@ -19,6 +18,7 @@ from .._settings import (
     kaiming_uniform,
     over_rank,
 )
+from ...protocol import Adapter, AdapterKind, Product, trained
 
 
 class Seeded(Adapter):

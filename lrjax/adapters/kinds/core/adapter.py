@@ -10,8 +10,8 @@ from jaxtyping import Array, ArrayLike, Float
 from ...._sites import Held, Site
 from ....linalg import times
 from ....lowrank import LowRank
+from ..._settings import as_dtype, as_rate, checked_dropout, checked_rank, over_rank
 from ...protocol import Adapter, AdapterKind, PoolRows, Product, trained
-from .._settings import as_dtype, as_rate, checked_dropout, checked_rank, over_rank
 
 
 class FromPool(eqx.Module):

@@ -5,7 +5,7 @@ from jaxtyping import ArrayLike
 
 from ....linalg import truncated_svd
 from ....lowrank import LowRank
-from .._settings import check_fits
+from ..._settings import check_fits
 from .adapter import CoreKind
 
 

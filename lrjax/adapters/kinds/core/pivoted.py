@@ -6,7 +6,7 @@ from jaxtyping import ArrayLike
 
 from ....linalg import pivoted_columns
 from ....lowrank import LowRank
-from .._settings import check_fits
+from ..._settings import check_fits
 from .adapter import CoreKind
 
 

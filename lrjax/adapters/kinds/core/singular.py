@@ -10,8 +10,8 @@ from jaxtyping import ArrayLike
 from ...._sites import Site
 from ....linalg import truncated_svd
 from ....lowrank import LowRank
+from ..._settings import check_fits, checked_rank, kaiming_uniform
 from ...protocol import VectorPool
-from .._settings import check_fits, checked_rank, kaiming_uniform
 from .adapter import Combination, CoreKind, FromPool
 
 

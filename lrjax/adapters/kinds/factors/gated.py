@@ -10,8 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import ArrayLike
 
 from ....lowrank import LowRank
-from ...protocol import AdapterKind
-from .._settings import (
+from ..._settings import (
     as_dtype,
     as_number,
     as_rate,
@@ -19,6 +18,7 @@ from .._settings import (
     checked_rank,
     over_rank,
 )
+from ...protocol import AdapterKind
 from .pair import Factors, LoRA
 
 

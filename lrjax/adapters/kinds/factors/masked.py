@@ -10,8 +10,8 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray
 
+from ..._settings import as_number, checked_rank
 from ...protocol import AdapterKind
-from .._settings import as_number, checked_rank
 from ._thinning import Thinning
 from .pair import LoRA
 

@@ -11,8 +11,8 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ....linalg import nonzero
 from ....lowrank import LowRank
+from ..._settings import as_dtype, as_number, as_rate, checked_dropout, checked_rank
 from ...protocol import Adapter, AdapterKind, Product, trained
-from .._settings import as_dtype, as_number, as_rate, checked_dropout, checked_rank
 from ..starts import Start, Train, checked_start
 from ._thinning import Thinning
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ....lowrank import LowRank
+from ..._settings import as_dtype, as_number
 from ...protocol import AdapterKind
-from .._settings import as_dtype, as_number
 from .pair import Factors
 
 

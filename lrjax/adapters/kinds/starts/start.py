@@ -19,7 +19,7 @@ from ....lowrank import (
     qr_init,
     svd_init,
 )
-from .._settings import check_fits, kaiming_uniform
+from ..._settings import check_fits, kaiming_uniform
 
 
 Train = Literal["both", "left", "right"]

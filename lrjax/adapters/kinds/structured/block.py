@@ -10,8 +10,7 @@ from jaxtyping import Array, ArrayLike, Float
 from ...._dense import dense
 from ....linalg import times
 from ....lowrank import LowRank
-from ...protocol import Adapter, AdapterKind, Beside, Ready, Structured, trained
-from .._settings import (
+from ..._settings import (
     as_dtype,
     as_rate,
     check_divides,
@@ -20,6 +19,7 @@ from .._settings import (
     kaiming_uniform,
     over_rank,
 )
+from ...protocol import Adapter, AdapterKind, Beside, Ready, Structured, trained
 
 
 class Block(Adapter):

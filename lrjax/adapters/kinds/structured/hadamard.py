@@ -10,8 +10,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ....linalg import outer
 from ....lowrank import LowRank
-from ...protocol import Adapter, AdapterKind, Beside, Product, Ready, trained
-from .._settings import (
+from ..._settings import (
     as_dtype,
     as_number,
     as_rate,
@@ -20,6 +19,7 @@ from .._settings import (
     kaiming_uniform,
     over_rank,
 )
+from ...protocol import Adapter, AdapterKind, Beside, Product, Ready, trained
 from ..factors import LoRA
 from ..starts import Train
 

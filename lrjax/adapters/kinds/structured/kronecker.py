@@ -10,8 +10,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ...._dense import dense
 from ....lowrank import LowRank, is_low_rank
-from ...protocol import Adapter, AdapterKind, Structured, trained
-from .._settings import (
+from ..._settings import (
     as_dtype,
     as_rate,
     checked_dropout,
@@ -19,6 +18,7 @@ from .._settings import (
     kaiming_uniform,
     over_rank,
 )
+from ...protocol import Adapter, AdapterKind, Structured, trained
 
 
 class Kronecker(Adapter):

@@ -9,8 +9,8 @@ from jaxtyping import Array, ArrayLike, Float
 from ...._sites import Site
 from ....linalg import identity_like, outer, times, truncated_svd, working_dtype
 from ....lowrank import LowRank
+from ..._settings import as_dtype, as_number, as_rate, checked_dropout
 from ...protocol import Adapter, AdapterKind, Added, Ready, Whole, trained
-from .._settings import as_dtype, as_number, as_rate, checked_dropout
 from ..core.adapter import Core
 from .kronecker import split
 

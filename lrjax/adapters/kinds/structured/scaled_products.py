@@ -8,8 +8,8 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ....linalg import outer
 from ....lowrank import LowRank
+from ..._settings import as_dtype, as_number, as_rate, checked_dropout, checked_rank
 from ...protocol import Adapter, AdapterKind, Ready, Whole, trained
-from .._settings import as_dtype, as_number, as_rate, checked_dropout, checked_rank
 
 
 class ScaledProducts(Adapter):

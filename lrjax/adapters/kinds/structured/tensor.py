@@ -12,8 +12,8 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ....linalg import times, truncated_svd
 from ....lowrank import LowRank
+from ..._settings import as_dtype, as_number, as_rate, checked_dropout, checked_rank
 from ...protocol import Adapter, AdapterKind, Product, Ready, trained
-from .._settings import as_dtype, as_number, as_rate, checked_dropout, checked_rank
 
 
 class Tensor(Adapter):

@@ -10,8 +10,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
-from ..._sites import Site
-from ...linalg import working_dtype
+from .._sites import Site
+from ..linalg import working_dtype
 
 
 def checked_rank(kind: str, rank: Any, what: str = "rank") -> int:
