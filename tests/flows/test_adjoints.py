@@ -24,6 +24,7 @@ def exact_loss(log_alpha, aligned):
     return 0.5 * jnp.sum((aligned.sigma - b * a) ** 2)
 
 
+@pytest.mark.slow_but("reverse")
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_derivative_of_the_final_loss_by_the_size_of_the_start(aligned, mode):
     at = jnp.log(jnp.array(0.05))
@@ -35,6 +36,7 @@ def test_derivative_of_the_final_loss_by_the_size_of_the_start(aligned, mode):
     assert jnp.abs(got - want) <= 1e-9 * jnp.abs(want)
 
 
+@pytest.mark.slow
 def test_derivative_by_the_data_reaches_the_loss(aligned):
     def end(scale):
         return gradient_flow(
@@ -53,6 +55,7 @@ def test_derivative_by_the_data_reaches_the_loss(aligned):
     assert_close(got, want, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_stiff_solver_takes_fewer_steps_on_an_ill_conditioned_problem():
     sigma = jnp.array([1.0, 1e-4])
     # Both modes start balanced and off their limits; the slow one sets the time scale.

@@ -31,6 +31,7 @@ def draw(getkey, rank):
     return with_spectrum(getkey(), 5, rank, values, dtype=jnp.float64)
 
 
+@pytest.mark.slow_but("5")
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_loss_and_gradient_are_those_of_the_definition(rank, getkey):
     target, x = covariance(getkey()), draw(getkey, rank)
@@ -51,6 +52,7 @@ def test_the_loss_is_a_distance(getkey):
     assert_close(there, flows.bures_wasserstein_loss(y, target), rtol=1e-9)  # symmetric
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "eigenvectors"])
 def test_the_flow_goes_straight(kind, getkey):
     target = covariance(getkey())
@@ -70,6 +72,7 @@ def test_the_flow_goes_straight(kind, getkey):
         assert_close(flow[-1] @ flow[-1].T, target, rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_thin_factors_end_at_the_leading_eigenvectors(rank, getkey):
     target = covariance(getkey())
@@ -86,6 +89,7 @@ def test_thin_factors_end_at_the_leading_eigenvectors(rank, getkey):
     np.testing.assert_allclose(flows.bures_wasserstein_loss(limit, target), least)
 
 
+@pytest.mark.slow
 def test_singular_factors_and_targets_give_finite_numbers():
     slope = jax.jit(jax.value_and_grad(flows.bures_wasserstein_loss))
     target = jnp.diag(jnp.array([2.0, 1.0, 0.0]))

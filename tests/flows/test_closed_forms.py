@@ -19,6 +19,7 @@ def derivative(f, t):
     return jax.jit(lambda t: jax.jvp(f, (t,), (jnp.ones_like(t),))[1])(t)
 
 
+@pytest.mark.slow_but("2.5")
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_aligned_modes_solve_their_equation(scale):
     b0 = jnp.array([0.0, 0.3, -0.2, 0.1, 1e-6, 0.5, 0.0])
@@ -37,6 +38,7 @@ def test_aligned_modes_solve_their_equation(scale):
         assert jnp.max(jnp.abs(b**2 - a**2 - b0**2 + a0**2)) <= 1e-13 * 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1e-3, 1e-8, 1e-10, 1e-20, 1e-30])
 def test_aligned_modes_in_float32_leave_any_start(alpha):
     sigma = jnp.array([1.0, 0.5], jnp.float32)
@@ -51,6 +53,7 @@ def test_aligned_modes_in_float32_leave_any_start(alpha):
     assert_close(got[0][3] * got[1][3], sigma, condition=10)
 
 
+@pytest.mark.slow
 def test_a_small_factor_beside_a_large_one_keeps_its_digits():
     b0, a0 = jnp.array([1.0, -2.0]), jnp.array([1e-9, 1e-7])
     sigma, t = jnp.array([1e-9, 3e-8]), jnp.array([0.1, 1.0, 20.0])
@@ -60,6 +63,7 @@ def test_a_small_factor_beside_a_large_one_keeps_its_digits():
         assert jnp.max(jnp.abs(got / want - 1)) <= 100 * jnp.finfo(jnp.float32).eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [0.0, 1.0, 500.0])
 def test_derivatives_of_aligned_modes_are_finite_everywhere(t):
     b0, a0 = jnp.array([0.0, 1.0, 1.0, 0.0, 0.5]), jnp.array([0.0, -1.0, 1.0, 0.3, 2.0])
@@ -83,6 +87,7 @@ def test_aligned_modes_approach_at_the_rate_of_their_imbalance():
     assert_close(rate, jnp.sqrt(4 * sigma**2 + (b0**2 - a0**2) ** 2), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_balanced_aligned_modes_are_the_riccati_solution(aligned):
     alpha = 0.1 * jnp.ones(3)
     start = LowRank(aligned.u * alpha[None], aligned.v * alpha[None])
@@ -92,6 +97,7 @@ def test_balanced_aligned_modes_are_the_riccati_solution(aligned):
         assert_close(product, aligned.matrix(b * a), condition=1e4)
 
 
+@pytest.mark.slow
 def test_the_riccati_solution_satisfies_its_equation():
     target = jr.normal(jr.key(0), (4, 3)) / 2
     start = lrjax.balance(
@@ -111,6 +117,7 @@ def trace_loss(x, base):
     return 0.5 * (jnp.trace(base) + jnp.sum(x.left * x.right)) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_trace_squared(symmetric):
     n, r = 6, 2
@@ -130,6 +137,7 @@ def test_trace_squared(symmetric):
     assert jnp.max(jnp.abs(isotropic - before[None])) <= 1e-9
 
 
+@pytest.mark.slow
 def test_trace_squared_ends_as_far_from_the_full_solution_as_its_rank_says():
     n = 12
     base = jnp.eye(n) + 0.1 * jr.normal(jr.key(0), (n, n))
@@ -143,6 +151,7 @@ def test_trace_squared_ends_as_far_from_the_full_solution_as_its_rank_says():
         assert jnp.abs(distance - jnp.sqrt(n / r - 1)) <= 1e-7
 
 
+@pytest.mark.slow
 def test_half_learning_times_are_where_the_modes_are_half():
     sigma, alpha = jnp.array([3.0, 2.0, 0.5]), 1e-3
     times = flows.half_learning_times(sigma, alpha)
@@ -151,6 +160,7 @@ def test_half_learning_times_are_where_the_modes_are_half():
     assert_close(jnp.diagonal(b * a), sigma / 2, condition=100)
 
 
+@pytest.mark.slow_but("1")
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_end_to_end_velocity(depth):
     weight, gradient = jr.normal(jr.key(0), (4, 3)), jr.normal(jr.key(1), (4, 3))
@@ -166,6 +176,7 @@ def test_end_to_end_velocity(depth):
     assert_close(got, want, rtol=1e-5 if depth > 1 else 1e-12)
 
 
+@pytest.mark.slow
 def test_directions_that_a_deep_product_lacks_do_not_move_it(getkey):
     """A singular value of rounding error would have a root of 4e-2 at depth ten."""
     x = random_low_rank(getkey(), 6, 5, 2, dtype=jnp.float64)
@@ -183,6 +194,7 @@ def deep_loss(weights, target):
     return 0.5 * jnp.sum((target - product) ** 2)
 
 
+@pytest.mark.slow
 def test_deep_linear_network_follows_its_end_to_end_flow():
     depth = 3
     u, _, vt = jnp.linalg.svd(jr.normal(jr.key(0), (4, 4)))
@@ -213,6 +225,7 @@ def test_deep_linear_network_follows_its_end_to_end_flow():
     assert_close(product, direct.ys[0], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_balance_moves_by_the_square_of_the_step_exactly():
     # Numbers of size one, so that rounding stays below the bound of 1e-14.
     x = LowRank(0.4 * jr.normal(jr.key(0), (5, 2)), 0.4 * jr.normal(jr.key(1), (4, 2)))
@@ -226,6 +239,7 @@ def test_balance_moves_by_the_square_of_the_step_exactly():
     assert jnp.max(jnp.abs(drift - eta**2 * want)) <= 1e-14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reach", [2, 20, 60, 200])  # 2 σ₁ t
 def test_riccati_has_its_digits_at_any_time(reach, getkey):
     u, v = (jnp.linalg.qr(jr.normal(getkey(), (n, n)))[0] for n in (5, 4))
@@ -241,6 +255,7 @@ def test_riccati_has_its_digits_at_any_time(reach, getkey):
     assert jnp.max(jnp.abs(got - want)) <= 1e-13
 
 
+@pytest.mark.slow
 def test_the_riccati_solution_differentiates_by_its_start():
     target = jr.normal(jr.key(0), (4, 3)) / 2
     start = lrjax.balance(random_low_rank(jr.key(1), 4, 3, 2, dtype=jnp.float64))
@@ -253,6 +268,7 @@ def test_the_riccati_solution_differentiates_by_its_start():
     assert_close(slope, (product(1 + 1e-6) - product(1 - 1e-6)) / 2e-6, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_riccati_with_a_zero_target_is_decay():
     """``dZ/dt = −½ Z ZᵀZ`` has ``Z Zᵀ = Z₀ (I + t Z₀ᵀZ₀)⁻¹ Z₀ᵀ``."""
     start = lrjax.balance(random_low_rank(jr.key(0), 5, 4, 2, dtype=jnp.float64))

@@ -26,6 +26,7 @@ def dense_floor(weights, target, rank):
     return 0.5 * np.sum(tail**2)
 
 
+@pytest.mark.slow_but("1-1", "1-2", "2-2")
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_adapters_reach_the_tail_of_the_spectrum(layers, rank, getkey):
@@ -48,6 +49,7 @@ def test_hidden_layers_may_be_wider_than_both_ends(getkey):
     assert jnp.abs(reached - floor) <= 1e-9 * jnp.sum(target**2)
 
 
+@pytest.mark.slow
 def test_the_optimum_is_stationary_and_no_flow_gets_below_the_floor(getkey):
     weights, target = drawn(getkey(), (5, 5, 5, 5))
     best = flows.deep_lora_optimum(weights, target, 1)
@@ -65,6 +67,7 @@ def test_the_optimum_is_stationary_and_no_flow_gets_below_the_floor(getkey):
     assert jnp.all(metrics.singular_values(change)[3:] <= 1e-12)
 
 
+@pytest.mark.slow
 def test_adapters_beyond_the_spectrum_have_nothing_to_do():
     weights, target = [jnp.eye(3)] * 2, jnp.diag(jnp.array([4.0, 3.0, 2.0]))
     first, second = flows.deep_lora_optimum(weights, target, 2)
@@ -73,6 +76,7 @@ def test_adapters_beyond_the_spectrum_have_nothing_to_do():
     assert flows.deep_lora_loss([first, second], weights, target) <= 1e-25
 
 
+@pytest.mark.slow
 def test_two_layers_are_a_deep_network():
     weights, target = drawn(jr.key(0), (4, 4, 4))
     x = LowRank(jr.normal(jr.key(1), (4, 1)), jr.normal(jr.key(2), (4, 1)))
@@ -83,6 +87,7 @@ def test_two_layers_are_a_deep_network():
     )
 
 
+@pytest.mark.slow_but("bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_deep_lora_keeps_the_dtype_and_runs_batched(dtype):
     weights, target = drawn(jr.key(3), (5, 5, 5))

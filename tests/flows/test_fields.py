@@ -25,6 +25,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.slow_but("plain")
 @pytest.mark.parametrize("field", FIELDS)
 def test_one_step_of_sgd_is_one_euler_step(field):
     x = random_low_rank(jr.key(0), 6, 5, 2, dtype=jnp.float64)
@@ -115,6 +116,7 @@ def diagonals(values):
     return jax.vmap(jnp.diag)(values) if values.ndim == 2 else jnp.diag(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precondition", "solution"),
     [
@@ -132,6 +134,7 @@ def test_preconditioned_modes_have_one_rate(precondition, solution):
     assert jnp.max(jnp.abs(got - diagonals(want))) <= 1e-9
 
 
+@pytest.mark.slow
 def test_scaled_flow_conserves_the_ratio_of_aligned_factors(aligned):
     start = LowRank(aligned.u * 0.5, aligned.v * 0.1)
     x = gradient_flow(
@@ -147,6 +150,7 @@ def test_scaled_flow_conserves_the_ratio_of_aligned_factors(aligned):
     assert lrjax.metrics.balance_drift(x, start) > 0.1
 
 
+@pytest.mark.slow
 def test_spectral_modes_grow_at_unit_rate():
     # Smoothing β costs about β/σ of accuracy before the first mode arrives at t = 0.9,
     # and 1/β steps after that: beyond it the flow slides along the singularity.
@@ -171,6 +175,7 @@ def test_spectral_modes_grow_at_unit_rate():
     assert errors[1] < errors[0] / 5
 
 
+@pytest.mark.slow
 def test_spectral_modes_before_the_first_arrival():
     aligned = Aligned(left=(0.1,) * 3, right=(0.1,) * 3, sigma=(9.0, 4.0, 1.0))
     x = gradient_flow(
@@ -187,6 +192,7 @@ def test_spectral_modes_before_the_first_arrival():
     assert jnp.max(jnp.abs(got - diagonals(want))) <= 1e-9
 
 
+@pytest.mark.slow
 def test_sign_flow_has_unit_speed_in_every_number():
     target = jnp.array([[3.0, -2.0], [1.5, 5.0]])
     loss = lambda x, y: 0.5 * jnp.sum((x - y) ** 2)
@@ -196,6 +202,7 @@ def test_sign_flow_has_unit_speed_in_every_number():
     assert_close(x, 1.2 * jnp.sign(target))
 
 
+@pytest.mark.slow
 def test_damping_may_be_a_tracer(aligned):
     def end(damping):
         return gradient_flow(

@@ -25,6 +25,7 @@ def tasks(getkey):
     return seen @ vectors @ np.diag(values**-0.5) @ vectors.T, new, old
 
 
+@pytest.mark.slow_but("2")
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_lora_ends_on_the_curve(rank, getkey):
     change, new, old = tasks(getkey)
@@ -36,6 +37,7 @@ def test_lora_ends_on_the_curve(rank, getkey):
     assert_close(forgotten, curve.source[rank], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_follows_its_curve(getkey):
     change, new, old = tasks(getkey)
     times = jnp.array([0.0, 0.5, 2.0, 60.0])

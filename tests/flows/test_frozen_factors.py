@@ -21,6 +21,7 @@ def drawn(getkey):
     return teacher, root @ root.T, LowRank(*sides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_flow_of_one_factor_ends_at_its_regression(side, getkey):
     teacher, covariance, x = drawn(getkey)

@@ -19,6 +19,7 @@ def half_square(x, target):
     return 0.5 * jnp.sum((x - target) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tolerance", "bound"), [(1e-6, 8e-6), (1e-8, 3e-8), (1e-10, 4e-10), (1e-12, 3e-12)]
 )
@@ -45,6 +46,7 @@ def test_error_follows_the_tolerance(aligned, tolerance, bound):
     assert jnp.max(drift) <= 10 * tolerance
 
 
+@pytest.mark.slow_but("0.5")
 @pytest.mark.parametrize("time", [0.5, 2.0])
 def test_unaligned_balanced_start_follows_the_riccati_solution(time):
     target = jr.normal(jr.key(0), (6, 5))
@@ -69,6 +71,7 @@ def network_loss(adapters, base, inputs, outputs):
     return jnp.mean((prediction - outputs) ** 2)
 
 
+@pytest.mark.slow
 def test_each_adapter_of_a_nonlinear_network_keeps_its_balance():
     keys = jr.split(jr.key(3), 6)
     base = (jr.normal(keys[0], (8, 4)), jr.normal(keys[1], (3, 8)))
@@ -88,6 +91,7 @@ def test_each_adapter_of_a_nonlinear_network_keeps_its_balance():
         assert lrjax.metrics.balance_drift(end, start) <= 1e-8 * size
 
 
+@pytest.mark.slow
 def test_two_learning_rates_conserve_the_weighted_balance(aligned):
     ratio = 4.0
     solution = gradient_flow(
@@ -109,6 +113,7 @@ def test_two_learning_rates_conserve_the_weighted_balance(aligned):
     assert plain > 1e-2
 
 
+@pytest.mark.slow
 def test_weight_decay_is_a_transform(aligned):
     decay = 0.3
     solution = gradient_flow(
@@ -122,6 +127,7 @@ def test_weight_decay_is_a_transform(aligned):
     assert_close(solution.params, jnp.exp(-2 * (1 + decay)) * jnp.ones(3), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("friction", [5.0, lambda t: 0.5 + 0 * t])
 def test_friction_is_the_damped_oscillator(friction):
     gamma = 0.5 if callable(friction) else friction
@@ -134,6 +140,7 @@ def test_friction_is_the_damped_oscillator(friction):
     assert_close(solution.params, exact.real * jnp.ones(2), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_heavy_ball_steps_converge_to_the_flow_with_friction():
     gamma, t1 = 1.0, 2.0
     target = jnp.array([1.0, -2.0])
@@ -157,6 +164,7 @@ def test_heavy_ball_steps_converge_to_the_flow_with_friction():
     assert errors[1] < 5e-3
 
 
+@pytest.mark.slow
 def test_saving(aligned):
     ts = jnp.array([0.0, 0.5, 1.5])
     run = eqx.Partial(
@@ -181,6 +189,7 @@ def test_saving(aligned):
         whole.evaluate(1.0)
 
 
+@pytest.mark.slow
 def test_everything_but_floating_arrays_stays():
     model = {"w": jnp.ones(2), "count": jnp.arange(3), "f": jnp.tanh, "none": None}
     solution = gradient_flow(
@@ -192,6 +201,7 @@ def test_everything_but_floating_arrays_stays():
     assert jnp.all(solution.params["w"] < 0.8)
 
 
+@pytest.mark.slow
 def test_float32_stays_float32():
     x = jnp.ones(2, jnp.float32)
     solution = gradient_flow(half_square, x, 0 * x, t1=1.0, ts=jnp.array([0.5, 1.0]))
@@ -200,6 +210,7 @@ def test_float32_stays_float32():
     assert_close(solution.params, want.astype(jnp.float32), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_second_call_with_other_numbers_does_not_compile(aligned):
     traces = []
 
@@ -226,6 +237,7 @@ def test_a_second_call_with_other_numbers_does_not_compile(aligned):
         assert during == 1 if k else during > 1
 
 
+@pytest.mark.slow
 def test_running_out_of_steps_is_reported(aligned):
     def run(t1):
         return gradient_flow(
@@ -239,6 +251,7 @@ def test_running_out_of_steps_is_reported(aligned):
     assert stats.time[1] < 100
 
 
+@pytest.mark.slow
 def test_members_of_a_batch_are_those_of_a_loop(aligned):
     def run(alpha):
         start = jax.tree.map(lambda x: alpha * x, aligned.start)
@@ -271,6 +284,7 @@ def test_bad_input_is_refused():
         gradient_flow(half_square, jnp.ones(2), 0.0, t1=1.0, solver="fast")
 
 
+@pytest.mark.slow
 def test_progress_is_shown(capsys):
     solution = gradient_flow(half_square, jnp.ones(2), jnp.zeros(2), t1=1.0, progress=True)
     jax.block_until_ready(solution)
@@ -279,6 +293,7 @@ def test_progress_is_shown(capsys):
     assert_close(solution.params, jnp.exp(-jnp.ones(2)), rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_any_diffrax_solver(aligned):
     b, a = flows.aligned_modes(jnp.array(2.0), aligned.left, aligned.right, aligned.sigma)
     solution = gradient_flow(
@@ -292,6 +307,7 @@ def test_any_diffrax_solver(aligned):
     assert_close(solution.params.materialize(), aligned.matrix(b * a), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_default_tolerances_follow_the_size_of_the_start():
     """From 1e-9: the time of the escape, to which every digit of the start counts."""
     aligned = Aligned(left=(1e-9, 3e-9), right=(2e-9, 1e-9), sigma=(1.0, 0.9))
@@ -306,6 +322,7 @@ def test_default_tolerances_follow_the_size_of_the_start():
     assert jnp.all(error < 1e-5 * size)
 
 
+@pytest.mark.slow
 def test_friction_that_falls_with_the_time_is_nesterovs():
     """``x'' + 3/(1 + t) x' + x = 0`` is Bessel's equation for ``(1 + t) x``."""
     ts = jnp.linspace(0, 12, 7)
@@ -324,6 +341,7 @@ def test_friction_that_falls_with_the_time_is_nesterovs():
     assert_close(solution.params[:, 0], weights @ basis(1, s) / s, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_observer_watches_a_flow_and_a_recovery():
     key = jr.key(0)
     problem = lrjax.matrix_sensing(key, (6, 5), 1, 90, objective=lrjax.recovery.Squared())

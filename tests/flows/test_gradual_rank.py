@@ -39,6 +39,7 @@ def test_attention_is_what_it_says(getkey):
     assert_close(flows.attention(stacked, x), flows.attention(same, x), condition=10)
 
 
+@pytest.mark.slow
 def test_separate_weights_wake_when_their_growth_says():
     """``L = ½ Σ h_i (w_i − m_i)²``: the i-th at ``1/(h_i |m_i|)``, to ``m_i``."""
     h, m = jnp.array([1.0, 3.0, 0.5, 1.0]), jnp.array([-2.0, 1.0, 1.0, 0.0])
@@ -50,6 +51,7 @@ def test_separate_weights_wake_when_their_growth_says():
     np.testing.assert_allclose(found.losses, [2.25, 0.25, 0, 0], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_what_is_learnt_changes_when_the_next_wakes():
     """Two that overlap: the second wakes by its push before and after the first."""
     gram, m = jnp.array([[1.0, 0.6], [0.6, 1.0]]), jnp.array([1.0, 0.9])

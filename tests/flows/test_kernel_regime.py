@@ -50,6 +50,7 @@ def test_the_lazy_limit_is_the_flow_of_the_kernel(getkey):
     assert np.all(10 ** found[0, 1] < 1e-2 * rich[1])
 
 
+@pytest.mark.slow
 def test_the_kernel_flow_is_that_of_a_linear_model(getkey):
     jacobian, targets = jr.normal(getkey(), (4, 6)), jr.normal(getkey(), (4,))
     outputs = lambda w, j: j @ w
@@ -63,6 +64,7 @@ def test_the_kernel_flow_is_that_of_a_linear_model(getkey):
     assert_close((flow - start[None]) @ jacobian.T, exact, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_standard_lora_start_is_lazy_in_one_factor(getkey):
     """``left = 0``: the kernel is ``I ⊗ R Rᵀ``, and the flow a regression on R."""
     x = random_low_rank(getkey(), 4, 3, 2, dtype=jnp.float64)
@@ -80,6 +82,7 @@ def test_a_standard_lora_start_is_lazy_in_one_factor(getkey):
     assert_close(scale * end.materialize().ravel(), exact, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_kernels_of_aligned_factors_are_known(aligned):
     """Eigenvalues ``b_i² + a_j²`` on ``u_i ⊗ v_j``, through the whole of training."""
     t = jnp.array(0.8)
@@ -101,6 +104,7 @@ def test_kernels_of_aligned_factors_are_known(aligned):
     assert_close(change.misalignment, 1 - cosine, rtol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aligned_with_task", [False, True])
 def test_starts_of_low_rank_are_rich_unless_aligned(aligned_with_task, getkey):
     """Of one norm: the kernel of factors of a higher rank turns less, on average."""

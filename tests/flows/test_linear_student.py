@@ -11,6 +11,7 @@ from lrjax import flows, gradient_flow
 from ..helpers import all_finite, assert_close
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(12, 5), (4, 7)])
 def test_the_flow_of_least_squares(shape, getkey):
     inputs, outputs = jr.normal(getkey(), shape), jr.normal(getkey(), shape[:1])
@@ -76,6 +77,7 @@ def test_the_large_limit_is_the_integral(ratio):
 N, SIGNAL, NOISE = 120, 1.0, 0.5
 
 
+@pytest.mark.slow_but("1.5")
 @pytest.mark.parametrize("ratio", [0.6, 1.5])
 def test_the_large_limit_is_the_mean_over_draws(ratio, getkey):
     p, draws = round(N / ratio), 40
@@ -105,6 +107,7 @@ def test_the_large_limit_is_the_mean_over_draws(ratio, getkey):
         assert more.mean() >= 3 * more.std(ddof=1) / draws**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.2, 1.0, 3.0])
 def test_the_best_time_is_a_minimum(ratio):
     values, weights = flows.marchenko_pastur(ratio)
@@ -118,6 +121,7 @@ def test_the_best_time_is_a_minimum(ratio):
     assert jnp.min(error(around)) >= error(best) * (1 - 1e-12)
 
 
+@pytest.mark.slow
 def test_times_of_one_mode_and_of_no_noise():
     rate, signal, noise = 0.7, 2.0, 0.3
     got = flows.best_stopping_time(jnp.array([0.0, rate]), signal, noise)

@@ -48,6 +48,7 @@ def test_two_layer_gradients_are_those_of_the_derivation():
     assert_close(-got.first.left, task.base.second.T @ e @ first.right)
 
 
+@pytest.mark.slow
 def test_adapters_of_two_layers_reach_the_tail_of_the_spectrum_and_no_more():
     # Zeng and Lee: with rank r on both of two layers the best error is the tail from 2r.
     change = jnp.array([2.0, 1.5, 1.0])
@@ -65,6 +66,7 @@ def test_adapters_of_two_layers_reach_the_tail_of_the_spectrum_and_no_more():
     assert final <= floor + 1e-2
 
 
+@pytest.mark.slow
 def test_every_start_reaches_the_same_loss_in_the_kernel_regime():
     # r(r + 1)/2 = 6 > 4 numbers to fit: no spurious local minimum.
     m, n, r, k = 5, 4, 3, 4
@@ -97,6 +99,7 @@ def test_deep_loss_of_two_layers_is_the_approximation_loss():
     )
 
 
+@pytest.mark.slow
 def test_inits():
     key, shape = jr.key(0), (6, 5)
     standard = lowrank.lora_init(shape, 2, key=key)
@@ -121,6 +124,7 @@ def test_inits():
     assert np.std(small.left) == pytest.approx(1e-2, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_spectral_start_at_the_best_approximation_does_not_move():
     matrix = jr.normal(jr.key(4), (6, 5))
     start = lowrank.svd_init(matrix, 2)
@@ -128,6 +132,7 @@ def test_a_spectral_start_at_the_best_approximation_does_not_move():
     assert_close(end, start, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_lora_left_factor_stays_in_the_space_of_the_first_gradient():
     # With left = 0 and a target of rank 2 the left factor never leaves its range.
     u = jnp.linalg.qr(jr.normal(jr.key(5), (7, 2)))[0]
@@ -139,6 +144,7 @@ def test_a_lora_left_factor_stays_in_the_space_of_the_first_gradient():
     assert jnp.linalg.norm(end.left) > 0.1
 
 
+@pytest.mark.slow
 def test_gauge_of_scale_and_learning_rates():
     # The run with (s, cA·A, cB·B) is the one with scale s·cA·cB and rates cA², cB².
     target = jr.normal(jr.key(8), (6, 5))

@@ -8,6 +8,7 @@ from ..helpers import assert_close
 from .conftest import approximation
 
 
+@pytest.mark.slow_but("own")
 @pytest.mark.parametrize(
     ("rule", "smallest"),
     [
@@ -38,6 +39,7 @@ def test_rules_wait_for_the_escape_from_the_saddle(aligned, rule, smallest):
     assert_close(solution.ts, times)
 
 
+@pytest.mark.slow
 def test_nothing_is_saved_after_the_end(aligned):
     ts = jnp.linspace(0, 50, 6)
     solution = gradient_flow(
@@ -56,6 +58,7 @@ def test_nothing_is_saved_after_the_end(aligned):
     assert approximation(solution.params, aligned.target) <= 1e-2
 
 
+@pytest.mark.slow
 def test_a_rule_that_never_fires_does_not_stop(aligned):
     stats = gradient_flow(
         approximation, aligned.start, aligned.target, t1=1.0, until=flows.loss_below(-1.0)
@@ -85,6 +88,7 @@ def test_stationary_is_relative_to_the_parameters(size):
     assert early.time < 5
 
 
+@pytest.mark.slow
 def test_a_rule_may_wait_longer_than_it_needs():
     run = lambda after: (
         gradient_flow(

@@ -46,6 +46,7 @@ ORTHONORMAL = {
 }
 
 
+@pytest.mark.slow_but("gram_eigh-deficient", "range_finder-full")
 @pytest.mark.parametrize("rank", [P, 2], ids=["full", "deficient"])
 @pytest.mark.parametrize("basis", ORTHONORMAL.values(), ids=ORTHONORMAL)
 def test_bases_are_orthonormal_also_on_rank_deficient_gradients(basis, rank, getkey):
@@ -57,6 +58,7 @@ def test_bases_are_orthonormal_also_on_rank_deficient_gradients(basis, rank, get
     assert_close(p.mT @ p, jnp.eye(R)[None])
 
 
+@pytest.mark.slow
 def test_the_best_bases_capture_what_the_svd_does(getkey):
     values = jnp.exp(-jnp.arange(P) / 2.0)
     a = with_spectrum(getkey(), P, Q, values)
@@ -67,6 +69,7 @@ def test_the_best_bases_capture_what_the_svd_does(getkey):
     assert 0.999 * best < sketched <= best * (1 + 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_power_steps_never_lose_energy_and_find_the_dominant_subspace(blocks, getkey, x64):
     values = jnp.exp(-jnp.arange(P, dtype=jnp.float64) / 2.0)
@@ -98,6 +101,7 @@ def test_blocks_stay_orthonormal_over_thousands_of_noisy_steps(getkey):
     assert_close(state.mT @ state, jnp.eye(R))
 
 
+@pytest.mark.slow
 def test_geodesic_steps_go_downhill_and_stop_at_the_optimum(getkey, x64):
     a = with_spectrum(getkey(), P, Q, jnp.linspace(2.0, 0.5, P), jnp.float64)
     basis = sub.Geodesic(R, 0.02)
@@ -121,6 +125,7 @@ def test_oja_with_plain_descent_is_ojas_rule(getkey, x64):
     assert_close(got, p + 0.6 * (jnp.eye(P) - p @ p.T) @ x @ p)
 
 
+@pytest.mark.slow
 def test_oja_descends_its_loss(getkey, x64):
     a = with_spectrum(getkey(), P, Q, jnp.linspace(2.0, 0.5, P), jnp.float64)
     p = jr.normal(getkey(), (P, R), jnp.float64)
@@ -136,6 +141,7 @@ def test_oja_descends_its_loss(getkey, x64):
     assert_close(got, p - jax.grad(loss)(p))
 
 
+@pytest.mark.slow
 def test_coap_follows_the_momentum_and_recalibrates_to_the_svd(getkey, x64):
     a = with_spectrum(getkey(), P, Q, jnp.linspace(2.0, 0.5, R), jnp.float64)
     basis = sub.CorrelationDescent(R, period=1, recalibrate=3)
@@ -159,6 +165,7 @@ def test_coap_follows_the_momentum_and_recalibrates_to_the_svd(getkey, x64):
     assert_close(energy(again, a), jnp.asarray(1.0))
 
 
+@pytest.mark.slow
 def test_gaussian_bases_are_unbiased_and_inflate_norms(getkey):
     basis = sub.Gaussian(R)
     key = getkey()
@@ -175,6 +182,7 @@ def test_gaussian_bases_are_unbiased_and_inflate_norms(getkey):
     assert abs(moved.mean() - P / R) < 6 * moved.std() / 4000**0.5
 
 
+@pytest.mark.slow
 def test_sampled_rows_are_unbiased(getkey):
     a = jr.normal(getkey(), (P, Q)) * jnp.arange(1.0, P + 1)[:, None]
     basis = sub.SelectedRows(R, choice="sampled")
@@ -199,6 +207,7 @@ def test_top_rows_are_the_largest(getkey):
     assert_close(p.mT @ p, jnp.eye(R))
 
 
+@pytest.mark.slow
 def test_sampled_svd_draws_by_singular_value(getkey):
     values = jnp.array([4.0, 2.0, 1.0, 1.0])
     a = with_spectrum(getkey(), 4, 6, values)
@@ -212,6 +221,7 @@ def test_sampled_svd_draws_by_singular_value(getkey):
     assert jnp.all(jnp.abs(share - want)[:2] < 6 * jnp.sqrt(want * (1 - want) / 4000)[:2])
 
 
+@pytest.mark.slow
 def test_align_undoes_flips_and_swaps(getkey):
     """With moments kept, an aligned basis of the same span changes nothing."""
     g = jr.normal(getkey(), (3, 6, 9))
@@ -261,6 +271,7 @@ def counter_example(tx, key, steps):
     return jnp.linalg.norm(gradient(carry[0]))
 
 
+@pytest.mark.slow
 def test_noise_stalls_the_svd_and_not_the_default():
     def run(recipe, **kwargs):
         rate = optax.cosine_decay_schedule(3e-3, 8000)

@@ -26,6 +26,7 @@ def signs(key, x, signed):
     return x * jnp.where(jr.bernoulli(key, 0.5, x.shape), 1, -1) if signed else x
 
 
+@pytest.mark.slow_but("True")
 @both
 def test_powers_of_two_are_kept_as_they_are(signed, getkey):
     """All pairs of neighbors in a byte, of either sign, and zero where there is one."""
@@ -47,6 +48,7 @@ def test_powers_of_two_are_kept_as_they_are(signed, getkey):
     assert len(np.unique(kept.codes)) == (225 if signed else 256)
 
 
+@pytest.mark.slow
 @both
 def test_a_round_trip_is_within_one_power_of_two(signed, getkey):
     for shape in ((700,), (300, 4), (2, 7, 6)):  # blocks along rows, columns, of a stack
@@ -64,6 +66,7 @@ def test_a_round_trip_is_within_one_power_of_two(signed, getkey):
         assert_close(sub.dequantize(store(nearest, signed)), nearest, rtol=0)
 
 
+@pytest.mark.slow_but("False")
 @both
 def test_dithered_codes_are_right_on_average(signed, getkey):
     x = signs(getkey(), LOWEST[signed] ** (0.9 * jr.uniform(getkey(), (40, 6))), signed)
@@ -77,6 +80,7 @@ def test_dithered_codes_are_right_on_average(signed, getkey):
         assert jnp.max(jnp.abs(mean / x - 1)) < (3 + 9) / steps
 
 
+@pytest.mark.slow
 def test_second_moments_have_no_zero():
     x = jnp.array([1.0, 1e-12, 0.0, 2.0**-16])
     assert_close(
@@ -87,6 +91,7 @@ def test_second_moments_have_no_zero():
     assert_close(first, jnp.array([-1.0, 0.0, 0.0, 0.0]), rtol=0)
 
 
+@pytest.mark.slow_but("shape0")
 @pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
 def test_adam_at_four_bits_is_that_of_the_reference(shape, x64):
     rng = np.random.default_rng(3)
@@ -128,6 +133,7 @@ def test_state_bytes_are_half_a_byte_a_number_and_the_scales():
     assert got == [2 * (512 * 1024 * bits // 8 + scales) for bits in (4, 8)]
 
 
+@pytest.mark.slow
 def test_carries_see_through_packed_codes(getkey):
     """Inside the subspace loop, where both moments turn with each new basis."""
     g = 1 + jr.normal(getkey(), (4, 6, 40))

@@ -26,6 +26,7 @@ FULL_RANK = {
 }
 
 
+@pytest.mark.slow_but("power_blocks")
 @pytest.mark.parametrize("basis", FULL_RANK.values(), ids=FULL_RANK)
 def test_a_full_rank_basis_changes_nothing_without_an_inner_state(
     basis, rollout, noisy, getkey
@@ -35,6 +36,7 @@ def test_a_full_rank_basis_changes_nothing_without_an_inner_state(
     assert_close(got, g)
 
 
+@pytest.mark.slow
 def test_rotated_momentum_is_full_momentum_at_full_rank(rollout, noisy, getkey, x64):
     g = noisy(getkey(), 8, 6, 9, dtype=jnp.float64)
     inner, key = optax.trace(0.9), getkey()
@@ -67,6 +69,7 @@ def test_rotated_variance_turns_with_signed_permutations(rollout, noisy, getkey,
     assert_close(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "basis",
     [
@@ -91,6 +94,7 @@ def test_stacked_leaves_are_the_loop_over_their_members(basis, rollout, noisy, g
     assert_close(got, want, condition=1e3)
 
 
+@pytest.mark.slow
 def test_fira_is_plain_projection_at_full_rank(rollout, noisy, getkey, x64):
     g = noisy(getkey(), 4, 5, 8, dtype=jnp.float64)
     lifts = sub.ScaledResidual(), sub.Project()
@@ -98,6 +102,7 @@ def test_fira_is_plain_projection_at_full_rank(rollout, noisy, getkey, x64):
     assert relative_error(got, want) < 1e-7  # a norm from a difference of squares
 
 
+@pytest.mark.slow
 def test_a_column_outside_the_basis_is_scaled_like_the_others(getkey):
     """Adam makes a unit step of any projection, even of one of rounding size."""
     p = jnp.linalg.qr(jr.normal(getkey(), (6, 6)))[0]
@@ -144,6 +149,7 @@ def test_seeded_reset_keeps_the_step_size_that_a_zero_reset_blows_up(rollout):
     assert zeroed[20, 0, 0] < zeroed[25, 0, 0]
 
 
+@pytest.mark.slow
 def test_galore_matches_optax_within_a_period(rollout, noisy, getkey):
     g = {"wide": noisy(getkey(), 5, 16, 24), "tall": noisy(getkey(), 5, 24, 16)}
     ours = wrap(ADAM, sub.SVD(4, side="long"))
@@ -161,6 +167,7 @@ def test_galore_matches_optax_across_refreshes_of_tall_matrices(rollout, noisy, 
     assert_close(rollout(ours, g)[0], rollout(theirs, g)[0], condition=100)
 
 
+@pytest.mark.slow
 def test_zero_and_non_finite_gradients_never_enter_a_basis(getkey):
     tx = wrap(ADAM, sub.Power(2), schedule=sub.Always(), carry=sub.RotateVariance())
     params = jnp.zeros((3, 6, 8))
@@ -194,6 +201,7 @@ def test_a_refresh_without_a_gradient_waits_for_the_next_one(getkey):
         np.testing.assert_array_equal(state.waiting, waiting)
 
 
+@pytest.mark.slow
 def test_a_zero_gradient_gives_a_zero_update():
     lifts = sub.Project, sub.ScaledResidual, sub.ScaledGradient, sub.SignResidual
     for lift in lifts:
@@ -204,6 +212,7 @@ def test_a_zero_gradient_gives_a_zero_update():
         assert not jnp.any(updates)
 
 
+@pytest.mark.slow
 def test_trees_of_all_kinds(getkey):
     params = {
         "a": jnp.zeros((6, 8)),
@@ -228,6 +237,7 @@ def test_trees_of_all_kinds(getkey):
     assert empty.update({}, empty.init({}))[0] == {}
 
 
+@pytest.mark.slow
 def test_views_of_convolution_kernels(getkey):
     kernel = jr.normal(getkey(), (8, 4, 3, 3))
     spec = sub.MatrixSpec(rows=(0,), cols=(1, 2, 3))
@@ -245,6 +255,7 @@ def test_views_of_convolution_kernels(getkey):
     assert_close(tx.update(kernel, tx.init(kernel))[0], want)
 
 
+@pytest.mark.slow
 def test_vmap_over_learning_rate_and_seed_is_the_loop(noisy, getkey):
     g = noisy(getkey(), 4, 6, 9)
 
@@ -291,6 +302,7 @@ def _primitives(jaxpr, inside_cond=False):
 FACTORIZATIONS = {"svd", "geqrf", "householder_product", "qr", "cholesky", "eigh"}
 
 
+@pytest.mark.slow_but("svd")
 @pytest.mark.parametrize("basis", [sub.SVD(2), sub.Power(2)], ids=["svd", "power"])
 def test_a_vmapped_schedule_stays_a_branch(basis):
     tx = wrap(ADAM, basis, schedule=sub.Periodic(5), carry=sub.RotateVariance())
@@ -334,6 +346,7 @@ def test_after_use_means_that_no_gradient_defines_its_own_basis(noisy, getkey):
     assert_close(updates, p @ (p.T @ g[1]))
 
 
+@pytest.mark.slow
 def test_staggered_leaves_refresh_on_different_steps(getkey):
     g = {str(i): jr.normal(getkey(), (4, 6)) for i in range(4)}
     tx = wrap(ADAM, sub.RandomOrthonormal(2), schedule=sub.Periodic(4))
@@ -348,6 +361,7 @@ def test_staggered_leaves_refresh_on_different_steps(getkey):
     assert moved == [["3"], ["2"], ["1"], ["0"]]
 
 
+@pytest.mark.slow
 def test_adaptive_gaps_grow_while_the_subspace_rests(getkey):
     g = jr.normal(getkey(), (4, 6))
     schedule = sub.Adaptive(1, window=2)

@@ -48,6 +48,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow_but("apollo")
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_gradient_is_multiplied_as_is_in_force(name):
     make = lambda **settings: RECIPES[name](1e-3, 4, **settings)

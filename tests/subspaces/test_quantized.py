@@ -24,6 +24,7 @@ def moments(key, shape, signed, decades):
     return size * jnp.where(jr.bernoulli(key, 0.5, shape), 1, -1) if signed else size
 
 
+@pytest.mark.slow_but("False")
 @pytest.mark.parametrize("signed", [True, False])
 def test_a_round_trip_keeps_the_relative_precision(signed, getkey):
     shapes = [(700,), (300, 5), (2, 7, 6)]  # blocks along rows, columns, of a stack
@@ -75,6 +76,7 @@ def test_second_moments_never_vanish():
     assert not any(x.any() for x in both(jnp.zeros(4)))
 
 
+@pytest.mark.slow
 def test_slow_averages_decay_between_their_codes():
     """Rounded to the nearest, a decay of 0.1 % a step would never reach the next code."""
     start = jnp.array([1.0, 0.01])
@@ -147,6 +149,7 @@ def test_codes_take_a_byte_and_a_scale_for_each_block(pair):
     assert round(report.ratio, 3) == round((1 + 4 / 256) / 4, 3)
 
 
+@pytest.mark.slow
 def test_carries_see_through_codes(getkey):
     """Inside the subspace loop, where both moments turn with each new basis."""
     g = 1 + jr.normal(getkey(), (4, 6, 40))
@@ -171,6 +174,7 @@ def test_carries_see_through_codes(getkey):
     assert relative_error(got, want) > 0
 
 
+@pytest.mark.slow
 def test_a_whole_recipe_at_eight_bits_still_descends(getkey):
     target = jr.normal(getkey(), (32, 48))
 
@@ -207,6 +211,7 @@ def test_small_moments_stay_and_unknown_ones_are_named(without_type_checks):
         sub.Quantized(sub.Gaussian(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis_type", "spec", "bits"),
     [
@@ -233,6 +238,7 @@ def test_codes_are_sharded_like_their_moments(axis_type, spec, bits):
     assert "all-gather" not in compiled.as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "group"), [(4, 10), (8, 64)])
 def test_a_basis_is_stored_to_half_a_step(bits, group, getkey):
     a = jr.normal(getkey(), (2, 13, 20))

@@ -37,6 +37,7 @@ def columns(subspace):
     return jax.vmap(lambda x: flat(subspace(x)) - start, out_axes=1)(jnp.eye(subspace.dim))
 
 
+@pytest.mark.slow_but("dense")
 @kinds
 def test_columns_have_norm_one_over_the_whole_model(getkey, x64, kind):
     params = params_of(getkey(), jnp.float64)
@@ -57,6 +58,7 @@ def test_columns_have_norm_one_over_the_whole_model(getkey, x64, kind):
         assert (np.count_nonzero(p, axis=0) == np.ceil(size**0.5)).all()
 
 
+@pytest.mark.slow
 @kinds
 def test_it_is_linear_and_its_gradient_is_the_transpose(getkey, x64, kind):
     params = params_of(getkey(), jnp.float64)
@@ -74,6 +76,7 @@ def test_it_is_linear_and_its_gradient_is_the_transpose(getkey, x64, kind):
     assert_close(cut(jnp.array([1, 4])), jnp.stack(want), condition=10)
 
 
+@pytest.mark.slow
 @kinds
 def test_seeds_are_a_batch(getkey, kind):
     params, x = params_of(getkey()), jr.normal(getkey(), (3, 5))
@@ -89,6 +92,7 @@ def test_seeds_are_a_batch(getkey, kind):
     assert all(jnp.any(a[0] != a[1]) for a in jax.tree.leaves(jax.vmap(made)(keys)))
 
 
+@pytest.mark.slow_but("dense", "sparse")
 @kinds
 def test_a_model_stays_a_model(getkey, kind):
     model = eqx.nn.MLP(3, 2, 8, 1, dtype=jnp.bfloat16, key=getkey())
@@ -154,6 +158,7 @@ def rows(snapshots, count):
     return np.stack([np.asarray(flat(at(i))) for i in range(count)])
 
 
+@pytest.mark.slow
 def test_columns_are_the_principal_components_of_a_run(getkey, x64):
     start, snapshots = jax.jit(run_of, static_argnums=(1, 2, 3))(
         getkey(), 9, 8, jnp.float64
@@ -167,6 +172,7 @@ def test_columns_are_the_principal_components_of_a_run(getkey, x64):
     assert_close(subspace(jnp.zeros(4)), start)  # the first snapshot
 
 
+@pytest.mark.slow
 def test_a_run_of_few_directions_is_within_them(getkey, x64):
     """From the first snapshot to the last: and what is asked for beyond is zero."""
     start, snapshots = jax.jit(run_of, static_argnums=(1, 2, 3))(

@@ -9,6 +9,7 @@ import jax
 import jax.random as jr
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 import lrjax
 
@@ -30,6 +31,7 @@ np.save(sys.argv[2], updates["w"])
 """
 
 
+@pytest.mark.slow
 def test_another_process_goes_on_bit_for_bit(tmp_path):
     tx = eval(OPTIMIZER, {"lrjax": lrjax, "jax": jax})
     update = jax.jit(tx.update)

@@ -26,6 +26,7 @@ def last_update(tx, gradients):
     return updates["w"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [lrjax.fira, lrjax.subtrack])
 def test_a_residual_of_rounding_size_does_not_hold_the_next_one_down(recipe):
     # A batch of four leaves nothing outside the basis of rank eight that it sets.
@@ -38,6 +39,7 @@ def test_a_residual_of_rounding_size_does_not_hold_the_next_one_down(recipe):
     assert jnp.linalg.norm(held) < jnp.linalg.norm(limited)
 
 
+@pytest.mark.slow
 def test_the_sign_of_rounding_is_no_direction():
     key, rank = jr.key(0), 4
     dead = jr.normal(key, (24, 24)).at[::2].set(0.0)
@@ -53,6 +55,7 @@ def test_the_sign_of_rounding_is_no_direction():
         assert_close(last_update(signed, [g]), last_update(plain, [g]), rtol=1e-6)
 
 
+@pytest.mark.slow_but("0-short")
 @pytest.mark.parametrize("side", ["both", "short"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_units_without_a_gradient_stay_where_they_are(side, axis):
@@ -69,6 +72,7 @@ def test_units_without_a_gradient_stay_where_they_are(side, axis):
     assert jnp.max(moved * (1 - alive)) < 1e-3 * jnp.max(moved)
 
 
+@pytest.mark.slow_but("1-1.0-columns")
 @pytest.mark.parametrize("normalize", ["columns", "qr"])
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
 @pytest.mark.parametrize("steps", [1, 10])
@@ -81,6 +85,7 @@ def test_momentum_of_lower_rank_gives_no_step_outside_it(normalize, scale, steps
     assert values[true - 1] > 0.1
 
 
+@pytest.mark.slow_but("qr")
 @pytest.mark.parametrize("normalize", ["columns", "qr"])
 def test_columns_without_a_direction_take_up_new_ones(normalize):
     few, more = of_rank(jr.key(3), 32, 48, 2), of_rank(jr.key(4), 32, 48, 8)
@@ -89,6 +94,7 @@ def test_columns_without_a_direction_take_up_new_ones(normalize):
     assert values[7] > 0.05
 
 
+@pytest.mark.slow_but("random-1-after", "random-2-before")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("blocks", [1, 2, 8])
 @pytest.mark.parametrize("first", [None, sub.SVD(8)], ids=["random", "svd"])
@@ -111,6 +117,7 @@ def test_full_rank_momentum_survives_every_turn_of_the_basis(when, blocks, first
         assert_close(updates, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_geodesic_basis_stays_orthonormal():
     basis = sub.Geodesic(4, step_size=1.0)
     tx = lrjax.project_updates(optax.identity(), basis, schedule=sub.Always())
@@ -126,6 +133,7 @@ def test_a_geodesic_basis_stays_orthonormal():
     assert jnp.max(jnp.abs(p.T @ p - jnp.eye(4))) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_null_space_of_the_first_gradients_is_no_accident():
     """Gradients of a small batch, once more but for rounding, give the same optimizer."""
     tx = lrjax.soap(1.0, weight_decay=0.0, refresh_every=2)

@@ -74,6 +74,7 @@ BASES = {
 }
 
 
+@pytest.mark.slow_but("power", "power(qr)")
 @pytest.mark.parametrize("basis", BASES.values(), ids=BASES.keys())
 def test_every_basis_lives_on_explicit_meshes(basis):
     """Types tell: JAX tracks shardings in them, so that nothing need be compiled."""

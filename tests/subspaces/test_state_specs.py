@@ -59,6 +59,7 @@ def alone():
     return out
 
 
+@pytest.mark.slow_but("galore-AxisType.Auto")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_state_placed_by_its_specs_stays_there(name, axis_type, alone):
@@ -83,6 +84,7 @@ def test_a_state_placed_by_its_specs_stays_there(name, axis_type, alone):
     assert_close(jax.device_get(updates), jax.device_get(alone[name]), condition=1e3)
 
 
+@pytest.mark.slow_but("adam-False")
 @pytest.mark.parametrize(
     ("name", "is_set"), [("subspace_adam", True), ("galore", False), ("adam", False)]
 )
@@ -105,6 +107,7 @@ def test_on_mesh_places_states_by_itself(name, is_set, alone):
     assert_close(jax.device_get(updates), jax.device_get(alone[name]), condition=1e3)
 
 
+@pytest.mark.slow
 def test_on_mesh_sends_what_an_explicit_mesh_sends():
     def sent(axis_type, wrap):
         by_spec = {"tall": NamedSharding(mesh(axis_type), SPECS["tall"])}

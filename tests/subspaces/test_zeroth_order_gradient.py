@@ -103,6 +103,7 @@ DIMENSIONS = {
 }
 
 
+@pytest.mark.slow_but("together")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_mean_is_the_projected_gradient_and_the_variance_its_size(
     linear_loss, getkey, name
@@ -121,6 +122,7 @@ def test_the_mean_is_the_projected_gradient_and_the_variance_its_size(
         assert abs(excess.mean() - (d + 1)) < 5 * excess.std() / DRAWS**0.5
 
 
+@pytest.mark.slow
 def test_more_queries_are_less_noise(linear_loss, getkey):
     params, slope = linear_loss
     g = np.asarray(flat(slope))
@@ -129,6 +131,7 @@ def test_more_queries_are_less_noise(linear_loss, getkey):
     assert abs(excess.mean() - (g.size + 1) / 4) < 5 * excess.std() / DRAWS**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queries", [2, 5])
 def test_ranked_losses_point_uphill(linear_loss, getkey, queries):
     """Of a linear loss the mean is ``2/√π`` long, along the gradient."""
@@ -141,6 +144,7 @@ def test_ranked_losses_point_uphill(linear_loss, getkey, queries):
     assert np.all(np.abs(got.mean(axis=0) - want) < 5.5 * error)
 
 
+@pytest.mark.slow
 def test_ranks_are_all_that_ranked_losses_tell(linear_loss, getkey):
     params, slope = linear_loss
     bent = lambda p, s: jnp.arctan(linear(p, s)) * 1e3 - 5
@@ -156,6 +160,7 @@ def test_ranks_are_all_that_ranked_losses_tell(linear_loss, getkey):
     assert jnp.all(jnp.isfinite(flat(rest)))
 
 
+@pytest.mark.slow
 def test_a_smooth_loss_is_met_to_second_order(x64, getkey):
     """Along each direction the error falls as the square of the scale."""
     params, key = params_of(getkey()), getkey()
@@ -175,6 +180,7 @@ def test_a_smooth_loss_is_met_to_second_order(x64, getkey):
     np.testing.assert_allclose(values[1] / values[0], 0.01, rtol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["right", "left", "orthonormal", "rows", "both"])
 def test_products_may_be_left_in_factors(linear_loss, getkey, name):
     params, slope = linear_loss
@@ -210,6 +216,7 @@ def test_bases_stay_for_a_period_and_perturbations_do_not(linear_loss, getkey):
     assert not jnp.allclose(nodes[2].right, nodes[3].right)
 
 
+@pytest.mark.slow
 def test_within_a_period_it_is_an_estimate_in_coordinates(linear_loss, getkey):
     """LOZO is MeZO of the left factor: ``⟨S, ξVᵀ⟩ ξVᵀ = ⟨SV, ξ⟩ ξ · Vᵀ``."""
     s = linear_loss[1]["w"]
@@ -229,6 +236,7 @@ def test_within_a_period_it_is_an_estimate_in_coordinates(linear_loss, getkey):
     assert_close(jnp.vdot(slope, xi) * xi, node.left, condition=1e3)
 
 
+@pytest.mark.slow
 def test_stacks_and_halves_of_pairs_are_perturbed(getkey):
     half = random_low_rank(getkey(), 6, 5, 2)
     object.__setattr__(half, "right", None)
@@ -244,6 +252,7 @@ def test_stacks_and_halves_of_pairs_are_perturbed(getkey):
         assert jnp.any(grads["half"].left != 0)
 
 
+@pytest.mark.slow
 def test_it_trains_under_scan_and_vmap_and_narrow_numbers(getkey):
     """Seeds are a batch; a vmapped run is the run of its seed."""
     target = jr.normal(getkey(), (8, 8))
@@ -270,6 +279,7 @@ def test_it_trains_under_scan_and_vmap_and_narrow_numbers(getkey):
     assert narrow.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_a_step_takes_the_memory_of_one_evaluation():
     """One perturbed model, and pieces of noise; factors, and sums over queries, no more."""
     shape = (4096, 2048)
