@@ -49,6 +49,7 @@ def test_principal_and_minor_part(matrix):
         )
 
 
+@pytest.mark.slow
 def test_factors_are_decomposed_without_their_product(matrix):
     u, values, vt = np.linalg.svd(f64(matrix), full_matrices=False)
     turn = np.linalg.qr(np.arange(36.0).reshape(6, 6) ** 1.5 + np.eye(6))[0]

@@ -59,6 +59,7 @@ def transposed(x):
     return np.asarray(x).swapaxes(-1, -2)
 
 
+@pytest.mark.slow_but("qr-2-batch0")
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("method", ["qr", "cholesky"])
@@ -118,6 +119,7 @@ def test_directions_without_room_are_left_out(getkey, x64):
         assert_close(cut.materialize(), x.materialize())
 
 
+@pytest.mark.slow
 def test_one_program_serves_every_rank(getkey, x64):
     x = svd_form(getkey())
     left, right = directions(getkey(), R)
@@ -152,6 +154,7 @@ def test_lift_projects_on_other_bases(getkey, x64):
     assert_close(lift(x, other.left, other.right).materialize(), want)
 
 
+@pytest.mark.slow_but("2")
 @pytest.mark.parametrize("rank", [None, 2])
 def test_brand_update_is_the_sum(rank, getkey, x64):
     x = svd_form(getkey(), batch=(2,), rank=rank)
@@ -167,6 +170,7 @@ def test_brand_update_is_the_sum(rank, getkey, x64):
         assert_close(error[i], np.linalg.norm(singular[i, kept:]))
 
 
+@pytest.mark.slow_but("svd-batch0", "svd-batch1")
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("form", ["svd", "pair", "dense"])
 def test_truncation_keeps_what_its_rule_says(batch, form, getkey, x64):
@@ -209,6 +213,7 @@ def test_ranks_of_a_sweep_over_tolerances(getkey, x64):
     assert traces == 2
 
 
+@pytest.mark.slow_but("None-rms", "3-mean", "3-rms")
 @pytest.mark.parametrize("reference", ["mean", "rms"])
 @pytest.mark.parametrize("rank", [None, 3])
 def test_clamped_spectra_have_the_condition_number(reference, rank, getkey, x64):
@@ -235,6 +240,7 @@ def test_clamped_spectra_have_the_condition_number(reference, rank, getkey, x64)
     assert_close(each.core[1], clamp(2.0).core, condition=100)
 
 
+@pytest.mark.slow_but("None")
 @pytest.mark.parametrize("rank", [None, 2])
 def test_tangents_of_masked_columns(rank, getkey, x64):
     x = svd_form(getkey(), rank=rank)
@@ -263,6 +269,7 @@ def test_tangents_of_masked_columns(rank, getkey, x64):
     assert_close(dense(new, transport(x, step, new)), there, condition=10)
 
 
+@pytest.mark.slow
 def test_the_tangent_space_has_the_dimension_of_the_matrices_of_a_rank(getkey, x64):
     """``r (m + n − r)``, the rank of the Jacobian of (left, core, right) ↦ the product."""
     m, n, r = 6, 5, 2
@@ -284,6 +291,7 @@ def test_the_tangent_space_has_the_dimension_of_the_matrices_of_a_rank(getkey, x
     assert_close(matrix @ jacobian, jacobian, condition=10)
 
 
+@pytest.mark.slow
 def test_sides_of_the_gradient_come_from_one_backward_pass(getkey, x64):
     """With ``W = K Vᵀ + U Lᵀ − U S Vᵀ``: ``∂K = G V``, ``∂L = Gᵀ U``, ``∂S = −Uᵀ G V``."""
     x, target = svd_form(getkey()), jr.normal(getkey(), (M, N), jnp.float64)
@@ -300,6 +308,7 @@ def test_sides_of_the_gradient_come_from_one_backward_pass(getkey, x64):
     assert_close(plain.left @ jnp.linalg.inv(s).T, g @ v, condition=1e3)
 
 
+@pytest.mark.slow_but("3")
 @pytest.mark.parametrize("rank", [None, 3])
 def test_no_singular_value_is_too_small_for_the_sides_of_the_gradient(rank, getkey):
     """``G V`` from ``G V Sᵀ`` in float32, where S spans twenty orders of magnitude."""
@@ -353,6 +362,7 @@ def test_moments_follow_the_bases(getkey, x64):
     assert_close(jnp.sum(turned), jnp.sum(moment**2), condition=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_degenerate_input_stays_finite(dtype, getkey):
     x = svd_form(getkey(), rank=2, dtype=dtype)

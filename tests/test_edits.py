@@ -21,6 +21,7 @@ def problem(key, count, dtype=None):
     return draw(b, M, N), draw(c, count, N), draw(d, count, M), inputs.T @ inputs / 50
 
 
+@pytest.mark.slow
 def test_one_key_has_the_closed_form(getkey, x64):
     weight, key, value, moment = problem(getkey(), 1)
     change = edit_weight(weight, key, value, moment)
@@ -31,6 +32,7 @@ def test_one_key_has_the_closed_form(getkey, x64):
     assert change.rank == 1
 
 
+@pytest.mark.slow_but("1", "3")
 @pytest.mark.parametrize("count", [1, 3, N])
 def test_keys_are_met_by_the_least_change(getkey, x64, count):
     """By the solution of the Lagrange equations."""
@@ -42,6 +44,7 @@ def test_keys_are_met_by_the_least_change(getkey, x64, count):
     np.testing.assert_allclose(change, want, atol=1e-11 * scale * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_with_a_ridge_many_are_a_joint_least_squares(getkey, x64):
     """The gradient of ``λ tr(Δ C Δᵀ) + ‖(W + Δ) Kᵀ − Vᵀ‖²`` vanishes."""
     weight, keys, values, moment = problem(getkey(), 30)
@@ -67,6 +70,7 @@ def test_a_key_that_is_said_twice_has_the_mean_of_its_values(getkey, x64):
     np.testing.assert_allclose(both.materialize(), once.materialize(), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_directions_that_no_input_has_are_free(getkey):
     """Outputs of the inputs so far stay, although the keys share directions with them."""
     weight, keys, values, _ = problem(getkey(), 2, jnp.float32)
@@ -90,6 +94,7 @@ def test_nothing_to_say_changes_nothing(getkey):
     assert np.all(none.materialize() == 0)
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_over_weights_and_ridges(getkey):
     stack = [problem(getkey(), 2, jnp.float32) for _ in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *stack)
@@ -103,6 +108,7 @@ def test_jit_and_vmap_over_weights_and_ridges(getkey):
     np.testing.assert_allclose(batch[0], found[0], atol=1e-3 * float(jnp.abs(batch).max()))
 
 
+@pytest.mark.slow
 def test_half_precision_is_computed_in_single(getkey):
     args = [x.astype(jnp.bfloat16) for x in problem(getkey(), 1, jnp.float32)]
     change = edit_weight(*args)

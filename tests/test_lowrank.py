@@ -31,6 +31,7 @@ def parts(x, v, w):
     return x.materialize(), x.T.materialize(), x.matvec(v), x.rmatvec(w)
 
 
+@pytest.mark.slow_but("batch0", "batch1")
 @pytest.mark.parametrize("batch", BATCHES)
 def test_node_is_its_dense_value(getkey, batch):
     x = random_low_rank(getkey(), 7, 5, 2, batch=batch)
@@ -45,6 +46,7 @@ def test_node_is_its_dense_value(getkey, batch):
     assert_close(left, np.einsum("...mn,...m->...n", dense(x), w), condition=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", BATCHES)
 def test_algebra_is_that_of_the_dense_values(getkey, batch):
     x = random_low_rank(getkey(), 9, 6, 2, batch=batch)
@@ -68,6 +70,7 @@ def test_algebra_is_that_of_the_dense_values(getkey, batch):
     assert_close(np.diagonal(gram, axis1=-2, axis2=-1), singular)
 
 
+@pytest.mark.slow_but("batch0")
 @pytest.mark.parametrize("batch", BATCHES)
 def test_truncation_of_the_transpose_is_the_transpose(batch, getkey, x64):
     """Factor by factor: the common signs of singular vectors favour neither side."""
@@ -78,6 +81,7 @@ def test_truncation_of_the_transpose_is_the_transpose(batch, getkey, x64):
     assert_close(got.right, want.left, condition=1e3)
 
 
+@pytest.mark.slow
 def test_norm_keeps_its_digits_under_cancellation(getkey, x64):
     x = random_low_rank(getkey(), 30, 20, 3, dtype=jnp.float64)
     nudge = random_low_rank(getkey(), 30, 20, 3, dtype=jnp.float64)
@@ -87,6 +91,7 @@ def test_norm_keeps_its_digits_under_cancellation(getkey, x64):
     assert relative_error(lrjax.norm(lrjax.add(y, minus_x)), difference) < 1e-5
 
 
+@pytest.mark.slow
 def test_degenerate_values_stay_finite():
     zero = lrjax.LowRank(jnp.zeros((4, 2)), jnp.zeros((3, 2)))
     for y in (jitted["balance"](zero), truncate(zero, 1), jitted["svd"](zero)):
@@ -94,6 +99,7 @@ def test_degenerate_values_stay_finite():
     assert jitted["norm"](zero) == 0
 
 
+@pytest.mark.slow_but("float32")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_dtype_is_kept(getkey, dtype):
     x = random_low_rank(getkey(), 9, 6, 2, dtype=dtype)
@@ -104,6 +110,7 @@ def test_dtype_is_kept(getkey, dtype):
     assert relative_error(materialize(even), value) < 5 * eps
 
 
+@pytest.mark.slow
 def test_rank_of_an_svd_form_changes_under_jit_and_vmap(getkey):
     full = lrjax.svd(random_low_rank(getkey(), 8, 6, 4))
     traces = 0
@@ -168,6 +175,7 @@ def test_refuses_what_is_no_factorization(left, right, error, message):
         lrjax.LowRank(left, right)
 
 
+@pytest.mark.slow
 def test_refuses_wrong_arguments(getkey):
     x = random_low_rank(getkey(), 4, 3, 2)
     s = lrjax.svd(x)
@@ -183,6 +191,7 @@ def test_refuses_wrong_arguments(getkey):
         lrjax.svd(random_low_rank(getkey(), 4, 3, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_products_with_arrays_and_nodes_are_those_of_the_value(getkey, batch):
     x = random_low_rank(getkey(), 4, 5, 2, batch=batch)
@@ -247,6 +256,7 @@ def test_matvec_of_what_is_no_vector_says_so(shape):
         x.matvec(jnp.ones(shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (2, 5, 5)])
 def test_the_algebra_takes_dense_matrices_and_svd_forms(getkey, x64, shape):
     dense = jr.normal(getkey(), shape, jnp.float64)
@@ -283,6 +293,7 @@ def test_serialises(getkey, tmp_path):
     assert_close(back, x, rtol=0)
 
 
+@pytest.mark.slow_but("batch0")
 @pytest.mark.parametrize("batch", BATCHES)
 def test_a_projected_step_is_the_projection_of_the_gradient(getkey, x64, batch):
     x = random_low_rank(getkey(), 8, 6, 2, batch=batch, dtype=jnp.float64)
@@ -330,6 +341,7 @@ def test_relative_step_of_rows_on_several_devices(getkey):
     assert_close(jax.jit(run)(x, u), lrjax.lowrank.relative_step(x, u), condition=10)
 
 
+@pytest.mark.slow
 def test_initializations_have_the_size_and_the_dtype_that_they_say(getkey, x64):
     key = getkey()
     for dtype in (jnp.float32, jnp.float64):
@@ -353,6 +365,7 @@ def test_initializations_have_the_size_and_the_dtype_that_they_say(getkey, x64):
         lrjax.lowrank.small_init((9, 8), 0, 1e-3, key=key)
 
 
+@pytest.mark.slow
 def test_norm_and_singular_values_can_be_differentiated(getkey, x64):
     x = random_low_rank(getkey(), 8, 6, 2, dtype=jnp.float64)
     values = lambda x: jnp.sum(lrjax.metrics.singular_values(x)[:2] ** 3)

@@ -31,6 +31,7 @@ def names():
     return run(README)
 
 
+@pytest.mark.slow
 def test_robust_pca_separates(names):
     assert int(names["fit"].rank) == 3
     error = names["fit"].low_rank.materialize() - names["clean"]

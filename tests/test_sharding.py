@@ -10,6 +10,7 @@ from lrjax._sharding import einsum
 from tests.helpers import assert_close
 
 
+@pytest.mark.slow_but("does not divide")
 @pytest.mark.parametrize(
     ("columns", "lies", "collective"),
     [

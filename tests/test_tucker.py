@@ -39,6 +39,7 @@ def test_a_stack_is_a_loop(getkey):
         np.testing.assert_allclose(both[k], one.materialize(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_inner_product_is_that_of_the_values(getkey):
     x, y = random(getkey()), random(getkey(), ranks=(1, 2, 3))
     want = jnp.sum(x.materialize() * y.materialize())
@@ -51,6 +52,7 @@ def test_two_axes_are_a_matrix(getkey):
     np.testing.assert_allclose(x.materialize(), left @ core @ right.T, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_higher_order_svd_is_exact_at_the_ranks_and_quasi_optimal_below(getkey):
     x = random(getkey()).materialize()
     exact = higher_order_svd(x, (2, 3, 2))
@@ -63,6 +65,7 @@ def test_higher_order_svd_is_exact_at_the_ranks_and_quasi_optimal_below(getkey):
     assert float(jnp.sum((cut - x) ** 2)) <= tails * (1 + 1e-4)
 
 
+@pytest.mark.slow
 def test_unfoldings(getkey):
     x = jr.normal(getkey(), (3, 4, 5))
     for axis, size in enumerate(x.shape):

@@ -67,6 +67,7 @@ def assert_orthonormal(x):
         np.testing.assert_allclose(gram, want, atol=tol(u))
 
 
+@pytest.mark.slow
 def test_masked_columns_do_not_count(getkey):
     x = orthonormal_form(getkey(), ranks=(2, 3, 1))
     core, bases = cut(x)
@@ -79,6 +80,7 @@ def test_masked_columns_do_not_count(getkey):
         assert_close(value(both)[k], reference.value(*cut(one)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [None, (2, 3, 1), (1, 1, 1)])
 def test_augmentation_keeps_the_value_and_holds_the_directions(getkey, ranks, x64):
     x = orthonormal_form(getkey(), ranks=ranks)
@@ -107,6 +109,7 @@ def test_an_axis_without_directions_stays(getkey):
     assert_close(value(wide), value(x))
 
 
+@pytest.mark.slow
 def test_bases_that_fill_the_space_stop_growing(getkey, x64):
     """Twice the rank is more than the axis is long: all of it, and the value stays."""
     x = orthonormal_form(getkey(), widths=(5, 4, 4), ranks=(4, 4, 3))
@@ -132,6 +135,7 @@ def test_dependent_directions_give_a_basis_all_the_same(getkey, kind):
     assert_close(value(wide), value(x), condition=10)
 
 
+@pytest.mark.slow
 def test_a_zero_column_amid_the_basis_leaks_nothing(getkey, x64):
     """QR of [U · mask | D] without packing turns the later columns towards any vector."""
     u = jnp.linalg.qr(jr.normal(getkey(), (8, 4)))[0]
@@ -142,6 +146,7 @@ def test_a_zero_column_amid_the_basis_leaks_nothing(getkey, x64):
     assert_close(got @ got.T, want @ want.T, condition=100)
 
 
+@pytest.mark.slow
 def test_sandwich_of_the_truncation(getkey, x64):
     """Its squared error is between the largest and the sum of the squared tails."""
     x = orthonormal_form(getkey(), widths=(4, 4, 4))
@@ -192,6 +197,7 @@ def test_core_after_truncation_is_all_orthogonal(getkey, x64):
         assert np.all(np.diff(np.diag(gram)) <= 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smallest", [1.0, 1e-6, 1e-12])
 def test_one_step_is_exact(getkey, smallest, x64):
     """At rate one on ½‖W − T‖², from any start, however small its singular values."""
@@ -209,6 +215,7 @@ def test_one_step_is_exact(getkey, smallest, x64):
     assert relative_error(value(new), target) < 1e-13 / min(1, smallest**0.25)
 
 
+@pytest.mark.slow
 def test_masked_ranks_are_those_of_arrays_that_change_shape(getkey, x64):
     """Thirty steps, for several tolerances at once, in one program."""
     target = 3 * jr.normal(getkey(), SHAPE)
@@ -232,6 +239,7 @@ def test_masked_ranks_are_those_of_arrays_that_change_shape(getkey, x64):
         assert relative_error(got, reference.value(core, bases)) < 1e-11
 
 
+@pytest.mark.slow_but("ranks2")
 @pytest.mark.parametrize("ranks", [None, (2, 3, 2), (1, 1, 1)])
 def test_tangent_is_the_projection_on_the_derivatives(getkey, ranks, x64):
     x = orthonormal_form(getkey(), ranks=ranks)
@@ -249,6 +257,7 @@ def test_tangent_is_the_projection_on_the_derivatives(getkey, ranks, x64):
     assert_close(value(got), want, condition=1e5)
 
 
+@pytest.mark.slow
 def test_zero_and_bfloat16(getkey):
     x = orthonormal_form(getkey(), ranks=(2, 2, 2))
     zero = TuckerForm(0 * x.core, x.factors, x.active)

@@ -12,6 +12,7 @@ from lrjax.linalg import fastfood, walsh_hadamard
 from ..helpers import relative_error
 
 
+@pytest.mark.slow_but("0", "1")
 @pytest.mark.parametrize("bits", [0, 1, 5, 9])
 def test_the_transform_is_that_of_hadamard_matrices(getkey, bits):
     x = jr.normal(getkey(), (2, 1 << bits))
@@ -21,6 +22,7 @@ def test_the_transform_is_that_of_hadamard_matrices(getkey, bits):
     assert relative_error(walsh_hadamard(got), x * (1 << bits)) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_map_is_that_of_its_definition(getkey, x64):
     key, d, size, n = getkey(), 20, 50, 64
     k_sign, k_order, k_scale = jr.split(key, 3)
@@ -47,6 +49,7 @@ def test_columns_have_length_one_and_are_nearly_orthogonal(getkey):
     assert abs(np.asarray(p @ p.T) - np.diag(lengths**2)).max() < 10 / size**0.5
 
 
+@pytest.mark.slow_but("1-1", "3-5")
 @pytest.mark.parametrize(("d", "size"), [(1, 1), (5, 3), (3, 5), (8, 8)])
 def test_any_sizes(d, size):
     y = fastfood(jnp.ones(d, jnp.bfloat16), size, key=jr.key(0))

@@ -55,6 +55,7 @@ def test_products_and_solutions_are_those_of_the_dense_matrix(kind, getkey, x64)
     np.testing.assert_allclose(inverse, np.linalg.inv(want), atol=1e-10)
 
 
+@pytest.mark.slow_but("False")
 @pytest.mark.parametrize("as_tree", [False, True])
 def test_nearly_parallel_columns_keep_their_digits(as_tree, getkey):
     """Columns that agree to 1e-3: in float32 their Gram matrix has one digit left."""
@@ -70,6 +71,7 @@ def test_nearly_parallel_columns_keep_their_digits(as_tree, getkey):
     assert relative_error(found, want) < 1e-3
 
 
+@pytest.mark.slow
 def test_lineax_solves_differentiates_and_batches(getkey, x64):
     u, b = jr.normal(getkey(), (N, R)), jr.normal(getkey(), (N,))
     values, d = jnp.array([5.0, 1.0, 0.1]), jnp.linspace(0.5, 4.0, N)

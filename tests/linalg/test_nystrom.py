@@ -41,6 +41,7 @@ def sketch(c, rank, key, as_tree):
 run = jax.jit(sketch, static_argnums=(1, 3))
 
 
+@pytest.mark.slow_but("False")
 @pytest.mark.parametrize("as_tree", [False, True])
 def test_lies_between_zero_and_the_operator(as_tree, getkey, x64):
     c = with_eigenvalues(getkey(), FALLING)
@@ -60,6 +61,7 @@ def test_is_exact_at_the_rank_of_the_operator(getkey, x64):
         np.testing.assert_allclose((u * values) @ u.T, c, atol=1e-11)
 
 
+@pytest.mark.slow_but("float32")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_an_indefinite_operator_is_shifted(dtype, getkey, x64):
     """By no more than twice its most negative eigenvalue; the large ones stay."""
@@ -73,6 +75,7 @@ def test_an_indefinite_operator_is_shifted(dtype, getkey, x64):
     assert np.linalg.matrix_rank(u[:, values > 0], tol=0.5) == np.sum(values > 0)
 
 
+@pytest.mark.slow
 def test_at_full_rank_the_preconditioner_is_the_operator(getkey, x64):
     c = with_eigenvalues(getkey(), FALLING)
     p = linalg.nystrom_preconditioner(lambda x: c @ x, c[0], N, damping=1e-3, key=getkey())
@@ -80,6 +83,7 @@ def test_at_full_rank_the_preconditioner_is_the_operator(getkey, x64):
     np.testing.assert_allclose(p.as_matrix(), want, rtol=0, atol=1e-6 * want.max())
 
 
+@pytest.mark.slow
 def test_conjugate_gradients_take_fewer_steps(getkey, x64):
     """The bound of the paper: the preconditioned condition is of the order of λ_r/μ."""
     c = with_eigenvalues(getkey(), FALLING)

@@ -38,6 +38,7 @@ def test_rotations_spread_the_energy_inside_the_blocks(getkey):
     np.testing.assert_allclose(found[:, 3:], 0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_whole_and_batched(getkey):
     key, stack = getkey(), jnp.stack([moment(getkey(), 6) for _ in range(3)])
     batch = pca_split_rotation(stack, 2, key=key)

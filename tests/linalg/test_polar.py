@@ -70,6 +70,7 @@ def test_scale_orthogonal_and_transpose_equivariance(getkey, method):
     assert_close(jitted(x.T, method=method), p.T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_runs_in_float32(getkey, dtype):
     x = jr.normal(getkey(), (2, 12, 5)).astype(dtype)

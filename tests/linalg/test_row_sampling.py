@@ -21,6 +21,7 @@ def uneven(getkey):
     return sizes * jr.normal(getkey(), (M, N)) * jnp.array([[1.0, 1e3, 1e-3]])
 
 
+@pytest.mark.slow
 def test_leverage_is_the_diagonal_of_the_projection(uneven):
     with jax.enable_x64():
         x = jnp.asarray(np.asarray(uneven, np.float64))

@@ -30,6 +30,7 @@ def test_the_approximants_have_the_published_errors():
         assert abs(got - root) == pytest.approx(taylor, rel=0.1)
 
 
+@pytest.mark.slow_but("pade")
 @pytest.mark.parametrize("method", ["pade", "taylor"])
 def test_one_pass_is_its_scalar_function_of_the_spectrum(method, x64):
     values = np.array([0.9, 0.4, 0.1])
@@ -46,6 +47,7 @@ def test_one_pass_is_its_scalar_function_of_the_spectrum(method, x64):
     assert relative_error(jnp.diag(inverse), 1 / want) < 1e-14
 
 
+@pytest.mark.slow_but("10000.0", "100000000.0")
 @pytest.mark.parametrize("condition", [1.0, 1e4, 1e8])
 def test_newton_is_exact_to_rounding(getkey, condition, x64):
     a, values, vectors = definite(getkey(), 6, condition)
@@ -57,6 +59,7 @@ def test_newton_is_exact_to_rounding(getkey, condition, x64):
     assert relative_error(inverse, want) < 50 * eps * condition
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_an_eigendecomposition(getkey, x64):
     a, _, _ = definite(getkey(), 5, 100.0)
     a, g = jnp.asarray(a), jr.normal(getkey(), (5, 5), jnp.float64)
@@ -73,6 +76,7 @@ def test_gradients_are_those_of_an_eigendecomposition(getkey, x64):
         assert relative_error(got, dense(power)) < 1e-10
 
 
+@pytest.mark.slow_but("bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_stacks_scales_and_singular_matrices(getkey, dtype):
     x = jr.normal(getkey(), (3, 4, 6)).astype(dtype)

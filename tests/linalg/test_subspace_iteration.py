@@ -20,6 +20,7 @@ from lrjax.linalg import (
 from tests.helpers import all_finite, assert_close, tol, with_spectrum
 
 
+@pytest.mark.slow_but("cholesky")
 @pytest.mark.parametrize("method", ["qr", "cholesky"])
 def test_contracts_at_the_square_of_the_gap(getkey, x64, method):
     # Equal leading values and a far third one: the rate holds from the first steps on,
@@ -137,6 +138,7 @@ def test_values_of_a_product_can_be_differentiated(getkey, x64):
     assert_close(equal, eye, condition=10)
 
 
+@pytest.mark.slow
 def test_a_core_of_the_identity_may_be_left_out(getkey):
     left, right = jr.normal(getkey(), (2, 9, 3)), jr.normal(getkey(), (2, 7, 3))
     eye = jnp.broadcast_to(jnp.eye(3), (2, 3, 3))

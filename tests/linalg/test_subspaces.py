@@ -88,6 +88,7 @@ def test_a_mean_of_one_block_is_that_of_leading_eigenvectors(x64):
     assert found.steps == 0  # the start is the solution already
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [9, 40])  # with and without more rows than columns together
 def test_at_the_mean_of_flags_the_dense_gradient_is_zero(n, x64):
     blocks, weights = (1, 2, 1), np.array([1.0, 2.0, 0.5, 1.5])
@@ -104,6 +105,7 @@ def test_at_the_mean_of_flags_the_dense_gradient_is_zero(n, x64):
     )
 
 
+@pytest.mark.slow
 def test_at_the_median_the_weighed_gradient_is_zero(x64):
     blocks = (1, 2)
     x = np.asarray(orthonormal(KEY, 5, 9, 3, 0.3))
@@ -114,6 +116,7 @@ def test_at_the_median_the_weighed_gradient_is_zero(x64):
     np.testing.assert_allclose(found.cost, away.sum(), rtol=1e-12)
 
 
+@pytest.mark.slow
 @averages
 def test_no_step_raises_the_cost(average, x64):
     x = orthonormal(KEY, 6, 12, 4)
@@ -126,6 +129,7 @@ def test_no_step_raises_the_cost(average, x64):
     np.testing.assert_array_equal(found.steps, np.arange(40))
 
 
+@pytest.mark.slow
 @averages
 def test_an_average_knows_of_subspaces_alone_not_of_bases(average, x64):
     """Columns of any scale, dependent on those before: of flags within the blocks."""
@@ -142,6 +146,7 @@ def test_an_average_knows_of_subspaces_alone_not_of_bases(average, x64):
             assert_close(z @ z.T, y @ y.T, rtol=1e-9)
 
 
+@pytest.mark.slow_but("subspace_median")
 @averages
 def test_averages_turn_with_the_space_and_ignore_what_no_subspace_sees(average, x64):
     x = np.asarray(orthonormal(KEY, 5, 9, 3, 0.3))
@@ -155,6 +160,7 @@ def test_averages_turn_with_the_space_and_ignore_what_no_subspace_sees(average, 
     )
 
 
+@pytest.mark.slow
 def test_less_than_half_cannot_move_the_median(x64):
     centre = np.asarray(orthonormal(KEY, 7, 15, 3, 0.05))
     wild = np.asarray(orthonormal(jr.key(7), 5, 15, 3))
@@ -168,6 +174,7 @@ def test_less_than_half_cannot_move_the_median(x64):
     assert found.converged
 
 
+@pytest.mark.slow_but("subspace_median")
 @averages
 def test_one_subspace_is_its_own_average(average):
     x = orthonormal(KEY, 1, 6, 2)
@@ -182,6 +189,7 @@ def test_a_number_that_is_none_has_not_converged():
     assert not averaged(linalg.subspace_mean, x).converged
 
 
+@pytest.mark.slow
 def test_sum_of_projectors_has_the_eigenvalues_of_a_difference(x64):
     x, y = np.asarray(orthonormal(KEY, 2, 10, 3))
     found = difference(x, y)

@@ -118,6 +118,7 @@ def test_lq_threshold_is_the_global_minimum(q):
     assert np.all(mine <= least + 1e-12)
 
 
+@pytest.mark.slow
 def test_limits_of_lq_and_firm_thresholds(getkey):
     x = 2 * jr.normal(getkey(), (50,))
     assert_close(linalg.lq_threshold(x, 0.5, 1.0), linalg.soft_threshold(x, 0.5))
@@ -127,6 +128,7 @@ def test_limits_of_lq_and_firm_thresholds(getkey):
     assert_close(wide, linalg.soft_threshold(x, 0.5), condition=100)
 
 
+@pytest.mark.slow
 def test_the_derivative_of_lq_is_that_of_the_root(getkey):
     with jax.enable_x64():
         x, h = jnp.array([1.5, 2.0, 3.0]), 1e-6

@@ -15,6 +15,7 @@ principal_angles = jax.jit(linalg.principal_angles)
 METHODS = ["exact", "randomized", "power"]
 
 
+@pytest.mark.slow_but("shape0-exact", "shape0-power")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(60, 25), (25, 60)])
 def test_recovers_a_low_rank_matrix(getkey, x64, method, shape):
@@ -27,6 +28,7 @@ def test_recovers_a_low_rank_matrix(getkey, x64, method, shape):
     assert_close((u * s[None]) @ v.T, x, condition=100)
 
 
+@pytest.mark.slow
 def test_power_from_a_warm_start_contracts_at_its_rate(getkey, x64):
     """tan of the angle to the leading subspace falls by (σ_{r+1}/σ_r)² an iteration."""
     gap, rng = 0.7, np.random.default_rng(getkey.seed)

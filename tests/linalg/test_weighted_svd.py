@@ -54,6 +54,7 @@ def test_with_the_moment_of_inputs_it_projects_on_the_outputs(getkey, x64):
     assert relative_error(product(fit), top @ top.T @ np.asarray(w)) < 1e-10
 
 
+@pytest.mark.slow
 def test_without_weights_it_is_the_svd(getkey):
     d = jr.normal(getkey(), (2, 6, 4))
     fit = jax.jit(lambda d: weighted_svd(d, None, None, 2))(d)

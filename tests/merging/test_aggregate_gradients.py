@@ -99,6 +99,7 @@ def test_rules_beside_their_formulas():
     np.testing.assert_allclose(found(merging.Krum()), x[best[0]], rtol=1e-6)  # 2 of 7
 
 
+@pytest.mark.slow_but("flag")
 @pytest.mark.parametrize("name", ["geometric median", "flag"])
 def test_stacks_and_lists_of_trees_are_one_thing(name, getkey):
     _, gradients = workers(getkey(), 5, 1)
@@ -120,6 +121,7 @@ def on_mesh(rule):
     return jax.jit(jax.shard_map(worker, mesh=MESH, in_specs=P("workers"), out_specs=P()))
 
 
+@pytest.mark.slow_but("mean")
 @rules
 def test_a_mesh_gives_what_a_stack_gives(name, getkey):
     _, gradients = workers(getkey(), 6, 2)
@@ -151,6 +153,7 @@ def test_no_device_gathers_the_gradients_of_all(name, getkey):
     assert max(sizes) <= 392  # 390 numbers of one worker, and what makes them divide by 8
 
 
+@pytest.mark.slow_but("mean")
 @rules
 def test_numbers_that_are_none_or_too_large_count_as_zeros(name, getkey):
     _, gradients = workers(getkey(), 8, 0)

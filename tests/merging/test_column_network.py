@@ -86,6 +86,7 @@ def test_a_constant_network_is_a_weighted_sum_and_the_first_one_the_sum(getkey):
     assert_close(constant(changes)["w"].materialize(), want, condition=10)
 
 
+@pytest.mark.slow
 def test_a_network_is_a_rule_for_adapters(getkey):
     model = eqx.nn.Linear(5, 6, key=getkey())
     own = [
@@ -111,6 +112,7 @@ def test_no_dense_change_is_formed_of_factors(getkey):
     assert "50,60" not in text
 
 
+@pytest.mark.slow
 def test_training_gives_each_column_to_the_change_that_its_data_needs(getkey):
     """Data of two tasks that use other inputs: the loss goes to zero, the overlap too."""
     key, (m, n) = getkey(), (4, 8)

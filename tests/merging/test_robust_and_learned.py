@@ -40,6 +40,7 @@ def test_as_many_clusters_as_units_are_all_units(getkey):
     assert_close(matrix(merged), np.float32(0.5**0.5) * exact, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_units_that_all_have_are_there_once(getkey):
     """Copies with their columns in another order merge to the adapter itself."""
     x = random_low_rank(getkey(), 8, 7, 3, batch=(2,))
@@ -126,6 +127,7 @@ def test_the_median_has_the_least_sum_of_distances(getkey):
         assert sum_of_distances(moved, points) > best
 
 
+@pytest.mark.slow
 def test_the_mean_of_nodes_is_that_of_their_products(getkey):
     changes = [random_low_rank(k, 9, 8, 2) for k in jr.split(getkey(), 4)]
     arrays = [matrix(c) for c in changes]
@@ -146,6 +148,7 @@ def test_a_flag_of_one_direction_is_that_of_the_singular_vector(getkey):
     assert_close(got, np.asarray(want, np.float32), rtol=100 * tol(got))
 
 
+@pytest.mark.slow
 def test_nothing_gives_nothing():
     zeros = [{"w": jnp.zeros((3, 2))}] * 3
     for mean in (geometric_median, flag_mean):

@@ -30,6 +30,7 @@ def called(name, *args):
     return getattr(metrics, name.split()[0])(*args, **LOSSES[name])
 
 
+@pytest.mark.slow_but("brier_score")
 @pytest.mark.parametrize("name", LOSSES)
 def test_is_the_loop_with_weights_masks_and_vmap(name, getkey):
     logits, labels, weights = example(getkey())
@@ -53,6 +54,7 @@ def test_is_the_loop_with_weights_masks_and_vmap(name, getkey):
     assert_close(every(log_p, labels, weights), got, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_closed_forms():
     uniform, labels = jnp.zeros((8, C)), jnp.arange(8) % C
     assert_close(metrics.negative_log_likelihood(uniform, labels), jnp.log(C), rtol=1e-6)
@@ -71,6 +73,7 @@ def test_closed_forms():
         assert float(ece(wrong)) == 1
 
 
+@pytest.mark.slow_but("False")
 @pytest.mark.parametrize("mass", [False, True])
 def test_bins_hold_all_and_are_as_told(mass, getkey):
     logits, labels, weights = example(getkey())
@@ -93,6 +96,7 @@ def test_bins_hold_all_and_are_as_told(mass, getkey):
     assert abs(float(one(equal_mass=mass)) - abs(right - p.max(1).mean())) < 1e-5
 
 
+@pytest.mark.slow
 def test_labels_that_are_drawn_from_the_predictions_are_calibrated(getkey):
     """The error is that of b binomial means, at most about √(b/n)."""
     n, bins = 20_000, 10
@@ -111,6 +115,7 @@ def test_labels_that_are_drawn_from_the_predictions_are_calibrated(getkey):
     assert float(fit.nll_after) < float(fit.nll_before)
 
 
+@pytest.mark.slow
 def test_the_temperature_is_that_of_the_least_loss(getkey):
     logits, labels, weights = example(getkey())
     labels = jnp.where(jr.bernoulli(getkey(), 0.6, (N,)), jnp.argmax(logits, 1), labels)

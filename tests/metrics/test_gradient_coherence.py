@@ -16,6 +16,7 @@ def loss(params, x, y):
     return (jnp.tanh(x @ params["w"]) @ params["v"] - y) ** 2
 
 
+@pytest.mark.slow_but("1")
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_is_the_mean_of_all_inner_products(batch_size, getkey, x64):
     params = {"w": jr.normal(getkey(), (4, 3)), "v": jr.normal(getkey(), (3,))}

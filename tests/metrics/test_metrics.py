@@ -33,6 +33,7 @@ def test_misalignment_of_two_lines_at_an_angle(x64, angle):
     assert metrics.misalignment(jnp.concatenate([x, y + 1], 1), -3 * x) < 1e-25
 
 
+@pytest.mark.slow_but("False")
 @pytest.mark.parametrize("factorized", [False, True])
 def test_ranks_of_a_known_spectrum(x64, factorized):
     values = jnp.array([4.0, 2.0, 1.0])
@@ -102,6 +103,7 @@ def problem(values):
     return array((q * values) @ q.T), q, jax.tree.map(array, x)
 
 
+@pytest.mark.slow
 def test_hessian_overlap_agrees_with_the_dense_hessian(x64):
     n, k = 30, 3
     values = np.concatenate([[9.0, 7.0, 5.0], np.linspace(-1, 1, n - 3)])
@@ -117,6 +119,7 @@ def test_hessian_overlap_agrees_with_the_dense_hessian(x64):
         hessian_overlap(quadratic, x, a, k=5, key=jr.key(3), steps=4)
 
 
+@pytest.mark.slow
 def test_the_hessian_space_is_that_of_the_dense_hessian(x64):
     n, k = 30, 3
     values = np.concatenate([[9.0, 7.0, 5.0], np.linspace(-1, 1, n - 3)])

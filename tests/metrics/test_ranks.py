@@ -39,6 +39,7 @@ def test_ranks_of_a_spectrum(getkey, x64):
         assert metrics.energy_rank(x, min(1.0, shares[k] + 1e-6)) == min(4, k + 2)
 
 
+@pytest.mark.slow
 def test_the_ranks_are_ordered_and_invariant(getkey):
     """1 ≤ stable ≤ nuclear, participation ≤ rank; effective ≤ rank."""
     x = random_low_rank(getkey(), 12, 9, 4)
@@ -64,6 +65,7 @@ def test_flat_spectra_and_zero():
     ).tolist() == [1, 3, 5]
 
 
+@pytest.mark.slow
 def test_local_rank_of_linear_layers_is_that_of_their_product():
     keys = jr.split(jr.key(0), 3)
     first, second = random_low_rank(keys[0], 7, 6, 3), random_low_rank(keys[1], 5, 7, 4)

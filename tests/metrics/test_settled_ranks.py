@@ -68,6 +68,7 @@ def test_nothing_settles_while_it_moves_or_before_its_time():
     assert still == [False] * 11 + [True] * 8
 
 
+@pytest.mark.slow
 def test_the_ranks_are_those_that_factorize_takes(getkey):
     model = eqx.nn.MLP(16, 12, 24, 2, key=getkey())
     watch = SettledRanks.of(model, where=lambda path, shape: len(shape) == 2)

@@ -25,6 +25,7 @@ def test_the_kernel_of_a_product_is_that_of_its_factors(getkey, x64):
     )
 
 
+@pytest.mark.slow
 def test_the_kernel_is_that_of_finite_differences(getkey, x64):
     model = eqx.nn.MLP(3, 2, 4, 1, jnp.tanh, key=getkey())
     inputs = jr.normal(getkey(), (4, 3))

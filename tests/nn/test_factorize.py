@@ -55,6 +55,7 @@ def assert_best(got, matrix, rank):
 INSIDE = ["conv", *(f"attention.{n}_proj" for n in ("query", "key", "value", "output"))]
 
 
+@pytest.mark.slow_but("svd")
 @pytest.mark.parametrize("form", ["pair", "svd"])
 def test_every_chosen_weight_is_its_best_approximation(form, getkey):
     model = Block(getkey())
@@ -148,6 +149,7 @@ def test_ranks_by_energy_and_by_budget(getkey):
     assert "budget" in flat.kept_dense
 
 
+@pytest.mark.slow
 def test_a_stack_keeps_its_axis_and_shares_a_rank(getkey):
     stack = eqx.filter_vmap(lambda k: eqx.nn.Linear(16, 16, key=k))(jr.split(getkey(), 3))
     small, report = nn.factorize(stack, rank=4)
@@ -168,6 +170,7 @@ def test_a_stack_keeps_its_axis_and_shares_a_rank(getkey):
     assert_close(scanned(x, arrays), want, condition=10)
 
 
+@pytest.mark.slow_but("inputs")
 @pytest.mark.parametrize("scheme", ["inputs", "outputs", "first", "last"])
 def test_stacked_convolutions_are_folded_one_by_one(scheme, getkey):
     make = lambda key: eqx.nn.Conv2d(4, 4, 3, key=key)
@@ -229,6 +232,7 @@ def value(node):
     return left @ core @ right.swapaxes(-1, -2)
 
 
+@pytest.mark.slow_but("pair")
 @pytest.mark.parametrize("form", ["pair", "svd"])
 def test_compact_takes_out_what_is_multiplied_by_zero(form, getkey):
     node = padded(getkey(), form)
@@ -244,6 +248,7 @@ def test_compact_takes_out_what_is_multiplied_by_zero(form, getkey):
         assert_close(left.T @ left, np.eye(8, dtype=left.dtype))
 
 
+@pytest.mark.slow
 def test_compact_takes_the_rank_of_a_stack_and_of_a_rank_given(getkey):
     deep = [padded(getkey(), "svd", used=k) for k in (3, 6)]
     stack = jax.tree.map(lambda *x: jnp.stack(x), *deep)
@@ -256,6 +261,7 @@ def test_compact_takes_the_rank_of_a_stack_and_of_a_rank_given(getkey):
     assert_close(value(small), value(masked))
 
 
+@pytest.mark.slow
 def test_compact_cuts_each_axis_of_a_tucker_form(getkey):
     conv = nn.TuckerConv(2, 6, 8, 3, (8, 6), key=getkey())
     core = conv.weight.core.at[5:].set(0).at[:, 0].set(0)

@@ -22,6 +22,7 @@ def cross_entropy(head, x, target):
     return optax.softmax_cross_entropy_with_integer_labels(head(x), target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 def test_logits_are_the_lengths_of_the_projections(getkey, k):
     head = lrjax.nn.GrassmannHead(8, 5, k, scale=7.0, key=getkey())
@@ -37,6 +38,7 @@ def test_logits_are_the_lengths_of_the_projections(getkey, k):
     assert_close(jax.vmap(head)(-3 * xs), got)  # neither the sign nor the length counts
 
 
+@pytest.mark.slow
 def test_stacks_dtypes_and_zero(getkey):
     keys = jr.split(getkey(), 2)
     make = lambda key: lrjax.nn.GrassmannHead(6, 3, 2, key=key)
@@ -87,6 +89,7 @@ def test_one_column_is_a_great_circle(getkey):
     assert_close(geodesic(s, g), want, condition=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2])
 def test_training_is_riemannian_sgd_with_momentum(getkey, k, x64):
     key = getkey()

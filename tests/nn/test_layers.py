@@ -45,6 +45,7 @@ def by_the_chain_rule(node, dense_gradient, fold=lambda kernel: kernel):
     return pull(fold(dense_gradient))[0]
 
 
+@pytest.mark.slow_but("svd")
 @form
 def test_linear_is_its_dense_layer(form, getkey):
     layer = generic(nn.LowRankLinear(7, 5, 3, form=form, key=getkey()), getkey())
@@ -57,6 +58,7 @@ def test_linear_is_its_dense_layer(form, getkey):
     assert_close(grad.weight, by_the_chain_rule(layer.weight, dense.weight), condition=10)
 
 
+@pytest.mark.slow_but("svd")
 @form
 def test_embedding_is_its_dense_layer(form, getkey):
     layer = generic(nn.LowRankEmbedding(9, 5, 3, form=form, key=getkey()), getkey())
@@ -89,6 +91,7 @@ GEOMETRIES = {
 }
 
 
+@pytest.mark.slow_but("inputs-1d")
 @pytest.mark.parametrize("name", GEOMETRIES)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_conv_is_its_dense_layer(name, scheme, getkey):
@@ -134,6 +137,7 @@ def test_unfolding_undoes_folding(scheme, groups, getkey):
     np.testing.assert_array_equal(back, kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 def test_tucker_conv_is_its_dense_layer(spatial, getkey):
     ranks = (3, 2) if spatial < 3 else (3, 2, 2, 1, 2)
@@ -173,6 +177,7 @@ def starts(key, rank):
     )
 
 
+@pytest.mark.slow
 def test_the_start_is_the_truncated_start_of_the_dense_layer(getkey):
     for layer, dense, fold in starts(getkey(), 2):
         s = np.linalg.svd(np.asarray(fold(dense.weight), np.float64), compute_uv=False)
@@ -206,6 +211,7 @@ LAYERS = {
 layers = pytest.mark.parametrize("name", LAYERS)
 
 
+@pytest.mark.slow_but("linear")
 @layers
 def test_a_stack_is_scanned_and_is_no_layer_by_itself(name, getkey):
     make, shape = LAYERS[name]
@@ -228,6 +234,7 @@ def test_a_stack_is_scanned_and_is_no_layer_by_itself(name, getkey):
     assert_close(stack.to_dense(), dense)
 
 
+@pytest.mark.slow_but("linear", "linear svd")
 @layers
 def test_in_bfloat16(name, getkey):
     make, shape = LAYERS[name]
@@ -257,6 +264,7 @@ def test_a_key_may_be_given_as_to_the_layers_of_equinox(name, getkey):
     assert_close(layer(x, key=getkey()), layer(x))
 
 
+@pytest.mark.slow
 def test_sequences_and_transforms_for_factors_take_them(getkey):
     """``eqx.nn.Sequential`` hands on keys; a Gram scaling sees the pair, no bias."""
     k1, k2 = jr.split(getkey())

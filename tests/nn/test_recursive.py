@@ -55,6 +55,7 @@ def shared(weights, start):
     return by_loop.mean(0) if start == "average" else weights[steps[start]]
 
 
+@pytest.mark.slow_but("lower", "stepwise")
 @pytest.mark.parametrize("start", ["average", "lower", "stepwise"])
 def test_at_full_rank_it_is_the_model_it_was_made_of(start, getkey):
     originals, x = blocks(getkey), jr.normal(getkey(), (WIDTH,))
@@ -105,6 +106,7 @@ def test_each_block_has_a_key_of_its_own(getkey):
     assert_close(got, by_hand(originals, x, keys=keys), condition=10)
 
 
+@pytest.mark.slow
 def test_it_is_trained_vmapped_and_stored(getkey, tmp_path):
     """In bfloat16 and from a stack; a shared matrix gets the gradients of all its loops."""
     stack = eqx.filter_vmap(Block)(jr.split(getkey(), DEPTH))

@@ -32,6 +32,7 @@ def dense_weight(layer):
     return weight
 
 
+@pytest.mark.slow
 def test_it_is_its_dense_layer(getkey):
     layer = generic(getkey)
     x, weigh = jr.normal(getkey(), (BATCH, IN)), jr.normal(getkey(), (BATCH, OUT))
@@ -82,6 +83,7 @@ def test_the_start(getkey):
     assert np.linalg.matrix_rank(np.asarray(layer.to_dense().weight)) > 3
 
 
+@pytest.mark.slow
 def test_stacks_halves_and_files(getkey, tmp_path):
     make = lambda key: nn.SparsePlusLowRankLinear(6, 6, 2, density=0.2, key=key)
     stack = eqx.filter_vmap(make)(jr.split(getkey(), 3))
