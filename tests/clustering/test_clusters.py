@@ -26,6 +26,7 @@ def rng_of(getkey):
     return np.random.default_rng(int(jax.random.key_data(getkey())[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("affine", [False, True])
 def test_planted_subspaces_are_found(affine, getkey, x64):
     x, labels = union(rng_of(getkey), (2, 2, 2), 12, 30, noise=0.01, offset=2.0 * affine)
@@ -46,6 +47,7 @@ def test_planted_subspaces_are_found(affine, getkey, x64):
     np.testing.assert_allclose(found.cost, best / len(x), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_subspace_is_a_principal_component_analysis(getkey, x64):
     x = rng_of(getkey).standard_normal((40, 6)) * np.array([9.0, 6.0, 1, 1, 1, 1])
     found = fit_planes(x, 1, 2, restarts=2, key=getkey())
@@ -55,6 +57,7 @@ def test_one_subspace_is_a_principal_component_analysis(getkey, x64):
     assert found.agreement == 1
 
 
+@pytest.mark.slow
 def test_restarts_that_disagree_are_not_trusted(getkey):
     """Noise has no subspaces: every restart ends elsewhere."""
     x = rng_of(getkey).standard_normal((90, 12)).astype(np.float32)
@@ -101,6 +104,7 @@ def test_denoiser_is_tweedies(x64, mixture, getkey):
         np.testing.assert_allclose(ours, tweedie, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_likelihood_rises_to_the_closed_form(getkey, x64):
     """One component: probabilistic PCA, an eigendecomposition of the covariance."""
     x = rng_of(getkey).standard_normal((60, 6)) * np.array([4.0, 3.0, 1, 1, 1, 1])
@@ -116,6 +120,7 @@ def test_likelihood_rises_to_the_closed_form(getkey, x64):
     assert fit.converged
 
 
+@pytest.mark.slow
 def test_a_planted_mixture_is_found(getkey, x64):
     x, labels = union(rng_of(getkey), (2, 2), 8, 60, noise=0.1, offset=1.0)
     fit = fit_mixture(x, 2, 2, key=getkey())
@@ -139,6 +144,7 @@ def test_coding_rate_is_that_of_the_singular_values(getkey, x64):
             np.testing.assert_allclose(ours, right, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_reduction_is_for_the_right_groups(getkey, x64):
     x, labels = union(rng_of(getkey), (2, 2), 8, 20)
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -152,6 +158,7 @@ def test_reduction_is_for_the_right_groups(getkey, x64):
         assert all(np.isfinite(g).all() for g in slopes(samples, np.eye(2)[labels]))
 
 
+@pytest.mark.slow_but("low_rank")
 @pytest.mark.parametrize("method", ["sparse", "low_rank", "ridge"])
 def test_estimator_finds_planted_subspaces(method, getkey):
     x, labels = union(rng_of(getkey), (2, 2), 20, 20, noise=0.05)

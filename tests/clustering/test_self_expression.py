@@ -48,6 +48,7 @@ def conditions(x, found, tau, affine):
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("affine", [False, True])
 def test_optimality(affine, getkey, x64):
     """The lasso, the elastic net, and samples that outnumber no dimension."""
@@ -80,12 +81,14 @@ def test_the_same_as_scikit_learn_sample_by_sample(getkey, x64):
             assert ((np.abs(peer.coef_) > 1e-6) == (np.abs(ours) > 1e-6)).all()
 
 
+@pytest.mark.slow
 def test_affine_coefficients_do_not_see_where_the_origin_is(getkey, x64):
     x, _ = union(rng_of(getkey), (1, 2), 8, 15, noise=0.2)
     here, there = sparse(x, affine=True), sparse(x + 5.0, affine=True)
     np.testing.assert_allclose(here.coefficients, there.coefficients, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_order_and_length_of_samples(getkey, x64):
     """Permuted samples, permuted coefficients; a longer sample needs more of the others."""
     rng = rng_of(getkey)
@@ -97,6 +100,7 @@ def test_order_and_length_of_samples(getkey, x64):
     np.testing.assert_allclose(sparse(1e3 * x).coefficients, c, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_subspaces_are_kept_apart(getkey, x64):
     """Without noise, independent subspaces: by the few in their own, and next to nothing
     else: what the weight of the fit leaves open."""
@@ -109,6 +113,7 @@ def test_subspaces_are_kept_apart(getkey, x64):
     assert np.abs(np.asarray(low_rank(x, fit_weight=jnp.inf)))[other].max() < 1e-12
 
 
+@pytest.mark.slow
 def test_a_weight_of_one_uses_nothing(getkey):
     x, _ = union(rng_of(getkey), (2, 3), 8, 15, noise=0.2)
     found = sparse(x, fit_weight=0.999)
@@ -116,6 +121,7 @@ def test_a_weight_of_one_uses_nothing(getkey):
     assert np.asarray(sparse(x, fit_weight=1.1).coefficients).any(axis=1).all()
 
 
+@pytest.mark.slow
 def test_vmap_over_the_weight_and_single_precision(getkey):
     x, _ = union(rng_of(getkey), (2, 3), 8, 15, noise=0.2)
     weights = jnp.array([5.0, 50.0])
@@ -130,6 +136,7 @@ def test_vmap_over_the_weight_and_single_precision(getkey):
         np.testing.assert_allclose(found.coefficients[i], one.coefficients, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_samples_that_are_zero_or_alike(getkey):
     x, _ = union(rng_of(getkey), (2, 3), 8, 15, noise=0.2)
     x[3] = 0
@@ -142,6 +149,7 @@ def test_samples_that_are_zero_or_alike(getkey):
     assert np.isfinite(sparse(0 * x).coefficients).all()
 
 
+@pytest.mark.slow
 def test_what_has_not_converged_says_so(getkey):
     x, _ = union(rng_of(getkey), (2, 3), 8, 15, noise=0.2)
     assert not sparse(x, max_support=1).converged
@@ -181,6 +189,7 @@ def test_ridge_solves_the_normal_equations(shape, getkey, x64):
     )
 
 
+@pytest.mark.slow
 def test_affinity_is_a_graph(getkey):
     c = rng_of(getkey).standard_normal((7, 7)).astype(np.float32)
     graph = np.asarray(clustering.affinity(c, keep=3))

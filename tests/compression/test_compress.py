@@ -42,6 +42,7 @@ def scanned():
     return model, tokens, layer_statistics(model, iter(tokens))
 
 
+@pytest.mark.slow_but("inputs")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_budget_is_kept_and_all_of_it_is_the_model(method, scanned):
     """As many numbers as the report says, in a model that is called as before."""
@@ -82,6 +83,7 @@ def test_what_the_fit_weighs_is_what_it_keeps(scanned):
     assert outputs["sensitivity"] < outputs["svd"]
 
 
+@pytest.mark.slow
 def test_the_bias_makes_good_what_inputs_share(x64, getkey):
     """Centred data in a subspace: exact, with the mean anywhere; and that of the paper."""
     keys = jr.split(getkey(), 4)
@@ -104,6 +106,7 @@ def test_the_bias_makes_good_what_inputs_share(x64, getkey):
     assert relative_error(small.bias, want[1]) < 1e-10
 
 
+@pytest.mark.slow
 def test_a_table_of_entries_around_a_mean(x64, getkey):
     """Rows in a plane that does not go through zero, as often as they are asked for."""
     plane = jr.normal(getkey(), (20, 2)) @ jr.normal(getkey(), (2, 6))
@@ -125,6 +128,7 @@ def test_a_table_of_entries_around_a_mean(x64, getkey):
     assert_close(run(two, often), run(embedding, often), condition=1e4)
 
 
+@pytest.mark.slow
 def test_convolutions_with_groups_fit_each_group(getkey):
     """Full rank is exact; one that its inputs allow is exact on them."""
     conv = eqx.nn.Conv2d(6, 8, 3, groups=2, padding=1, key=getkey())
@@ -150,6 +154,7 @@ def test_convolutions_with_groups_fit_each_group(getkey):
         assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_stack_is_its_layers_and_batches_in_any_order(getkey):
     """One rank, factors for each; the sums are plain sums."""
     layers = eqx.filter_vmap(lambda key: eqx.nn.Linear(6, 6, key=key))(
@@ -175,6 +180,7 @@ def test_a_stack_is_its_layers_and_batches_in_any_order(getkey):
         assert_close(stacked.weight.materialize()[i], want, condition=1e3)
 
 
+@pytest.mark.slow
 def test_energy_is_kept_by_outputs_and_inputs(scanned):
     model, tokens, _ = scanned
     small, report = compress(model, tokens, energy=0.9, method="inputs")
@@ -191,6 +197,7 @@ def test_energy_is_kept_by_outputs_and_inputs(scanned):
     assert shape(both) == shape(small)
 
 
+@pytest.mark.slow
 def test_corrections_of_a_pruned_model_are_adapters(getkey):
     """Beside the weights they are nearer to the model, and at full rank they are it."""
     model = eqx.nn.MLP(12, 4, 16, 2, key=getkey())
@@ -243,6 +250,7 @@ def test_even_ranks_keep_a_budget(scanned):
     assert cost > int(0.7 * weights)
 
 
+@pytest.mark.slow
 def test_a_file_brings_back_the_model(scanned, tmp_path):
     """Into what factorize makes of the same ranks."""
     model, tokens, statistics = scanned
@@ -255,6 +263,7 @@ def test_a_file_brings_back_the_model(scanned, tmp_path):
     np.testing.assert_array_equal(run(again, tokens[0]), run(small, tokens[0]))
 
 
+@pytest.mark.slow
 def test_half_precision_stays(getkey):
     cast = lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x
     model = jax.tree.map(cast, eqx.nn.MLP(8, 4, 16, 1, key=getkey()))
@@ -265,6 +274,7 @@ def test_half_precision_stays(getkey):
     assert bool(jnp.all(jnp.isfinite(run(small, batches[0]))))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compressed_is_told(scanned, getkey):
     model, tokens, statistics = scanned
     pair = {

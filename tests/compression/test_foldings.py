@@ -60,6 +60,7 @@ def costs_and_errors(weight, scheme, groups):
     return [((r + 1) * each, error) for r, error in enumerate(errors)]
 
 
+@pytest.mark.slow
 def test_no_other_choice_within_the_budget_has_a_smaller_largest_error(getkey):
     layers = weights(getkey())
     choices = {}

@@ -35,6 +35,7 @@ def test_influence_is_one_minus_the_cosine(getkey):
     assert np.isfinite(block_influence(jnp.zeros((2, 3)), jnp.ones((2, 3))))
 
 
+@pytest.mark.slow
 def test_a_block_is_replaced_by_the_one_whose_rest_is_least(getkey):
     """Block 0 is block 4 and a large matrix of rank two."""
     blocks = {"in": jr.normal(getkey(), (5, 6, 8)), "bias": jr.normal(getkey(), (5, 6))}

@@ -71,6 +71,7 @@ def base(getkey):
     return make(getkey())
 
 
+@pytest.mark.slow
 def test_changes_of_some_rank_are_found_and_restored(base, getkey):
     new = tuned(base, getkey(), rank=2)
     change, report = store_change(new, base, energy=1 - 1e-6)
@@ -108,6 +109,7 @@ def test_a_budget_is_kept_and_what_is_lost_is_told(base, getkey):
         np.testing.assert_allclose(again.conv.bias, new.conv.bias, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_all_of_it_is_exact_and_nothing_is_nothing(base, getkey):
     new = tuned(base, getkey())
     change, report = store_change(new, base, budget=1.0)
@@ -118,6 +120,7 @@ def test_all_of_it_is_exact_and_nothing_is_nothing(base, getkey):
     assert report.layers == ()
 
 
+@pytest.mark.slow
 def test_factors_at_eight_bits(base, getkey):
     new = tuned(base, getkey(), rank=2)
     plain, _ = store_change(new, base, energy=1 - 1e-6)
@@ -130,6 +133,7 @@ def test_factors_at_eight_bits(base, getkey):
     assert 1e-4 < far(restore_change(base, change), new) < 0.05
 
 
+@pytest.mark.slow
 def test_half_precision_models_are_restored_in_their_dtype(getkey):
     base = make(getkey(), jnp.bfloat16)
     new = tuned(base, getkey())
@@ -138,6 +142,7 @@ def test_half_precision_models_are_restored_in_their_dtype(getkey):
     assert far(again, new) == 0
 
 
+@pytest.mark.slow
 def test_a_change_goes_through_a_file(base, getkey, tmp_path):
     new = tuned(base, getkey(), rank=2)
     change, _ = store_change(new, base, energy=1 - 1e-6)

@@ -41,6 +41,7 @@ def values_and_cuts(weight, inputs, outputs=None, *, ranks, damping=0.0):
     return found.values, [found.cut(rank).materialize() for rank in ranks]
 
 
+@pytest.mark.slow_but("shape0")
 @pytest.mark.parametrize("shape", [(7, 9), (9, 7)])
 def test_one_formula_for_outputs_and_eigenspaces(shape, x64, getkey):
     """V Vᵀ W of the outputs is the SVD of W C^½ taken back, and the tail is the error."""
@@ -122,6 +123,7 @@ def test_one_hot_inputs_by_their_frequencies(x64, getkey):
     assert_close(thin[1][-1], weight, rtol=TIGHT)
 
 
+@pytest.mark.slow_but("shape0")
 @pytest.mark.parametrize("shape", [(4, 8), (8, 4)])
 def test_full_rank_is_exact_though_inputs_lie_in_a_subspace(shape, getkey):
     """With a little damping; and without any nothing is lost of what was seen."""
@@ -152,6 +154,7 @@ def test_zero_data_zero_weights_and_half_precision_are_finite(getkey):
             assert pair.left.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_stacks_jit_and_vmap_are_the_single_ones(getkey):
     rng = rng_of(getkey)
     weight = rng.standard_normal((3, 4, 6), np.float32)

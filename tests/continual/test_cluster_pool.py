@@ -35,6 +35,7 @@ def times(pool, index=0):
     return [list(row[row >= 0]) for row in born if (row >= 0).any()]
 
 
+@pytest.mark.slow_but("2-1-True")
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize(("clusters", "size"), [(2, 1), (5, 3)])
 def test_it_is_the_loop_over_lists(clusters, size, merge, x64, getkey):
@@ -56,6 +57,7 @@ def test_it_is_the_loop_over_lists(clusters, size, merge, x64, getkey):
         np.testing.assert_array_equal(pool.carried[there], born)
 
 
+@pytest.mark.slow
 def test_the_first_points_open_a_cluster_each(getkey):
     points = jr.normal(getkey(), (7, 3))
     pool = filled(points[:4], clusters=4, size=3)
@@ -67,6 +69,7 @@ def test_the_first_points_open_a_cluster_each(getkey):
     assert not np.any(early.contents()[0][~np.asarray(early.contents()[2])])
 
 
+@pytest.mark.slow
 def test_a_cluster_keeps_its_last_points(getkey):
     points = jr.normal(getkey(), (8, 3))
     pool = filled(points, clusters=1, size=3)
@@ -97,6 +100,7 @@ def test_what_was_seen_before_the_pool_was_full_stays(getkey):
     assert purity(pool, order) == 1
 
 
+@pytest.mark.slow
 def test_a_late_mode_takes_a_cluster_of_another_one_unless_they_merge(getkey):
     order = np.repeat([0, 1], [30, 8])
     points = modes_of(getkey, order)
@@ -107,6 +111,7 @@ def test_a_late_mode_takes_a_cluster_of_another_one_unless_they_merge(getkey):
     assert {m for c in times(merged) for m in order[np.array(c)]} == {0, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [False, True])
 def test_pools_are_apart_and_members_of_a_vmap_too(merge, getkey):
     """Each pool sees its own points; as if there were one object for each."""
@@ -126,6 +131,7 @@ def test_pools_are_apart_and_members_of_a_vmap_too(merge, getkey):
             assert got == [[chosen[t] for t in c] for c in want.times()]
 
 
+@pytest.mark.slow
 def test_trees_are_points_and_distances_are_those_of_all_numbers(x64, getkey):
     flat = jr.normal(getkey(), (30, 5), jnp.float64)
     tree = {"a": flat[:, :3].reshape(-1, 3, 1), "b": flat[:, 3:]}
@@ -145,6 +151,7 @@ def test_means_of_narrow_numbers_are_wide():
     np.testing.assert_array_equal(pool.means[0, 0], np.full(2, 128.5, np.float32))
 
 
+@pytest.mark.slow
 def test_a_sample_is_some_of_the_points_without_repetition(getkey):
     points = jr.normal(getkey(), (9, 3))
     pool = filled(points, clusters=5, size=3)

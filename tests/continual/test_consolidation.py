@@ -45,6 +45,7 @@ def seen(own, w, batch):
 consolidate = jax.jit(lambda own, w, when: own.consolidate(loss, w, when=when))
 
 
+@pytest.mark.slow
 def test_all_hard_samples_count(setting, getkey):
     """The published code reads them from an iterator that the first one exhausts."""
     w, own = setting
@@ -79,6 +80,7 @@ def test_fewer_samples_than_there_is_room_for_are_a_mean_of_those(setting, getke
     np.testing.assert_array_equal(none.importance, np.zeros((3, 4)))
 
 
+@pytest.mark.slow
 def test_nothing_happens_where_it_is_not_due_and_members_are_on_their_own(setting, getkey):
     w, own = setting
     own, _ = seen(own, w, samples(getkey()))
@@ -128,6 +130,7 @@ def adapted(getkey):
     return model, eqx.tree_at(factors_of, adapters, replace_fn=moved)
 
 
+@pytest.mark.slow
 def test_a_fold_adds_products_not_factors(adapted, getkey):
     """Adding A' to A and B' to B changes the function by the cross terms."""
     model, adapters = adapted
@@ -166,6 +169,7 @@ def test_what_begins_anew_can_be_trained(adapted, getkey):
     assert not any(np.any(g) for g in jax.tree.leaves(gradient(dead)[""].pair))
 
 
+@pytest.mark.slow
 def test_online_lora_finds_the_ends_of_tasks_and_forgets_less(x64, getkey):
     """Two linear tasks that differ in which inputs vary most, and no word of when."""
     model = eqx.nn.Linear(6, 5, use_bias=False, key=getkey(), dtype=jnp.float64)

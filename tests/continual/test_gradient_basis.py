@@ -49,6 +49,7 @@ def projector(rows):
     return vt.T @ vt
 
 
+@pytest.mark.slow
 def test_it_spans_what_was_added_and_no_more(getkey):
     g = (normal(getkey(), 6, SIZE) * np.logspace(-3, 3, 6)[:, None]).astype(np.float32)
     basis = add(GradientBasis.start(PARAMS, 9), trees(g[:4]))
@@ -66,6 +67,7 @@ def test_it_spans_what_was_added_and_no_more(getkey):
     assert_close(project_out(basis, got), got, condition=10)
 
 
+@pytest.mark.slow
 def test_what_is_no_number_stays_out(getkey):
     g = normal(getkey(), 4, SIZE)
     g[1, 3], g[2, 20], g[3] = np.nan, np.inf, 0
@@ -114,6 +116,7 @@ def test_the_largest_are_those_of_an_incremental_decomposition(getkey):
     np.testing.assert_allclose(w.T @ w, v.T @ v, atol=1e-4)
 
 
+@pytest.mark.slow_but("first")
 @pytest.mark.parametrize("keep", ["first", "largest"])
 def test_twenty_tasks_leave_it_orthonormal(keep, getkey):
     basis = GradientBasis.start(PARAMS, 12, keep=keep)
@@ -129,6 +132,7 @@ def output(params, x, c):
     return (params["w"] @ jnp.tanh(x) + params["b"])[c]
 
 
+@pytest.mark.slow
 def test_outputs_of_a_linear_model_stay_through_adam_and_decay(getkey):
     params = {"w": jnp.asarray(normal(getkey(), 3, 8)), "b": jnp.ones(3)}
     x, c = normal(getkey(), 5, 8), np.array([0, 1, 2, 0, 1])
@@ -188,6 +192,7 @@ def test_outputs_of_a_network_move_by_the_square_of_the_step(getkey, x64):
     np.testing.assert_allclose(change(1e-4) / change(5e-5), 4, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_sharded_parameters_have_sharded_directions(getkey):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     g = {"w": normal(getkey(), 3, 16, 4), "b": normal(getkey(), 3, 6)}

@@ -77,6 +77,7 @@ def spans(basis, want):
     np.testing.assert_allclose(basis @ basis.T, want @ want.T, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_over_three_tasks_it_is_the_algorithm_of_the_paper(getkey, x64):
     model = network(getkey(), bias=False)
     steep = np.logspace(0, -1, 8)
@@ -96,6 +97,7 @@ def test_over_three_tasks_it_is_the_algorithm_of_the_paper(getkey, x64):
         assert not memory.cut[path]
 
 
+@pytest.mark.slow
 def test_a_trained_network_keeps_its_answers_to_an_old_task(getkey):
     """All inputs lie in the spans: the whole function stays, biases included."""
     key = getkey()
@@ -138,6 +140,7 @@ def test_a_trained_network_keeps_its_answers_to_an_old_task(getkey):
     assert learnt < 0.9
 
 
+@pytest.mark.slow
 def test_an_input_in_the_span_gives_what_it_gave(getkey):
     x = normal(getkey(), 4, 9)
     for bias in (False, True):
@@ -174,6 +177,7 @@ class Small(eqx.Module):
         return jax.lax.scan(lambda x, block: (jnp.tanh(block(x)), x), x, self.blocks)
 
 
+@pytest.mark.slow
 def test_convolutions_and_stacks(getkey):
     model, images = (
         eqx.filter_jit(Small)(getkey()),
@@ -209,6 +213,7 @@ def test_convolutions_and_stacks(getkey):
     np.testing.assert_allclose(rounded.conv.weight, got.conv.weight, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_null_space_of_all_tasks_is_left_free(getkey, x64):
     tasks = [np.logspace(1, -1, 6) * normal(getkey(), count, 6) for count in (50, 20)]
     sums = operator.add(*map(sums_of, tasks))
@@ -223,6 +228,7 @@ def test_the_null_space_of_all_tasks_is_left_free(getkey, x64):
     assert both.used["a"] == 5
 
 
+@pytest.mark.slow
 def test_a_sketch_of_all_clients_is_that_of_their_data(getkey, x64):
     """Summed by hand, by psum on eight devices, and from all at once; the span is that
     of the inputs, and of the published combination of them."""
@@ -261,6 +267,7 @@ def test_a_sketch_of_all_clients_is_that_of_their_data(getkey, x64):
         assert not memory.cut["a"]
 
 
+@pytest.mark.slow
 def test_a_sketch_knows_what_it_does_not_see(getkey, x64):
     """With a bias, its energies are those of the whole moment, and a narrow one says so."""
     x = normal(getkey(), 50, 12) * np.logspace(0, -1, 12)

@@ -51,6 +51,7 @@ def stream(key, rank=P):
     return x, jr.normal(ky, (STEPS, B), jnp.float64)
 
 
+@pytest.mark.slow
 @forms
 @pytest.mark.parametrize(("decay", "drift"), [(1.0, 0.0), (0.9, 0.1)])
 def test_at_full_rank_it_is_the_kalman_filter(form, decay, drift, getkey, x64):
@@ -74,6 +75,7 @@ def test_is_recursive_least_squares_while_the_samples_fit(form, getkey, x64):
     assert relative_error(got, want) < 1e-12
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_stays_on_the_diagonal(getkey, x64):
     """The diagonal of the precision is that of the full filter; a sphere loses some."""
     x, y = stream(getkey())
@@ -109,6 +111,7 @@ def network(params, x):
     return jnp.tanh(x @ params["in"]) @ params["out"] + params["bias"][None]
 
 
+@pytest.mark.slow
 def test_of_a_network_with_classes_it_is_a_gauss_newton_step(getkey, x64):
     """On a tree: ``(Υ + Σ Jᵀ(diag p − ppᵀ)J)⁻¹`` times the slope of the log-likelihood."""
     params = {
@@ -134,6 +137,7 @@ def test_of_a_network_with_classes_it_is_a_gauss_newton_step(getkey, x64):
     assert relative_error(after.precision().as_matrix(), hessian) < 1e-10
 
 
+@pytest.mark.slow
 def test_single_precision_members_and_certain_classes_are_finite(getkey):
     """A batch of filters, with logits so large that the softmax is one and zeros."""
     x, y = jr.normal(getkey(), (4, 3)), jax.nn.one_hot(jnp.array([0, 2, 1, 1]), 3)

@@ -25,6 +25,7 @@ def relative(found, wanted):
     return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 def test_any_split_in_any_order_is_the_joint_ridge_regression(getkey, x64):
     x, y = samples(getkey(), 60)
     want = ridge_regression(x, y, 1e-3)
@@ -46,6 +47,7 @@ def test_it_is_the_recursion_on_the_inverse(getkey, x64):
         assert relative(head.weight(), want) < 1e-10
 
 
+@pytest.mark.slow
 def test_new_classes_appear(getkey, x64):
     """As if all samples before had had zeros for them."""
     x, _ = samples(getkey(), 50)
@@ -59,6 +61,7 @@ def test_new_classes_appear(getkey, x64):
     assert relative(head.weight(), want) < 1e-10
 
 
+@pytest.mark.slow
 def test_float32_loses_the_digits_of_the_samples_not_of_their_squares(getkey):
     x, y = samples(getkey(), 400, steepness=3.0)
     batches = [(x[k : k + 8], y[k : k + 8]) for k in range(0, 400, 8)]

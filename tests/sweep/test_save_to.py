@@ -60,6 +60,7 @@ KEYS = jax.vmap(jr.key)
 KILLED = pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="killed")
 
 
+@pytest.mark.slow_but("as before-product")
 @pytest.mark.parametrize("name", SWEEPS)
 @pytest.mark.parametrize("later", ["as before", "other chunks", "a mesh"])
 def test_what_was_finished_does_not_run_again(tmp_path, name, later):
@@ -129,6 +130,7 @@ def save(path, grid=GRID, run=None, **options):
     return lrjax.sweep(run or Counted(), grid, save_to=path, progress=False, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [

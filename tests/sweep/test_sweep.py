@@ -111,6 +111,7 @@ def test_seeds_and_keys_on_the_grid():
     assert by_key["key"].values.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_model_with_functions_in_it_may_be_shared():
     model = eqx.nn.MLP(2, 1, 4, 1, key=jr.key(0))
     run = lambda model, x, *, scale: scale * model(x)

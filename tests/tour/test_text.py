@@ -39,6 +39,7 @@ def test_embeddings_equal_the_reference_and_padding_does_not_matter():
         assert np.max(np.abs(got - want)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_text_is_embedded_alike_in_any_batch_and_padding(getkey):
     sizes = encoder.Sizes(2, 8, 2, 16, 20, 12)
     model = encoder.Encoder(getkey(), sizes)
