@@ -123,7 +123,7 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(config, items):
-    _mark_slow_rows(config, items)
+    _mark_slow(config, items)
     if "accelerator" not in config.option.markexpr:
         skip = pytest.mark.skip(reason="compiled for accelerators by -m accelerator alone")
         for item in items:
@@ -133,10 +133,12 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-def _mark_slow_rows(config, items):
-    """Mark the rows slow that ``slow_but`` does not name."""
+def _mark_slow(config, items):
+    """Mark examples of docstrings slow, and the rows that ``slow_but`` does not name."""
     named, found = set(), set()
     for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.slow)
         if (mark := item.get_closest_marker("slow_but")) is None:
             continue
         test = item.nodeid.partition("[")[0]
