@@ -43,7 +43,7 @@ def adapted(model, key, kind=None):
     return moved(params, key), frozen, normal(jr.fold_in(key, 1), 5, 12)
 
 
-@pytest.mark.slow_but("svd-lora")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [lrjax.LoRA(2), lrjax.DoRA(2)], ids=["lora", "dora"])
 def test_bound_is_merged_is_the_dense_model_adapted(small, getkey, kind):
     params, frozen, x = adapted(small, getkey(), kind)

@@ -63,6 +63,7 @@ def test_rounds_move_ranks_as_published_in_one_program(getkey):
         assert sum(map(sum, masks)) <= 2 * MODULES
 
 
+@pytest.mark.slow
 def test_a_new_column_starts_with_no_change(getkey):
     adapters = room.with_ranks(trained(room.NLS((R, 2)), getkey()), 2)
     scores = by_path(jnp.ones((MODULES, R)).at[1:].set(3.0))

@@ -100,7 +100,7 @@ def compare(getkey, old, name, target, *, start="default", whitened=False):
     return relative_error(got, want), rounding(want, moments, old.left.eps)
 
 
-@pytest.mark.slow_but("sgd-lora_plus", "sgd-start", "sgd-ratio_and_start")
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_the_weights_take_the_same_path(getkey, x64, name, target):

@@ -117,6 +117,7 @@ def test_budget_is_the_cubic_one():
             assert abs(value - round(value)) < 1e-4 or np.floor(value) == exact, step
 
 
+@pytest.mark.slow
 def test_the_whole_rank_as_target_prunes_nothing(params, getkey):
     """PEFT fails here: it asks for the value that is zeroth in order."""
     gradients = noise(params, getkey())

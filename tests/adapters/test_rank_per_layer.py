@@ -92,7 +92,7 @@ def test_is_its_dense_formula_with_the_scale_of_its_rank(law, model, getkey):
     assert " 0–4 " in adapters.summary()
 
 
-@pytest.mark.slow_but("lora_ga")
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["pissa", "lora_ga", "eva"])
 def test_each_layer_starts_from_the_best_factors_of_its_rank(init, model, getkey):
     """As it does alone: prefixes of the widest start are others, in LoRA-GA say."""

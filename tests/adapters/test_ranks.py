@@ -187,7 +187,7 @@ def test_each_layer_of_a_stack_has_its_own_rank(stack, getkey):
         assert_close(got[i], lrjax.merge(cut(stack), one).weight, condition=10)
 
 
-@pytest.mark.slow_but("kind1")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [room.AdaLoRA(R), lrjax.LoRA(R, rank_stabilized=True)])
 def test_dropped_columns_change_nothing(kind, stack, getkey):
     adapters = trained(stack, kind, getkey())

@@ -107,7 +107,7 @@ def sends(compiled):
     ]
 
 
-@pytest.mark.slow_but("averaged")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stacked", "averaged", "median", "continued"])
 def test_a_round_over_devices_is_the_round(name, getkey):
     clients, data, key = clients_of(getkey(), RANKS), data_of(getkey()), getkey()

@@ -146,7 +146,7 @@ def pairs(adapters):
     return {path: adapter.pair for path, adapter in adapters.layers.items()}
 
 
-@pytest.mark.slow_but("gaussian")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN + ALONG_GRADIENTS + ALONG_INPUTS)
 def test_starts_as_the_model_on_every_kind_of_layer(name, single):
     _, adapters, plain, bound = single

@@ -89,6 +89,7 @@ def test_sums_are_those_of_the_inputs(seen):
         assert_close(gram, np.broadcast_to(eye, gram.shape), condition=10)
 
 
+@pytest.mark.slow
 def test_statistics_of_parts_add_up(seen):
     model, batches, whole, sketch = seen
     for rank, want in ((None, whole), (5, sketch)):

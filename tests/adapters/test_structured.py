@@ -473,6 +473,7 @@ def test_randlora_with_one_base_is_vera(getkey):
     assert_close(merge(layer, same), merge(layer, adapters), condition=100)
 
 
+@pytest.mark.slow
 def test_tucker_has_a_core_and_a_matrix_for_each_axis(getkey):
     kernel = jr.normal(getkey(), (3, 2, 5, 4))  # height, width, in, out
     spec = lrjax.MatrixSpec(rows=(3,), cols=(2, 0, 1))

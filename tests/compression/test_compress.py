@@ -42,7 +42,7 @@ def scanned():
     return model, tokens, layer_statistics(model, iter(tokens))
 
 
-@pytest.mark.slow_but("inputs")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_budget_is_kept_and_all_of_it_is_the_model(method, scanned):
     """As many numbers as the report says, in a model that is called as before."""
@@ -64,6 +64,7 @@ def test_a_budget_is_kept_and_all_of_it_is_the_model(method, scanned):
     assert_close(run(whole, tokens[0]), run(model, tokens[0]), condition=1)
 
 
+@pytest.mark.slow
 def test_what_the_fit_weighs_is_what_it_keeps(scanned):
     """At the same ranks each error is least for the fit that weighs by it."""
     model, tokens, statistics = scanned

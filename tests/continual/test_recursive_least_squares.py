@@ -79,6 +79,7 @@ def test_float32_loses_the_digits_of_the_samples_not_of_their_squares(getkey):
     assert error < relative(covariance_recursion(batches, ridge, np.float32), want) / 10
 
 
+@pytest.mark.slow
 def test_vmap_over_ridges_is_a_loop(getkey):
     x, y = samples(getkey(), 30)
     ridges = jnp.array([1e-2, 1.0, 10.0])
@@ -91,6 +92,7 @@ def test_vmap_over_ridges_is_a_loop(getkey):
         assert relative(weight, ridge_regression(x, y, float(ridge))) < 1e-3
 
 
+@pytest.mark.slow
 def test_rows_of_zeros_are_no_samples_and_half_precision_is_read(getkey):
     x, y = (a.astype(jnp.bfloat16) for a in samples(getkey(), 20, steepness=0.5))
     head = RecursiveLeastSquares.start(FEATURES, OUTPUTS)

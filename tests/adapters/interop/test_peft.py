@@ -130,6 +130,7 @@ def test_stacked_layers_are_joined_and_split(case, tmp_path):
     assert_close(lrjax.merge(MODEL, back), lrjax.merge(MODEL, loaded(case)))
 
 
+@pytest.mark.slow
 def test_trees_of_parameters_and_other_names(tmp_path):
     """A flat dict of torch's names; a tree in which all is called otherwise."""
     base = load_file(FILES / "base.safetensors")
