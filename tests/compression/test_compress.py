@@ -42,7 +42,7 @@ def scanned():
     return model, tokens, layer_statistics(model, iter(tokens))
 
 
-@pytest.mark.slow
+@pytest.mark.slow_but("inputs")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_budget_is_kept_and_all_of_it_is_the_model(method, scanned):
     """As many numbers as the report says, in a model that is called as before."""

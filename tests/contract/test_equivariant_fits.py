@@ -103,7 +103,7 @@ def test_every_fit_is_asked():
     assert public == set(FITS)
 
 
-@pytest.mark.slow_but("fit_robust_pca-0")
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_units_and_origin_of_the_data_are_those_of_the_fit(case, getkey):
     x = np.asarray(case.draw(getkey()), float)

@@ -78,6 +78,7 @@ def test_derivatives_of_aligned_modes_are_finite_everywhere(t):
         assert jnp.all(jnp.isfinite(row))
 
 
+@pytest.mark.slow
 def test_aligned_modes_approach_at_the_rate_of_their_imbalance():
     b0, a0, sigma = jnp.array([0.1]), jnp.array([1.5]), jnp.array([1.0])
     t = jnp.array([3.0, 4.0])

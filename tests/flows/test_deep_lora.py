@@ -39,6 +39,7 @@ def test_adapters_reach_the_tail_of_the_spectrum(layers, rank, getkey):
     assert jnp.abs(reached - floor) <= 1e-9 * jnp.sum(target**2)
 
 
+@pytest.mark.slow
 def test_hidden_layers_may_be_wider_than_both_ends(getkey):
     weights, target = drawn(getkey(), (5, 9, 8, 6))
     adapters = flows.deep_lora_optimum(weights, target, 1)

@@ -63,6 +63,7 @@ def projectors(x):
     return ql @ ql.T, qr @ qr.T
 
 
+@pytest.mark.slow
 def test_what_each_preconditioner_does_to_the_product():
     x = random_low_rank(jr.key(2), 6, 5, 2, dtype=jnp.float64)
     target = jr.normal(jr.key(3), (6, 5))

@@ -77,7 +77,7 @@ def test_the_large_limit_is_the_integral(ratio):
 N, SIGNAL, NOISE = 120, 1.0, 0.5
 
 
-@pytest.mark.slow_but("1.5")
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.6, 1.5])
 def test_the_large_limit_is_the_mean_over_draws(ratio, getkey):
     p, draws = round(N / ratio), 40

@@ -10,6 +10,7 @@ from lrjax import LowRank, flows, gradient_flow, lowrank, metrics
 from ..helpers import assert_close, random_low_rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aligned", [True, False])
 def test_task_is_what_it_says(aligned):
     values, change = jnp.array([3.0, 2.0, 1.0]), jnp.array([0.5, 0.25])
@@ -28,6 +29,7 @@ def test_task_is_what_it_says(aligned):
         flows.lora_task(values, change, shape=(2, 5), aligned=aligned, key=jr.key(0))
 
 
+@pytest.mark.slow
 def test_two_layer_gradients_are_those_of_the_derivation():
     sizes, key = {"shape": (6, 5), "aligned": False}, jr.key(1)
     task = flows.lora_task(jnp.ones(3), jnp.ones(1), **sizes, key=key)

@@ -8,7 +8,7 @@ from ..helpers import assert_close
 from .conftest import approximation
 
 
-@pytest.mark.slow_but("own")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "smallest"),
     [
@@ -78,6 +78,7 @@ def ended(start, rate):
     return flow.stats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 def test_stationary_is_relative_to_the_parameters(size):
     """``x' = −x`` has the relative rate one at every size, and never more."""
