@@ -20,7 +20,7 @@ SPECTRA = {
 }
 
 
-@pytest.mark.slow_but("(11, 11)-flat", "(11, 11)-steep", "(11, 11)-low rank")
+@pytest.mark.slow
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", [(11, 11), (17, 6), (6, 17)], ids=str)
 def test_svd_by_polar_is_an_svd(getkey, spectrum, shape):

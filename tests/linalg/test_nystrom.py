@@ -108,6 +108,7 @@ def test_conjugate_gradients_take_fewer_steps(getkey, x64):
     assert 2 * with_it.stats["num_steps"] < without.stats["num_steps"]
 
 
+@pytest.mark.slow
 def test_zero_is_finite():
     values, u = linalg.nystrom_sketch(lambda x: 0 * x, jnp.ones(4), 2, key=jr.key(0))
     p = linalg.nystrom_preconditioner(lambda x: 0 * x, jnp.ones(4), 2, key=jr.key(0))

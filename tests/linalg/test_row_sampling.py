@@ -34,6 +34,7 @@ def test_leverage_is_the_diagonal_of_the_projection(uneven):
         assert_close(got, want, condition=1e10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.5, 1.0, 1.7, 3.0])
 def test_lewis_weights_solve_their_equation_and_sum_to_the_rank(p, uneven):
     w = linalg.lewis_weights(uneven, p, steps=80)

@@ -47,7 +47,7 @@ def test_one_pass_is_its_scalar_function_of_the_spectrum(method, x64):
     assert relative_error(jnp.diag(inverse), 1 / want) < 1e-14
 
 
-@pytest.mark.slow_but("10000.0", "100000000.0")
+@pytest.mark.slow_but("100000000.0")
 @pytest.mark.parametrize("condition", [1.0, 1e4, 1e8])
 def test_newton_is_exact_to_rounding(getkey, condition, x64):
     a, values, vectors = definite(getkey(), 6, condition)
@@ -76,7 +76,7 @@ def test_gradients_are_those_of_an_eigendecomposition(getkey, x64):
         assert relative_error(got, dense(power)) < 1e-10
 
 
-@pytest.mark.slow_but("bfloat16")
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_stacks_scales_and_singular_matrices(getkey, dtype):
     x = jr.normal(getkey(), (3, 4, 6)).astype(dtype)

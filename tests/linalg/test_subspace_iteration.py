@@ -20,7 +20,7 @@ from lrjax.linalg import (
 from tests.helpers import all_finite, assert_close, tol, with_spectrum
 
 
-@pytest.mark.slow_but("cholesky")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["qr", "cholesky"])
 def test_contracts_at_the_square_of_the_gap(getkey, x64, method):
     # Equal leading values and a far third one: the rate holds from the first steps on,

@@ -146,7 +146,7 @@ def test_an_average_knows_of_subspaces_alone_not_of_bases(average, x64):
             assert_close(z @ z.T, y @ y.T, rtol=1e-9)
 
 
-@pytest.mark.slow_but("subspace_median")
+@pytest.mark.slow
 @averages
 def test_averages_turn_with_the_space_and_ignore_what_no_subspace_sees(average, x64):
     x = np.asarray(orthonormal(KEY, 5, 9, 3, 0.3))
@@ -174,7 +174,7 @@ def test_less_than_half_cannot_move_the_median(x64):
     assert found.converged
 
 
-@pytest.mark.slow_but("subspace_median")
+@pytest.mark.slow
 @averages
 def test_one_subspace_is_its_own_average(average):
     x = orthonormal(KEY, 1, 6, 2)
@@ -209,6 +209,7 @@ def test_sum_of_projectors_has_the_eigenvalues_of_a_difference(x64):
     np.testing.assert_allclose(angles[::-1], angles_of(x, y), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_middle_is_halfway_on_the_geodesic_and_the_mean(x64):
     x, direction = orthonormal(KEY, 2, 10, 3)
     end, half = (geodesic(x, direction, t) for t in (0.5, 0.25))

@@ -56,6 +56,7 @@ def cosine(x, y):
 aggregated = jax.jit(merging.aggregate_gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROBUST)
 def test_three_gross_outliers_of_twelve_are_borne(name, getkey):
     """The mean of nine has a cosine of 0.986; that of all of twelve one of 0.1."""
@@ -99,7 +100,7 @@ def test_rules_beside_their_formulas():
     np.testing.assert_allclose(found(merging.Krum()), x[best[0]], rtol=1e-6)  # 2 of 7
 
 
-@pytest.mark.slow_but("flag")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["geometric median", "flag"])
 def test_stacks_and_lists_of_trees_are_one_thing(name, getkey):
     _, gradients = workers(getkey(), 5, 1)

@@ -73,6 +73,7 @@ def test_columns_are_merged_as_the_paper_writes(getkey):
         assert relative_error(found["w"][:, i], c) < bound
 
 
+@pytest.mark.slow
 def test_a_constant_network_is_a_weighted_sum_and_the_first_one_the_sum(getkey):
     changes = two_changes(getkey())
     network = merging.ColumnNetwork(

@@ -32,6 +32,7 @@ def matrix(pair):
     return np.asarray(pair.left) @ np.asarray(pair.right).swapaxes(-2, -1)
 
 
+@pytest.mark.slow
 def test_as_many_clusters_as_units_are_all_units(getkey):
     changes = [random_low_rank(getkey(), 6, 5, width) for width in (1, 3)]
     merged = cluster_units(changes, 4, key=getkey())

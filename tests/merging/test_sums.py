@@ -89,6 +89,7 @@ def trees_in(changes, dtype):
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), changes)
 
 
+@pytest.mark.slow
 def test_one_change_of_weight_one_comes_back(getkey):
     change, one = tree(getkey(), 3), jnp.ones(1)
     want = jax.jit(dense)(change)
@@ -198,6 +199,7 @@ def test_bases_are_made_orthonormal_together(getkey):
     np.testing.assert_allclose(values, kept, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_stacks_and_nodes_are_orthogonalized_as_matrices(getkey):
     changes = [random_low_rank(k, 9, 8, 2, batch=(3,)) for k in jr.split(getkey(), 2)]
     got = matrix(orthogonalized_sum(changes))

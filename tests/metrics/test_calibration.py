@@ -30,7 +30,7 @@ def called(name, *args):
     return getattr(metrics, name.split()[0])(*args, **LOSSES[name])
 
 
-@pytest.mark.slow_but("brier_score")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_is_the_loop_with_weights_masks_and_vmap(name, getkey):
     logits, labels, weights = example(getkey())

@@ -23,6 +23,7 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("angle", [1e-12, 1e-6, 0.3, np.pi / 2])
 def test_misalignment_of_two_lines_at_an_angle(x64, angle):
     x = jnp.array([[1.0], [0.0], [0.0]])
@@ -47,6 +48,7 @@ def test_ranks_of_a_known_spectrum(x64, factorized):
     assert_close(effective_rank(x), jnp.array(np.exp(-np.sum(p * np.log(p)))), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_ranks_are_free_of_scale_and_zero_at_zero():
     x = random_low_rank(jr.key(0), 6, 5, 2, batch=(3,))
     scaled = LowRank(*(jnp.asarray(1e-18 * np.asarray(f)) for f in (x.left, x.right)))

@@ -20,6 +20,7 @@ RANKS = (
 )
 
 
+@pytest.mark.slow
 def test_ranks_of_a_spectrum(getkey, x64):
     values = np.array([5.0, 3.0, 1.0, 0.5])
     x = with_spectrum(getkey(), 9, 6, values, jnp.float64)
@@ -54,6 +55,7 @@ def test_the_ranks_are_ordered_and_invariant(getkey):
             np.testing.assert_allclose(rank(other), rank(x), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_flat_spectra_and_zero():
     flat = jnp.stack([jnp.eye(5), jnp.zeros((5, 5))])
     for rank in RANKS:

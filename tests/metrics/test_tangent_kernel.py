@@ -42,6 +42,7 @@ def test_the_kernel_is_that_of_finite_differences(getkey, x64):
     assert_close(kernel, jacobian.T @ jacobian, rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_alignment_is_a_cosine_of_any_scale(size, getkey):
     x = jr.normal(getkey(), (3, 6, 4))
@@ -53,6 +54,7 @@ def test_alignment_is_a_cosine_of_any_scale(size, getkey):
     assert jnp.all(metrics.kernel_alignment(0 * x, y) == 0)
 
 
+@pytest.mark.slow
 def test_changes_are_relative(getkey):
     old = LowRank(3 * jnp.ones((1, 1)), 4 * jnp.ones((1, 1)))
     new = LowRank(3 * jnp.ones((1, 1)), 5 * jnp.ones((1, 1)))

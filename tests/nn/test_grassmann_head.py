@@ -80,6 +80,7 @@ def test_angles_of_a_geodesic_are_the_singular_values(getkey, x64):
     np.testing.assert_array_equal(geodesic(s, jnp.zeros_like(d)), s)
 
 
+@pytest.mark.slow
 def test_one_column_is_a_great_circle(getkey):
     s = orthonormalize(jr.normal(getkey(), (6, 1)))
     g = jr.normal(getkey(), (6, 1))
@@ -120,6 +121,7 @@ def test_training_is_riemannian_sgd_with_momentum(getkey, k, x64):
     assert_close(got.mT @ got, np.broadcast_to(np.eye(k), (3, k, k)))
 
 
+@pytest.mark.slow
 def test_steps_do_not_depend_on_the_basis_of_a_subspace(getkey, x64):
     """Nor the momentum of many steps, which a flipped column would corrupt."""
     target = jr.normal(getkey(), (8, 8))
@@ -140,6 +142,7 @@ def test_steps_do_not_depend_on_the_basis_of_a_subspace(getkey, x64):
     assert_close(other, one @ turn, condition=1e4)
 
 
+@pytest.mark.slow
 def test_wide_matrices_turn_as_their_transposes_and_others_pass(getkey):
     tx = lrjax.follow_geodesics(where=lambda path, shape: len(shape) == 2)
     x = orthonormalize(jr.normal(getkey(), (6, 2)))

@@ -45,7 +45,7 @@ def by_the_chain_rule(node, dense_gradient, fold=lambda kernel: kernel):
     return pull(fold(dense_gradient))[0]
 
 
-@pytest.mark.slow_but("svd")
+@pytest.mark.slow
 @form
 def test_linear_is_its_dense_layer(form, getkey):
     layer = generic(nn.LowRankLinear(7, 5, 3, form=form, key=getkey()), getkey())
@@ -211,7 +211,7 @@ LAYERS = {
 layers = pytest.mark.parametrize("name", LAYERS)
 
 
-@pytest.mark.slow_but("linear")
+@pytest.mark.slow
 @layers
 def test_a_stack_is_scanned_and_is_no_layer_by_itself(name, getkey):
     make, shape = LAYERS[name]

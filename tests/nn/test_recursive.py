@@ -55,7 +55,7 @@ def shared(weights, start):
     return by_loop.mean(0) if start == "average" else weights[steps[start]]
 
 
-@pytest.mark.slow_but("lower", "stepwise")
+@pytest.mark.slow_but("lower")
 @pytest.mark.parametrize("start", ["average", "lower", "stepwise"])
 def test_at_full_rank_it_is_the_model_it_was_made_of(start, getkey):
     originals, x = blocks(getkey), jr.normal(getkey(), (WIDTH,))

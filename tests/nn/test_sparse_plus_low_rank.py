@@ -58,6 +58,7 @@ def test_it_is_its_dense_layer(getkey):
     assert_close(grad.bias, g.sum(0), condition=10)
 
 
+@pytest.mark.slow
 def test_no_dense_matrix_is_kept_and_none_is_made_for_each_input(getkey):
     params, static = eqx.partition(generic(getkey), eqx.is_inexact_array)
     x = jr.normal(getkey(), (BATCH, IN))
