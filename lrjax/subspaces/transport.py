@@ -27,10 +27,16 @@ class BasisChange(eqx.Module):
     on_rows: bool
 
     def rotate(self, x: Array, *, squared: bool = False) -> Array:
-        """Move coordinates by ``C``, or by the elementwise square of ``C``."""
+        """Move coordinates by ``C``, or by the elementwise square of ``C``.
+
+        At the precision in force, at which the moments were gathered: at full precision
+        these products took a TPU's compiler as long as those with the gradient.
+        """
         c = self.overlap.astype(x.dtype)
         c = c**2 if squared else c
-        return times(c, x) if self.on_rows else outer(x, c)
+        if self.on_rows:
+            return times(c, x, precision=None)
+        return outer(x, c, precision=None)
 
 
 class MomentTransport(eqx.Module):

@@ -13,8 +13,8 @@ from lrjax.linalg import product_rounding
 SHAPE = (24, 40)
 
 
-def products(tx, dtype=jnp.float32, context=None):
-    """Of all products in an update: the shapes that meet, and the precision."""
+def all_products(tx, dtype=jnp.float32, context=None):
+    """Of all products in an update: the shapes that meet and come out, the precision."""
     grads = {"weight": jnp.ones(SHAPE, dtype)}
     state = tx.init(grads)
     with context or contextlib.nullcontext():
@@ -25,7 +25,9 @@ def products(tx, dtype=jnp.float32, context=None):
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == "dot_general":
                 shapes = [x.aval.shape for x in (*eqn.invars, *eqn.outvars)]
-                found.append((shapes, eqn.params["precision"]))
+                precision = eqn.params["precision"]
+                pair = precision if isinstance(precision, tuple) else (precision,)
+                found.append((shapes, {str(p) for p in pair}))
             for value in jax.tree.leaves(
                 list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
             ):
@@ -34,10 +36,19 @@ def products(tx, dtype=jnp.float32, context=None):
                     walk(inner)
 
     walk(jaxpr.jaxpr)
-    meets = lambda shapes: any(sorted(s) == sorted(SHAPE) for s in shapes)
-    names = lambda pair: {str(p) for p in (pair if isinstance(pair, tuple) else (pair,))}
-    with_gradient = set().union(*(names(p) for s, p in found if meets(s)))
-    others = set().union(*(names(p) for s, p in found if not meets(s)))
+    return found
+
+
+def meets(shapes):
+    """Whether the gradient is among them."""
+    return any(sorted(s) == sorted(SHAPE) for s in shapes)
+
+
+def products(tx, dtype=jnp.float32, context=None):
+    """The precisions of products with the gradient, and of all others."""
+    found = all_products(tx, dtype, context)
+    with_gradient = set().union(*(p for s, p in found if meets(s)))
+    others = set().union(*(p for s, p in found if not meets(s)))
     return with_gradient, others
 
 
@@ -61,9 +72,12 @@ def test_the_gradient_is_multiplied_as_is_in_force(name):
 
 
 def test_small_factorizations_are_at_full_precision():
-    """But for the projection of one block of a basis off the others."""
+    """But for the projection of one block off the others, and what carries moments."""
     assert "HIGHEST" in products(lrjax.subspace_adam(1e-3, 4))[1]
-    assert products(lrjax.ldadam(1e-3, 4))[1] == {"HIGHEST"}
+    others = [x for x in all_products(lrjax.ldadam(1e-3, 4)) if not meets(x[0])]
+    carried = [shapes[-1] for shapes, precision in others if precision == {"None"}]
+    assert set(carried) == {(4, SHAPE[1])}  # of the moments
+    assert {"HIGHEST"} == set().union(*(p for s, p in others if s[-1] not in carried))
 
 
 def test_rounding_is_that_of_the_platform(x64):
