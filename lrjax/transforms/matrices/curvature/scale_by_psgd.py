@@ -59,22 +59,6 @@ class Factor(NamedTuple):
         """``Qᵀ x``."""
         return _multiply(self.d, _add(x, tall_apply(self.v, tall_inner(self.u, x))))
 
-    def solve_transpose(self, x: list[Array], inverse: Array) -> list[Array]:
-        """``Q⁻ᵀ x``, by the inverse of :meth:`core`."""
-        x = _divide(x, self.d)
-        small = einsum("sr,s->r", inverse, tall_inner(self.u, x))
-        return _add(x, tall_apply(self.v, -small))
-
-    def solve(self, x: list[Array], inverse: Array) -> list[Array]:
-        """``Q⁻¹ x``, by the inverse of :meth:`core`."""
-        small = einsum("rs,s->r", inverse, tall_inner(self.v, x))
-        return _divide(_add(x, tall_apply(self.u, -small)), self.d)
-
-    def core(self) -> Float[Array, "r r"]:
-        """``I + Vᵀ U``."""
-        product = tall_gram(self.v, self.u)
-        return jnp.eye(product.shape[-1], dtype=product.dtype) + product
-
 
 @checks_trees
 def scale_by_psgd(
@@ -196,33 +180,43 @@ def scale_by_psgd(
 def _fit(
     q: Factor, v: list[Array], h: list[Array], limits: Array, rate: ArrayLike, count: Array
 ) -> tuple[Factor, Array]:
-    """One step of the preconditioner on a pair."""
+    """One step of the preconditioner on a pair.
+
+    The tall factors meet two vectors, ``d h`` and ``v / d``. What they make of ``a`` and
+    ``b`` is known from these four products and the Gram matrices.
+    """
     fresh = limits[0] == 0
     scale = jnp.where(fresh, _first_scale(v, h), 1)
-    q = _balanced(q)._replace(d=_scale(q.d, scale))
+    q, uu, vv, core = _balanced(q)
+    q = q._replace(d=_scale(q.d, scale))
+    dh, vd = _multiply(q.d, h), _divide(v, q.d)
+    u_dh, u_vd = tall_inner(q.u, dh), tall_inner(q.u, vd)
+    v_dh, v_vd = tall_inner(q.v, dh), tall_inner(q.v, vd)
     # One factorization for both systems: on a GPU each of these is a dozen kernels.
-    core = q.core()
     inverse = jnp.linalg.inv(core)
-    a, b = q.times(h), q.solve_transpose(v, inverse)
-    x, w = q.transpose_times(a), q.solve(b, inverse)
+    ub = _product(u_vd, inverse)
+    ua, va, vb = u_dh + _product(uu, v_dh), _product(core, v_dh), v_vd - _product(vv, ub)
+    a, b = _add(dh, tall_apply(q.u, v_dh)), _add(vd, tall_apply(q.v, -ub))
+    along_a = _add(a, tall_apply(q.v, ua))
+    x = _multiply(q.d, along_a)
+    w = _divide(_add(b, tall_apply(q.u, -_product(inverse, vb))), q.d)
     slope = [s * t - y * z for s, t, y, z in zip(x, h, v, w, strict=True)]
     size = _largest(_multiply(x, h)) + _largest(_multiply(v, w))
     limit_d = _limit(limits[0], size)
     d = [t - rate / limit_d * s * t for t, s in zip(q.d, slope, strict=True)]
+    norm_a, norm_b = _norm(a), _norm(b)
 
     def move_left():
-        va, vb = tall_inner(q.v, a), tall_inner(q.v, b)
-        size = _norm(a) * _norm(tall_apply(q.v, va)) + _norm(b) * _norm(tall_apply(q.v, vb))
+        size = norm_a * _norm_by(vv, va) + norm_b * _norm_by(vv, vb)
         limit = _limit(limits[1], size)
-        u = _minus_outer(q.u, rate / limit, a, va @ core, b, vb @ core)
+        turned = (_product(va, core), _product(vb, core))
+        u = _minus_outer(q.u, rate / limit, a, turned[0], b, turned[1])
         return u, q.v, limit, limits[2]
 
     def move_right():
-        ua, ub = tall_inner(q.u, a), tall_inner(q.u, b)
-        size = _norm(a) * _norm(tall_apply(q.u, ua)) + _norm(b) * _norm(tall_apply(q.u, ub))
+        size = norm_a * _norm_by(uu, ua) + norm_b * _norm_by(uu, ub)
         limit = _limit(limits[2], size)
-        along_a, along_b = _add(a, tall_apply(q.v, ua)), _add(b, tall_apply(q.v, ub))
-        v = _minus_outer(q.v, rate / limit, along_a, ua, along_b, ub)
+        v = _minus_outer(q.v, rate / limit, along_a, ua, vd, ub)
         return q.u, v, limits[1], limit
 
     u, v, limit_u, limit_v = lax.cond(any_member(count % 2 == 0), move_left, move_right)
@@ -238,9 +232,13 @@ def _first_scale(v: list[Array], h: list[Array]) -> Array:
     return (ratio**0.25 / largest) ** 0.5
 
 
-def _balanced(q: Factor) -> Factor:
-    """Move ``U``, ``V`` towards equal Gram matrices; ``U Vᵀ`` stays."""
-    uu, vv = tall_gram(q.u, q.u), tall_gram(q.v, q.v)
+def _balanced(q: Factor) -> tuple[Factor, Array, Array, Array]:
+    """Move ``U``, ``V`` towards equal Gram matrices; ``U Vᵀ`` stays.
+
+    Returns:
+        The factor, the Gram matrices of ``U`` and ``V``, and the core ``I + Vᵀ U``.
+    """
+    uu, vv, vu = tall_gram(q.u, q.u), tall_gram(q.v, q.v), tall_gram(q.v, q.u)
     root = (jnp.trace(uu) / jnp.trace(vv)) ** 0.25
     uu, vv = uu / root**2, vv * root**2
     e = 0.1 * (uu - vv) / (jnp.trace(uu) + jnp.trace(vv))
@@ -249,12 +247,21 @@ def _balanced(q: Factor) -> Factor:
     identity, square = jnp.eye(e.shape[-1], dtype=e.dtype), _product(e, e)
     even = identity + 0.5 * square
     rest = 0.25 * _product(square, square)
-    inverse = _product(even + e, identity - rest + _product(rest, rest))
-    return q._replace(u=tall_mix(q.u, (even - e) / root), v=tall_mix(q.v, inverse.T * root))
+    inverse = _product(even + e, identity - rest + _product(rest, rest)).T
+    turn = even - e  # symmetric
+    moved = q._replace(u=tall_mix(q.u, turn / root), v=tall_mix(q.v, inverse * root))
+    by = lambda left, x, right: _product(_product(left.T, x), right)
+    core = identity + by(inverse, vu, turn)
+    return moved, by(turn, uu, turn), by(inverse, vv, inverse), core
 
 
 def _product(x: Array, y: Array) -> Array:
-    return einsum("rs,st->rt", x, y)
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+
+
+def _norm_by(gram: Array, x: Array) -> Array:
+    """``‖T x‖`` from ``TᵀT``."""
+    return jnp.sqrt(jnp.maximum(_product(x, _product(gram, x)), 0))
 
 
 def _limit(old: Array, size: Array) -> Array:
