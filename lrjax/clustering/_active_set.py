@@ -1,7 +1,9 @@
 """The lasso of every sample on all others, by one active set for each, all at once."""
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -68,6 +70,8 @@ def floor_of(x: Array, weight: Array) -> Array:
     return rounding(x.dtype, x.shape[1]) * sizes * jnp.max(sizes) / weight
 
 
+# Compiled once for samples of one shape: fits are also called outside of jit.
+@functools.partial(jax.jit, static_argnames=("affine", "support"))
 def minimize(
     lassos: Lassos, *, affine: bool, support: int, max_steps: Array
 ) -> tuple[Array, Array, Array]:

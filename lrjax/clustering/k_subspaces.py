@@ -1,5 +1,7 @@
 """As many subspaces as are asked for, by assigning and fitting in turn."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -119,6 +121,18 @@ def k_subspaces(
     check_whole(name, "dim", dim, min(n, d) - 1)
     check_whole(name, "restarts", restarts)
     check_whole(name, "max_steps", max_steps)
+    return _fit(
+        x, jr.split(key, restarts), n_clusters, dim, affine=affine, max_steps=max_steps
+    )
+
+
+# Compiled once for samples of one shape: fits are also called outside of jit.
+@functools.partial(jax.jit, static_argnames=("n_clusters", "dim", "affine", "max_steps"))
+def _fit(
+    x: Array, keys: Array, n_clusters: int, dim: int, *, affine: bool, max_steps: int
+) -> KSubspaces:
+    """The best of a start for each key."""
+    n, d = x.shape
     size = nonzero(jnp.max(jnp.abs(x)))
     x = x / size
 
@@ -144,7 +158,7 @@ def k_subspaces(
         labels = jnp.argmin(distances, axis=1).astype(jnp.int32)
         return labels, bases, means, jnp.mean(jnp.min(distances, axis=1)), ~changed, steps
 
-    labels, bases, means, costs, converged, steps = jax.vmap(one)(jr.split(key, restarts))
+    labels, bases, means, costs, converged, steps = jax.vmap(one)(keys)
     best = jnp.argmin(costs)
     slack = rounding(x.dtype, d) ** 2 * jnp.mean(jnp.sum(x**2, axis=1))
     same = costs <= costs[best] * (1 + SAME) + slack

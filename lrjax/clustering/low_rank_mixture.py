@@ -1,5 +1,6 @@
 """Mixtures of Gaussians of low rank, and the denoiser that belongs to them."""
 
+import functools
 from typing import NamedTuple
 
 import equinox as eqx
@@ -183,23 +184,8 @@ def fit_low_rank_mixture(
     smallest = rounding(x.dtype, d) * jnp.sqrt(nonzero(jnp.mean(x**2)))
     mixture = _from_subspaces(x, start.labels, start.bases, start.means, smallest)
 
-    def step(carry: _Carry) -> _Carry:
-        logs = carry.mixture._joint(x, 0.0)[0]
-        value = jnp.mean(logsumexp(logs, axis=1))
-        new = _maximized(x, jax.nn.softmax(logs, axis=1), carry.mixture, smallest)
-        history = jnp.where(jnp.arange(max_steps) >= carry.steps, value, carry.history)
-        return _Carry(new, value, value - carry.value, carry.steps + 1, history)
-
-    infinite = jnp.asarray(jnp.inf, x.dtype)
-    first = _Carry(
-        mixture,
-        -infinite,
-        infinite,
-        jnp.zeros((), jnp.int32),
-        jnp.zeros(max_steps, x.dtype),
-    )
     least = jnp.asarray(tol, x.dtype) * d
-    end = lax.while_loop(lambda c: (c.gain > least) & (c.steps < max_steps), step, first)
+    end = _climb(x, mixture, smallest, least, max_steps=max_steps)
     found, shift = end.mixture, d * jnp.log(size)
     found = LowRankMixture(
         found.shares,
@@ -216,6 +202,31 @@ def fit_low_rank_mixture(
         end.gain <= least,
         end.steps,
     )
+
+
+# Compiled once for samples of one shape: fits are also called outside of jit.
+@functools.partial(jax.jit, static_argnames="max_steps")
+def _climb(
+    x: Array, mixture: LowRankMixture, smallest: Array, least: Array, *, max_steps: int
+) -> _Carry:
+    """Expectation and maximization until a step gains no more than the least."""
+
+    def step(carry: _Carry) -> _Carry:
+        logs = carry.mixture._joint(x, 0.0)[0]
+        value = jnp.mean(logsumexp(logs, axis=1))
+        new = _maximized(x, jax.nn.softmax(logs, axis=1), carry.mixture, smallest)
+        history = jnp.where(jnp.arange(max_steps) >= carry.steps, value, carry.history)
+        return _Carry(new, value, value - carry.value, carry.steps + 1, history)
+
+    infinite = jnp.asarray(jnp.inf, x.dtype)
+    first = _Carry(
+        mixture,
+        -infinite,
+        infinite,
+        jnp.zeros((), jnp.int32),
+        jnp.zeros(max_steps, x.dtype),
+    )
+    return lax.while_loop(lambda c: (c.gain > least) & (c.steps < max_steps), step, first)
 
 
 def _from_subspaces(

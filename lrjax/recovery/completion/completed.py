@@ -1,8 +1,10 @@
 """What a completion has found, and the completion of new rows by it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
@@ -202,30 +204,45 @@ class CompletionFit(eqx.Module):
         features = check_features("row", features, count, len(prior.mean) - 1 - told)
         sentence = NO_DERIVATIVE.format("CompletionFit.transform")
         self, values = refuse_derivatives(sentence, (self, checked[2]))
-        rows, cols, values = observed(*checked[:2], values, shape)
-        prior = self.prior
-        # In units of the noise, which is one then.
-        unit = prior.scale * jnp.sqrt(prior.noise)
-        vectors = times(self.low_rank.right, prior.gauge) / unit[:, None]
-        values = values / jnp.take(unit, cols, mode="clip")
-        entries = group_by_row(rows, cols, values.astype(vectors.dtype), count)
-        features = features.astype(vectors.dtype)
-        if prior.pattern is not None:
-            told = pattern_features(entries, prior.pattern)
-            features = jnp.concatenate([features, told], axis=1)
-        mean = prior.units(features) @ prior.mean
-        known = prior.gauge.shape[1] - prior.mean.shape[1]
-        extend = lambda u: jnp.pad(u, ((0, 0), (0, known)), constant_values=1)
-        noise, spread = jnp.ones(count, vectors.dtype), prior.spread[None]
+        return _transform(self, *checked[:2], values, features, count=count)
 
-        def step(_, u):
-            found, _ = regress(
-                entries, extend(u), mean, vectors, spread, noise, robust=self.robust
-            )
-            return found.factor
 
-        u = lax.fori_loop(0, NEW_ROW_STEPS if self.robust else 2, step, mean)
-        return outer(extend(u), prior.gauge)
+# Compiled once for entries of one shape: rows also come outside of jit, batch by batch.
+@functools.partial(jax.jit, static_argnames="count")
+def _transform(
+    fit: CompletionFit,
+    rows: Array,
+    cols: Array,
+    values: Array,
+    features: Array,
+    *,
+    count: int,
+) -> Array:
+    """The coordinates of new rows, whose entries and features are checked."""
+    prior = fit.prior
+    rows, cols, values = observed(rows, cols, values, (count, fit.low_rank.shape[1]))
+    # In units of the noise, which is one then.
+    unit = prior.scale * jnp.sqrt(prior.noise)
+    vectors = times(fit.low_rank.right, prior.gauge) / unit[:, None]
+    values = values / jnp.take(unit, cols, mode="clip")
+    entries = group_by_row(rows, cols, values.astype(vectors.dtype), count)
+    features = features.astype(vectors.dtype)
+    if prior.pattern is not None:
+        told = pattern_features(entries, prior.pattern)
+        features = jnp.concatenate([features, told], axis=1)
+    mean = prior.units(features) @ prior.mean
+    known = prior.gauge.shape[1] - prior.mean.shape[1]
+    extend = lambda u: jnp.pad(u, ((0, 0), (0, known)), constant_values=1)
+    noise, spread = jnp.ones(count, vectors.dtype), prior.spread[None]
+
+    def step(_, u):
+        found, _ = regress(
+            entries, extend(u), mean, vectors, spread, noise, robust=fit.robust
+        )
+        return found.factor
+
+    u = lax.fori_loop(0, NEW_ROW_STEPS if fit.robust else 2, step, mean)
+    return outer(extend(u), prior.gauge)
 
 
 def assemble(

@@ -1,5 +1,6 @@
 """Complete a low-rank matrix with effects of its rows and columns."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -160,22 +161,58 @@ def fit_completion(
     spread = reduce is not None
     reduce = identity if reduce is None else reduce
     width = _width(shape, len(values), rank, spread)
-    model = Model(width, *_check_effects(effects, units), robust, reduce)
-    share = share_held(len(values))
-    meter = Meter("lrjax.fit_completion", max_steps, "step") if progress else None
+    return _fit(
+        rows,
+        cols,
+        values,
+        of_rows,
+        of_cols,
+        limits,
+        tol,
+        shape=(shape[0], shape[1]),
+        model=Model(width, *_check_effects(effects, units), robust, reduce),
+        by_column=units == "columns",
+        pattern=pattern,
+        max_steps=max_steps,
+        meter=Meter("lrjax.fit_completion", max_steps, "step") if progress else None,
+    )
 
-    rows, cols, values = observed(rows, cols, values, (shape[0], shape[1]))
+
+# Compiled once for data of one shape: fits are also called outside of jit, again and again.
+@functools.partial(
+    jax.jit,
+    static_argnames=("shape", "model", "by_column", "pattern", "max_steps", "meter"),
+)
+def _fit(
+    rows: Array,
+    cols: Array,
+    values: Array,
+    of_rows: Array,
+    of_cols: Array,
+    limits: tuple[Array, Array] | None,
+    tol: Array,
+    *,
+    shape: tuple[int, int],
+    model: Model,
+    by_column: bool,
+    pattern: bool,
+    max_steps: int,
+    meter: Meter | None,
+) -> CompletionFit:
+    """The fit of entries and features that are checked."""
+    reduce = model.reduce
+    rows, cols, values = observed(rows, cols, values, shape)
     center, scale = center_and_scale(
         values,
         rows < shape[0],
         cols,
         shape[1],
-        by_column=units == "columns",
-        centered=effects is not None,
-        robust=robust,
+        by_column=by_column,
+        centered=model.row_effects or model.col_effects,
+        robust=model.robust,
         reduce=reduce,
     )
-    at = cols if units == "columns" else jnp.zeros_like(cols)
+    at = cols if by_column else jnp.zeros_like(cols)
     values = (values - jnp.take(center, at, mode="clip")) / jnp.take(scale, at, mode="clip")
     by_row = group_by_row(rows, cols, values, shape[0])
     by_col = group_by_row(cols, rows, values, shape[1], reduce)
@@ -192,7 +229,7 @@ def fit_completion(
     row_units = units_of(of_rows, jnp.diff(by_row.starts) > 0, 1 + k, reduce)
     col_units = units_of(of_cols, reduce(jnp.diff(by_col.starts)) > 0, 1 + k, identity)
     data = Data(by_row, by_col, row_units(of_rows), col_units(of_cols))
-    held, others = windows(share)
+    held, others = windows(share_held(len(values)))
 
     def phase(state, window_and_limit):
         window, limit = window_and_limit

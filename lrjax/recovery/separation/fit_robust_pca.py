@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
@@ -152,20 +153,7 @@ class RobustPCAFit(eqx.Module):
         (self,) = _without_derivative("RobustPCAFit.transform", self)
         matrix, seen = _observed("RobustPCAFit.transform", rows, mask)
         _check_length("transform", matrix, self.low_rank)
-        unit = unit_of(matrix, matrix)
-        matrix = matrix / unit
-        parts = separate(
-            matrix,
-            seen,
-            matrix,
-            self.low_rank.right,
-            sparse_weight=1.0,
-            penalty=first_penalty(jnp.sqrt(jnp.max(jnp.sum(matrix * matrix, axis=-1)))),
-            tol=self.tol,
-            max_steps=300,
-            adapt_basis=False,
-        )
-        return parts.vectors * unit
+        return _transform(self, matrix, seen)
 
     def update(
         self,
@@ -215,6 +203,26 @@ class RobustPCAFit(eqx.Module):
             known=self.values[:, None] * self.low_rank.right.T,
         )
         return _assemble(parts, choice, self.tol, self.groups, width)
+
+
+# Compiled once for rows of one shape: they also come outside of jit, batch by batch.
+@jax.jit
+def _transform(fit: RobustPCAFit, matrix: Array, seen: Array) -> Array:
+    """The coordinates of new rows, by the iteration of the fit with its basis held."""
+    unit = unit_of(matrix, matrix)
+    matrix = matrix / unit
+    parts = separate(
+        matrix,
+        seen,
+        matrix,
+        fit.low_rank.right,
+        sparse_weight=1.0,
+        penalty=first_penalty(jnp.sqrt(jnp.max(jnp.sum(matrix * matrix, axis=-1)))),
+        tol=fit.tol,
+        max_steps=300,
+        adapt_basis=False,
+    )
+    return parts.vectors * unit
 
 
 def fit_robust_pca(

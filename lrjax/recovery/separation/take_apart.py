@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -24,6 +25,9 @@ SIDE = 512  # rows, and columns, that tell of more of them
 HEADROOM = 100  # powers of two that the largest entry may be above the unit
 
 
+# Compiled once for matrices of one shape: fits are also called outside of jit, again and
+# again.
+@functools.partial(jax.jit, static_argnames=("width", "max_steps", "groups", "meter"))
 def take_apart(
     matrix: Float[Array, "m n"],
     mask: Bool[Array, "m n"],

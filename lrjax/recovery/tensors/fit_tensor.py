@@ -1,3 +1,4 @@
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -158,6 +159,21 @@ def fit_robust_tensor(
     name = "fit_robust_tensor"
     meter = Meter(f"lrjax.recovery.{name}", max_steps, "residual") if progress else None
     data, known, widths, tol = _checked(name, tensor, mask, ranks, tol)
+    return _separate(data, known, tol, widths=widths, max_steps=max_steps, meter=meter)
+
+
+# Compiled once for tensors of one shape: fits are also called outside of jit, again and
+# again.
+@functools.partial(jax.jit, static_argnames=("widths", "max_steps", "meter"))
+def _separate(
+    data: Array,
+    known: Array,
+    tol: Array,
+    *,
+    widths: tuple[int, ...],
+    max_steps: int,
+    meter: Meter | None,
+) -> TensorFit:
     origin = middle(data, known)
     data, start, unit = _in_units(jnp.where(known, data - origin, 0), known)
     scales, penalty = _first_levels(start, known)
@@ -265,6 +281,19 @@ def fit_tensor_completion(
     name = "fit_tensor_completion"
     meter = Meter(f"lrjax.recovery.{name}", max_steps, "residual") if progress else None
     data, known, widths, tol = _checked(name, tensor, mask, ranks, tol)
+    return _complete(data, known, tol, widths=widths, max_steps=max_steps, meter=meter)
+
+
+@functools.partial(jax.jit, static_argnames=("widths", "max_steps", "meter"))
+def _complete(
+    data: Array,
+    known: Array,
+    tol: Array,
+    *,
+    widths: tuple[int, ...],
+    max_steps: int,
+    meter: Meter | None,
+) -> TensorFit:
     origin = middle(data, known)
     data = jnp.where(known, data - origin, 0)
     share = _share_of(known, data.dtype)
