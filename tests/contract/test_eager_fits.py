@@ -38,8 +38,8 @@ def programs():
     """The number of programs compiled so far, in a list of one number."""
     count = [0]
 
-    def note(event, duration, **details):
-        del duration, details
+    def note(event, duration_secs, **kwargs):
+        del duration_secs, kwargs
         count[0] += event.endswith("backend_compile_duration")
 
     monitoring.register_event_duration_secs_listener(note)
