@@ -176,8 +176,8 @@ MUTANTS = [
     plugin("transport", "axis=-2), 0, 1)", "axis=-1), 0, 1)", "ldadam"),
     plugin(
         "transport",
-        "times(c, x) if self.on_rows else outer",
-        "times(c, x) if 1 else outer",
+        "if self.on_rows:\n            return times(c, x",
+        "if True:\n            return times(c, x",
         "coap",
     ),
     plugin("schedules", "context.count + offset", "context.count - offset", "galore"),

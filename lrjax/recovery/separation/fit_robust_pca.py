@@ -2,7 +2,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
@@ -15,10 +14,10 @@ from .._plots import norm_of_noise, plot_fit, refuse_batch, sampled_entries
 from .._variance import explained_variance_ratio
 from ..derivatives import refuse_derivatives
 from ..problems import observed_entries
-from .augmented_lagrangian import Parts, separate
+from .augmented_lagrangian import Parts
 from .groups import Groups, groups_of
 from .held_out import Choice, Weights
-from .take_apart import first_penalty, take_apart, unit_of
+from .take_apart import coordinates, take_apart
 
 
 WEIGHTS = Weights((0.85, 1.0, 0.7, 1.2), 0.7, 1.0)  # where none is given
@@ -153,7 +152,7 @@ class RobustPCAFit(eqx.Module):
         (self,) = _without_derivative("RobustPCAFit.transform", self)
         matrix, seen = _observed("RobustPCAFit.transform", rows, mask)
         _check_length("transform", matrix, self.low_rank)
-        return _transform(self, matrix, seen)
+        return coordinates(matrix, seen, self.low_rank.right, self.tol)
 
     def update(
         self,
@@ -203,26 +202,6 @@ class RobustPCAFit(eqx.Module):
             known=self.values[:, None] * self.low_rank.right.T,
         )
         return _assemble(parts, choice, self.tol, self.groups, width)
-
-
-# Compiled once for rows of one shape: they also come outside of jit, batch by batch.
-@jax.jit
-def _transform(fit: RobustPCAFit, matrix: Array, seen: Array) -> Array:
-    """The coordinates of new rows, by the iteration of the fit with its basis held."""
-    unit = unit_of(matrix, matrix)
-    matrix = matrix / unit
-    parts = separate(
-        matrix,
-        seen,
-        matrix,
-        fit.low_rank.right,
-        sparse_weight=1.0,
-        penalty=first_penalty(jnp.sqrt(jnp.max(jnp.sum(matrix * matrix, axis=-1)))),
-        tol=fit.tol,
-        max_steps=300,
-        adapt_basis=False,
-    )
-    return parts.vectors * unit
 
 
 def fit_robust_pca(

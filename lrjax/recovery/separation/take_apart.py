@@ -21,6 +21,7 @@ CLOSE = 100.0  # times the tolerance: exact, for entries held out
 MARGIN = 1.25  # over the largest singular value that noise alone is expected to have
 OUTSIDE = 3.0  # standard deviations of noise that an error is beyond
 POLISH = 5  # steps without the bias of thresholds, where there is noise
+STEPS_OF_ROWS = 300  # of new rows, at most
 SIDE = 512  # rows, and columns, that tell of more of them
 HEADROOM = 100  # powers of two that the largest entry may be above the unit
 
@@ -61,7 +62,7 @@ def take_apart(
         The parts, without the known rows, and the choice.
     """
     start = _filled(matrix, mask)
-    unit = unit_of(matrix, start)
+    unit = _unit_of(matrix, start)
     matrix, start = matrix / unit, start / unit
     skip = 0
     if known is not None:
@@ -100,6 +101,33 @@ def take_apart(
     return parts, choice._replace(noise=choice.noise * unit)
 
 
+@jax.jit
+def coordinates(
+    rows: Float[Array, "k n"],
+    mask: Bool[Array, "k n"],
+    basis: Float[Array, "n r"],
+    tol: Float[Array, ""],
+) -> Float[Array, "k r"]:
+    """The coordinates of new rows in a basis that is held, beside their gross errors.
+
+    Compiled once for rows of one shape: they also come outside of jit, batch by batch.
+    """
+    unit = _unit_of(rows, rows)
+    rows = rows / unit
+    parts = separate(
+        rows,
+        mask,
+        rows,
+        basis,
+        sparse_weight=1.0,
+        penalty=_first_penalty(jnp.sqrt(jnp.max(jnp.sum(rows * rows, axis=-1)))),
+        tol=tol,
+        max_steps=STEPS_OF_ROWS,
+        adapt_basis=False,
+    )
+    return parts.vectors * unit
+
+
 def _program(
     table: Table,
     width: int,
@@ -124,7 +152,7 @@ def _program(
             # The program divided by the weight of the nuclear norm. An infinite weight
             # allows no errors.
             sparse_weight=jnp.where(exact, jnp.inf, 1 / scale),
-            penalty=first_penalty(largest),
+            penalty=_first_penalty(largest),
             tol=tol,
             max_steps=max_steps,
             noise=level,
@@ -152,12 +180,12 @@ def _some(side: int, block: int | None) -> np.ndarray:
     return index[index < side]
 
 
-def first_penalty(largest: Array) -> Array:
+def _first_penalty(largest: Array) -> Array:
     """The penalty of which the first step cuts singular values by 0.8 of the largest."""
     return 1.25 / nonzero(largest)
 
 
-def unit_of(matrix: Array, start: Array) -> Array:
+def _unit_of(matrix: Array, start: Array) -> Array:
     """A power of two near the largest entry of the first guess.
 
     Not of the matrix, whose errors may be of any size, so long as none of them overflows.

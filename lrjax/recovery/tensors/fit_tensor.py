@@ -2,21 +2,20 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike
 
 from ..._progress import Meter
-from ...linalg import nonzero, orthonormalize, working_dtype
-from ...lowrank import TuckerForm, multiply_axes, unfolded_svd
-from .._center import meet, middle
+from ...linalg import nonzero, working_dtype
+from ...lowrank import unfolded_svd
+from .._center import middle
 from .._inputs import as_mask, as_numbers, check_not_negative, check_width
-from .._plots import plot_fit, refuse_batch
 from ..derivatives import refuse_derivatives
 from ..fill_in import fill_in
+from .tensor_fit import TensorFit, assemble
 from .thresholded import Path, follow, median, norm, relative_norm
 
 
@@ -26,69 +25,10 @@ FAST, SLOW = 1.5, 1.05  # growth of the penalty where the constraint, or L, is b
 PATIENCE = 120  # steps after which it grows fast in any case
 FALL = 0.25  # growth of the penalty of a completion less one, by the observed share
 HELD_OUT, MOST_HELD_OUT = 0.1, 3000  # share and number of entries that judge the steps
-TRUSTED = 0.1  # of the size of the low-rank part: the error held out that is trusted
 NO_DERIVATIVE = (
     "{} has no derivative: it decides on ranks. Hold the fit constant with "
     "jax.lax.stop_gradient."
 )
-
-
-class TensorFit(eqx.Module):
-    """A tensor of low multilinear rank, and the gross errors beside it.
-
-    Attributes:
-        low_rank: a :class:`lrjax.lowrank.TuckerForm`, with the center; columns of its
-            factors are orthonormal, and zero from the rank of their axis on, but for one
-            that the center needs.
-        center: the constant in it, which no rank counts.
-        sparse: the gross errors, zero where nothing is observed; of a completion zeros.
-        ranks: ``(d,)``, the ranks of the unfoldings.
-        residual: ``‖tensor − low_rank − sparse‖ / ‖tensor‖`` over what is observed.
-        held_out_error: the median error at entries held out, of the turn in which they
-            were or of the last one, relative to the size of the low-rank part or of the
-            data without what stands out, whichever is smaller.
-        steps: iterations taken, in both turns.
-        converged: whether the residual fell to the tolerance, or the thresholds to where
-            the entries held out are predicted best.
-        trusted: whether ``held_out_error`` is at most a tenth.
-    """
-
-    low_rank: TuckerForm
-    center: Float[Array, ""]
-    sparse: Float[Array, "*s"]
-    ranks: Int[Array, " d"]
-    residual: Float[Array, ""]
-    held_out_error: Float[Array, ""]
-    steps: Int[Array, ""]
-    converged: Bool[Array, ""]
-    trusted: Bool[Array, ""]
-
-    def plot(self) -> Any:
-        """Draw the singular values of all unfoldings, and all sizes that tell of errors.
-
-        Without the center. Right: how many entries of the low-rank part and gross errors
-        are how large, with a line at the error where entries were held out. A fit is good
-        where it is far left of the low-rank part.
-
-        Returns:
-            The matplotlib figure.
-
-        Raises:
-            ImportError: if matplotlib is not installed.
-            ValueError: for a batch of fits.
-        """
-        refuse_batch(self)
-        # Of the core, as the factors are orthonormal.
-        core, factors = self.low_rank.core, self.low_rank.factors
-        values, _ = unfolded_svd(core - self.center * _constant(factors))
-        named = {
-            f"axis {axis}": (values[axis], self.ranks[..., axis])
-            for axis in range(len(values))
-        }
-        entries = self.low_rank.materialize() - self.center
-        size = jnp.sqrt(jnp.mean(entries**2))
-        levels = {"error of entries held out": self.held_out_error * size}
-        return plot_fit(self, named, entries, self.sparse, levels)
 
 
 def fit_robust_tensor(
@@ -216,7 +156,7 @@ def _separate(
     # What was clipped is an error; the rest is noise, or rounding.
     clipped, growth, _ = path.memory
     sparse = jnp.where(jnp.abs(clipped) > 0.999 * growth / path.penalty, rest, 0)
-    return _assemble(path, sparse, rest - sparse, data, origin, unit, tol, error, steps)
+    return assemble(path, sparse, rest - sparse, data, origin, unit, tol, error, steps)
 
 
 def fit_tensor_completion(
@@ -330,7 +270,7 @@ def _complete(
     path, error, steps = _two_turns(run, known, data)
     rest = jnp.where(known, data - path.whole(), 0)
     nothing = jnp.zeros_like(rest)
-    return _assemble(path, nothing, rest, data, origin, unit, tol, error, steps)
+    return assemble(path, nothing, rest, data, origin, unit, tol, error, steps)
 
 
 def _checked(
@@ -404,43 +344,3 @@ def _two_turns(
     (path, _, _), (errors, steps) = lax.scan(turn, first, None, length=2)
     again = median(jnp.where(held, jnp.abs(tensor - path.whole()), 0), jnp.sum(held))
     return path, jnp.maximum(errors[0], again), jnp.sum(steps)
-
-
-def _assemble(path, sparse, rest, tensor, origin, unit, tol, error, steps) -> TensorFit:
-    residual = relative_norm(rest, tensor)
-    # A low-rank part that exploded must not count as the measure of its error.
-    size = jnp.minimum(norm(path.core) / tensor.size**0.5, 1)
-    relative = error / nonzero(size)
-    center = origin + unit * path.center
-    return TensorFit(
-        low_rank=_with_constant(path.core * unit, path.factors, path.ranks, center),
-        center=center,
-        sparse=sparse * unit,
-        ranks=path.ranks,
-        residual=residual,
-        held_out_error=relative,
-        steps=steps,
-        converged=(path.residual <= tol) | (path.left <= 0),
-        trusted=relative <= TRUSTED,
-    )
-
-
-def _with_constant(core: Array, factors: Sequence[Array], ranks: Array, center: Array):
-    """A Tucker form and a constant as one: a column of each factor makes room for it."""
-    wider = []
-    for factor, rank in zip(factors, ranks, strict=True):
-        n, width = factor.shape
-        factor = jnp.pad(factor, ((0, 0), (0, min(width + 1, n) - width)))
-        ones = jnp.ones(n, factor.dtype)
-        new = orthonormalize(ones[:, None], against=factor)
-        at = jnp.arange(factor.shape[1]) == rank
-        factor = jnp.where(at[None, :], new, factor)
-        wider.append(meet(ones, factor, jnp.sum(factor, axis=0)))
-    padding = [(0, w.shape[1] - n) for w, n in zip(wider, core.shape, strict=True)]
-    return TuckerForm(jnp.pad(core, padding) + center * _constant(wider), wider)
-
-
-def _constant(factors: Sequence[Array]) -> Array:
-    """The core of a tensor of ones, if it is in the span of the orthonormal factors."""
-    one = jnp.ones((1,) * len(factors), factors[0].dtype)
-    return multiply_axes(one, tuple(jnp.sum(f, axis=0)[:, None] for f in factors))
