@@ -697,7 +697,7 @@ def test_equals_the_reference(name, x64):
         assert errors[worst] < case.tolerance, f"{leaf}, step {worst}: {errors[worst]:.1e}"
 
 
-@pytest.mark.slow_but("free")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "rank", "clip", "decay"),
     [

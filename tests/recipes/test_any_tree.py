@@ -100,7 +100,7 @@ def test_states_can_be_mapped(make, getkey):
         assert_close(optax.tree.map_params(tx, lambda a: a, state), state)
 
 
-@pytest.mark.slow_but("scaled_gd", "scaled_subgradient", "prec_gd")
+@pytest.mark.slow_but("scaled_gd", "prec_gd")
 @pytest.mark.parametrize(
     "recipe",
     [

@@ -147,7 +147,7 @@ def test_a_factor_that_rests_keeps_its_moments_and_is_not_decayed(getkey, x64):
     assert relative_error(path.left[2], path.left[1]) > 1e-3
 
 
-@pytest.mark.slow_but("alt_lora")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scaled_adamw", "alt_lora", "alt_lora_plus", "lora_rite"])
 def test_a_mask_of_decay_reaches_into_pairs(name):
     """A tree of bools for all parameters holds for each part that is treated apart."""

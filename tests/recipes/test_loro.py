@@ -33,6 +33,7 @@ def retracted(x, u):
     return optax.apply_updates(x, step)
 
 
+@pytest.mark.slow
 def test_retract_is_the_best_approximation_of_the_first_order_step(getkey, x64):
     x = random_low_rank(getkey(), 7, 9, 2, batch=(2,), dtype=jnp.float64)
     u = random_low_rank(getkey(), 7, 9, 2, batch=(2,), dtype=jnp.float64)

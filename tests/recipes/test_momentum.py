@@ -69,6 +69,7 @@ def test_power_sgd_on_eight_devices_is_one_on_the_mean_gradient(data_parallel):
     assert jnp.linalg.norm(errors[0] - errors[1]) > 0.1 * jnp.linalg.norm(errors[0])
 
 
+@pytest.mark.slow
 def test_power_sgd_sends_only_the_thin_factors(data_parallel):
     text = data_parallel[-1]
     assert "all-gather" not in text

@@ -28,6 +28,7 @@ def is_loop(x):
     return isinstance(x, sub.ProjectUpdatesState)
 
 
+@pytest.mark.slow
 def test_randomized_galore_is_galore_where_the_rank_suffices(rollout, noisy, getkey):
     """Adam commutes with the sign of a single singular vector."""
     g = noisy(getkey(), 4, 8, 1) * noisy(getkey(), 4, 1, 12)

@@ -62,6 +62,7 @@ def test_equals_the_reference(side, n, getkey, x64):
     assert_close(got, np.stack(want), condition=1e4)
 
 
+@pytest.mark.slow
 def test_a_stack_is_a_loop_and_leaves_take_turns(getkey, x64):
     """The second of two leaves refreshes at half of the period: other steps, same rule."""
     g = gradients(getkey(), 2, n=M)

@@ -70,7 +70,7 @@ MODES = {
 }
 
 
-@pytest.mark.slow_but("fit_robust_pca-jvp")
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", FITS)
 def test_both_modes_are_refused_by_name(name, mode, getkey):

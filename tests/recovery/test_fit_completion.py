@@ -269,6 +269,7 @@ def test_a_quarter_of_gross_errors(seed):
     assert int(result.rank) == RANK
 
 
+@pytest.mark.slow
 def test_effects_of_rows_and_columns_alone(getkey):
     at = problem().operator
     b, c = jr.normal(getkey(), (M, 1)), 3 * jr.normal(getkey(), (1, N)) + 7
@@ -385,6 +386,7 @@ def test_columns_with_units_of_their_own():
     )
 
 
+@pytest.mark.slow
 def test_columns_with_noise_of_their_own(getkey):
     p = problem(0)
     at, size = p.operator, jnp.std(p.targets)

@@ -368,7 +368,7 @@ def test_at_the_edge_of_what_pursuit_recovers_failures_are_not_trusted(getkey):
     assert jnp.sum(good & ~trusted) <= 2
 
 
-@pytest.mark.slow_but("shape0")
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(M, N), (200, 100)])
 def test_a_fifth_of_the_entries_may_be_wrong(getkey, shape):
     """Pursuit recovers all of these, and so does a fit that is told nothing."""

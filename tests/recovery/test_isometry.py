@@ -16,6 +16,7 @@ def operator():
     return jax.jit(lambda k: lrjax.matrix_sensing(k, (N, N), 2, M).operator)(jr.key(0))
 
 
+@pytest.mark.slow
 def test_mixed_norm_of_gaussian_measurements(operator):
     """Mean sqrt(2/π) and standard deviation 0.6028/√m a measurement of unit variance."""
     rip = recovery.mixed_norm_rip(operator, 4, key=jr.key(1), trials=100)

@@ -57,6 +57,7 @@ def train(logs, key, *, steps=80, batch=1, rate=0.05):
     return carry[0]
 
 
+@pytest.mark.slow
 def test_training_through_the_scan_pays_and_transfers():
     """A hundred times better where it was trained, and at three times size and rank 2."""
     before = untrained()

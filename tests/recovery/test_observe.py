@@ -56,6 +56,7 @@ def test_small_starts_climb_the_ranks_one_by_one(climb):
     assert np.all(np.diff(order) > 20)
 
 
+@pytest.mark.slow
 def test_singular_values_grow_one_by_one(climb):
     """Half of each value of the truth, and plateaus as long as log(1/α) over its size."""
     values = np.asarray(climb.history.observed[0].singular_values)

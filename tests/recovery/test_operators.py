@@ -49,7 +49,7 @@ def dense_matrices(kind, operator):
 KINDS = ("dense", "rank_one", "entries", "masked", "identity")
 
 
-@pytest.mark.slow_but("rank_one", "identity")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_measures_inner_products(kind, getkey):
     operator = make(kind, getkey(), jnp.float32)
@@ -66,7 +66,7 @@ def test_measures_inner_products(kind, getkey):
     assert_close(operator.adjoint_rmatmul(y, u), want.T @ u)
 
 
-@pytest.mark.slow_but("rank_one", "identity")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_adjoint_to_machine_precision(kind, getkey, x64):
     operator = make(kind, getkey(), jnp.float64)

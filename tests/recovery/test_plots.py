@@ -63,6 +63,7 @@ def test_ratios_are_those_of_pca_without_gross_errors(drawn, separated, complete
         assert np.all(np.diff(ratio) <= 1e-6)
 
 
+@pytest.mark.slow
 def test_ratios_under_vmap(separated):
     fits = jax.tree.map(lambda x: jnp.stack([x, x]), separated)
     many = jax.vmap(lambda fit: fit.explained_variance_ratio)(fits)

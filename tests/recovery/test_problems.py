@@ -46,7 +46,7 @@ def loss_and_error(problem, x):
     return problem.loss(x), problem.relative_error(x)
 
 
-@pytest.mark.slow_but("symmetric")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_truth_solves_the_clean_problem(name, getkey):
     problem = draw(name, getkey())
@@ -78,6 +78,7 @@ def test_problems_batch(getkey):
         assert_close(got[k], np.stack([pair[k] for pair in want]), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_relative_error_of_a_dense_and_of_a_factorized_truth(getkey):
     problem = lrjax.robust_pca(getkey(), (8, 6), 1)
     x = random_low_rank(getkey(), 8, 6, 2)
@@ -103,6 +104,7 @@ def test_from_data(getkey):
     assert float(problem.loss(x)) < 1e-10
 
 
+@pytest.mark.slow
 def test_entries_that_are_not_finite_are_missing(getkey):
     x = random_low_rank(getkey(), 4, 3, 1)
     matrix = x.materialize().at[1, 1].set(jnp.nan).at[2, 0].set(jnp.inf)
