@@ -172,6 +172,7 @@ def test_core_shape_keeps_most_energy_of_all_shapes(rng):
         np.testing.assert_allclose(kept(ranks), best, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_core_shape_finds_the_ranks_of_a_tensor_and_bounds_its_error(getkey):
     core = jax.random.normal(getkey(), (2, 3, 2))
     factors = [jax.random.normal(getkey(), (n, r)) for n, r in ((6, 2), (5, 3), (7, 2))]

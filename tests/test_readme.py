@@ -38,6 +38,7 @@ def test_robust_pca_separates(names):
     assert np.linalg.norm(error) < 1e-5 * np.linalg.norm(names["clean"])
 
 
+@pytest.mark.slow
 def test_subspace_saves_memory(names):
     hidden = {"hidden": jax.ShapeDtypeStruct((512, 512), np.float32)}
     assert lrjax.metrics.memory_report(hidden, names["tx"]).ratio < 0.2
@@ -59,6 +60,7 @@ def test_merged_model_is_the_same_function(names):
     assert type(names["merged"]) is type(names["model"])
 
 
+@pytest.mark.slow
 def test_guide_recovers():
     names = run(GUIDE)
     assert names["problem"].relative_error(names["solution"].x) < 1e-5

@@ -115,6 +115,7 @@ def test_geodesic_steps_go_downhill_and_stop_at_the_optimum(getkey, x64):
     assert_close(refresh_once(basis, a, getkey(), 1, best)[0], best, condition=100)
 
 
+@pytest.mark.slow
 def test_oja_with_plain_descent_is_ojas_rule(getkey, x64):
     a = with_spectrum(getkey(), P, Q, jnp.linspace(2.0, 0.5, P), jnp.float64)
     basis = sub.Oja(R, optax.sgd(0.3))

@@ -26,7 +26,7 @@ FULL_RANK = {
 }
 
 
-@pytest.mark.slow_but("power_blocks")
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", FULL_RANK.values(), ids=FULL_RANK)
 def test_a_full_rank_basis_changes_nothing_without_an_inner_state(
     basis, rollout, noisy, getkey

@@ -92,7 +92,7 @@ def test_seeds_are_a_batch(getkey, kind):
     assert all(jnp.any(a[0] != a[1]) for a in jax.tree.leaves(jax.vmap(made)(keys)))
 
 
-@pytest.mark.slow_but("dense", "sparse")
+@pytest.mark.slow
 @kinds
 def test_a_model_stays_a_model(getkey, kind):
     model = eqx.nn.MLP(3, 2, 8, 1, dtype=jnp.bfloat16, key=getkey())

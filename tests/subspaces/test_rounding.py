@@ -55,7 +55,7 @@ def test_the_sign_of_rounding_is_no_direction():
         assert_close(last_update(signed, [g]), last_update(plain, [g]), rtol=1e-6)
 
 
-@pytest.mark.slow_but("0-short")
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["both", "short"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_units_without_a_gradient_stay_where_they_are(side, axis):
@@ -94,7 +94,7 @@ def test_columns_without_a_direction_take_up_new_ones(normalize):
     assert values[7] > 0.05
 
 
-@pytest.mark.slow_but("random-1-after", "random-2-before")
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("blocks", [1, 2, 8])
 @pytest.mark.parametrize("first", [None, sub.SVD(8)], ids=["random", "svd"])

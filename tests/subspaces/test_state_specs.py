@@ -59,7 +59,7 @@ def alone():
     return out
 
 
-@pytest.mark.slow_but("galore-AxisType.Auto")
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_state_placed_by_its_specs_stays_there(name, axis_type, alone):

@@ -16,6 +16,7 @@ any nation so conceived and so dedicated, can long endure. We are met on a great
 battle-field of that war."""
 
 
+@pytest.mark.slow
 def test_no_logit_depends_on_what_follows(getkey):
     model = decoder.Decoder(getkey(), decoder.Sizes(2, 24, 6, 2, 16, 20))
     ids = jax.random.randint(getkey(), (7,), 0, 20)

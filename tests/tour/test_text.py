@@ -8,6 +8,7 @@ from lrjax._tour import docstrings, encoder
 from tests.helpers import assert_close
 
 
+@pytest.mark.slow
 def test_sentences_are_balanced_and_apart():
     train, test = docstrings.load(20, 10)
     assert [train.labels.count(kind) for kind in (0, 1)] == [20, 20]

@@ -52,7 +52,7 @@ def train(tx, loss, x, steps, **extra):
     return jax.lax.scan(body, (x, tx.init(x)), length=steps)
 
 
-@pytest.mark.slow_but("kls-1-0.0-6")
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [R, 9])  # twice nine columns do not fit on either side
 @pytest.mark.parametrize(
     ("method", "every", "momentum"),
@@ -156,7 +156,7 @@ def test_the_methods_differ_by_the_square_of_the_step(getkey, x64):
     assert 3.9 < gaps[0] / gaps[1] < 4.1
 
 
-@pytest.mark.slow_but("kls")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["parallel", "augmented", "kls"])
 def test_the_step_of_the_matrix_ignores_how_it_is_factored(method, getkey, x64):
     """``(U Q₁, Q₁ᵀ S Q₂, V Q₂)`` is the same matrix, and takes the same steps."""
@@ -335,6 +335,7 @@ def test_without_a_node_it_is_the_inner_optimizer(make, getkey):
         assert_close(step, want)
 
 
+@pytest.mark.slow
 def test_refusals(getkey):
     x = start_at(getkey(), [2.0, 1.0], 4, dtype=jnp.float32)
     pair = lrjax.LowRank(jnp.ones((3, 2)), jnp.ones((4, 2)))

@@ -66,6 +66,7 @@ def test_full_rank_is_the_polar_factor_of_heavy_ball_momentum(getkey, x64):
     assert_close(updates, lrjax.linalg.polar(jnp.stack(want)), condition=1e4)
 
 
+@pytest.mark.slow
 def test_a_zero_gradient_decays_and_repeats(getkey, x64):
     g = gradients(getkey(), jnp.float64).at[3].set(0)
     updates, momenta = scan(2)(g)
@@ -81,6 +82,7 @@ def test_null_directions_of_the_momentum_do_not_move_the_weights(getkey):
     assert_close(updates, jnp.broadcast_to(one / size, updates.shape), condition=10)
 
 
+@pytest.mark.slow
 def test_gradients_of_any_size_in_float32(getkey):
     g = gradients(getkey())
     want = scan(2)(g)[0]
@@ -105,7 +107,7 @@ def test_memory_is_r_times_m_plus_n_plus_one():
     assert sum(x.size for x in jax.tree.leaves(state)) == 3 * 4 * (16 + 24 + 1)
 
 
-@pytest.mark.slow_but("qr")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cholesky", "qr"])
 def test_product_svd_of_dependent_and_ill_scaled_columns(method, getkey, x64):
     """A tall factor with a repeated and a tiny column, a zero one, and one too wide."""

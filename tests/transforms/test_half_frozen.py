@@ -128,7 +128,7 @@ def of_model(model, x, y):
     return value
 
 
-@pytest.mark.slow_but("right")
+@pytest.mark.slow
 @pytest.mark.parametrize("side", SIDES)
 def test_lora_with_one_trained_side_learns_under_every_wrapper(side, getkey):
     kind = lrjax.LoRA(4, train=side)

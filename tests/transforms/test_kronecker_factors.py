@@ -49,6 +49,7 @@ def test_psgd_kron_whitens_noise_that_is_a_product(getkey):
     assert 0.5 < jnp.min(squares) <= jnp.max(squares) < 1.5
 
 
+@pytest.mark.slow
 def test_psgd_kron_is_bounded_where_there_is_no_gradient(x64):
     """Of a dead row only the noise is whitened: ``P_ii = √n / (σ ‖P_r‖)``."""
     damping, n = 1e-4, 3
@@ -60,7 +61,7 @@ def test_psgd_kron_is_bounded_where_there_is_no_gradient(x64):
     assert jnp.all(jnp.linalg.eigvalsh(left) > 0)
 
 
-@pytest.mark.slow_but("psgd_kron-30")
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [-30, 30])
 @pytest.mark.parametrize(
     "tx",

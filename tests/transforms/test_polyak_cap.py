@@ -54,7 +54,7 @@ def distances(loss, tx, rows, truth, key, metric):
     return jnp.concatenate([jnp.sum(metric * truth**2)[None], far])
 
 
-@pytest.mark.slow_but("absolute")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_cap_is_too_large_where_one_point_fits_all(problem, getkey, name):
     """Six decades; every step comes nearer, and plain steps of that length blow up."""

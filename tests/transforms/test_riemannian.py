@@ -46,7 +46,7 @@ def train_fixed(tx, loss, x, steps):
     return jax.lax.scan(body, (x, tx.init(x)), length=steps)[1]
 
 
-@pytest.mark.slow_but("3")
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [3, 9])
 def test_momentum_is_tangent_and_follows_the_point(width, getkey, x64):
     x = start_at(getkey(), np.linspace(3, 1, width), width)
@@ -117,6 +117,7 @@ def test_the_penalty_is_its_formula(getkey, x64):
     assert not np.any(tx.update(zero, tx.init(flat), flat)[0].core)
 
 
+@pytest.mark.slow
 def test_spectra_are_flatter_the_stronger_the_penalty(getkey, x64):
     x = start_at(getkey(), [1.0, 0.5, 0.3], 6)
     loss, _ = quadratic(getkey(), target_of(getkey(), rank=3))

@@ -59,6 +59,7 @@ def test_at_full_rank_it_is_half_a_damped_newton_step(getkey, x64):
     assert relative_error(one_step(tx, value_fn, as_tree(x))[0], want / rate) < 1e-8
 
 
+@pytest.mark.slow
 def test_the_rate_is_that_of_the_other_batch(getkey, x64):
     c, value_fn = quadratic(getkey(), FALLING)
     d, rate_fn = quadratic(getkey(), FALLING)

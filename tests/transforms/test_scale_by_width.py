@@ -150,7 +150,7 @@ def copied(model):
     return eqx.tree_at(parts, model, jax.tree.map(jnp.asarray, new))
 
 
-@pytest.mark.slow_but("sgd")
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_copies_of_units_stay_copies_and_train_as_the_base(getkey, x64, optimizer):
     """Exact at every step: so the rates are right for each leaf, factors included."""

@@ -65,7 +65,7 @@ def test_scale_factors_gives_each_factor_its_rate(getkey):
     assert_close(got["b"], g["b"])
 
 
-@pytest.mark.slow_but("nearest")
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["balanced", "nearest"])
 def test_a_product_of_zero_is_left_in_factors_that_learn(mode, getkey):
     """A rate that begins at zero must not take the gradient from LoRA's start for ever."""
@@ -81,6 +81,7 @@ def test_a_product_of_zero_is_left_in_factors_that_learn(mode, getkey):
     assert_close(left.T @ left, right.T @ right, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_rebalance_keeps_the_product_and_balances(getkey):
     x = random_low_rank(getkey(), 5, 4, 2)
     u = random_low_rank(getkey(), 5, 4, 2)

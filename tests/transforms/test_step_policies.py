@@ -41,7 +41,7 @@ def dense_gauss_newton(x, g, damping):
     )
 
 
-@pytest.mark.slow_but("3.0")
+@pytest.mark.slow
 @pytest.mark.parametrize("damping", [1e-2, 3.0])
 def test_the_closed_form_solves_the_whole_system(pair, damping):
     x, g = pair
