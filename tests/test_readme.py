@@ -44,6 +44,7 @@ def test_subspace_saves_memory(names):
     assert lrjax.metrics.memory_report(hidden, names["tx"]).ratio < 0.2
 
 
+@pytest.mark.slow
 def test_sweep_trains_every_member(names):
     losses = names["runs"]["losses"]
     assert losses.sizes == {"damping": 3, "learning_rate": 2, "losses_0": 100}

@@ -158,6 +158,7 @@ def test_starts_as_the_model_on_every_kind_of_layer(name, single):
         assert np.any(adapter.pair.left) or np.any(adapter.pair.right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "want"),
     [

@@ -84,6 +84,7 @@ def test_a_row_is_linear_in_its_entries(fit):
     assert_close(found.contributions[2], without, condition=1e4)
 
 
+@pytest.mark.slow
 def test_a_robust_fit_is_refused(fit):
     robust = dataclasses.replace(fit[0], robust=True)
     with pytest.raises(ValueError, match="fit with robust=False"):

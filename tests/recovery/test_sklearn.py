@@ -126,6 +126,7 @@ def test_tables_in_and_out_of_a_pipeline():
     assert model.score(DIRTY, y) > 0.999
 
 
+@pytest.mark.slow
 def test_pickles(pca, imputer):
     for estimator, X in ((pca, DIRTY), (imputer, HOLED)):
         again = pickle.loads(pickle.dumps(estimator))

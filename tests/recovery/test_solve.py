@@ -33,6 +33,7 @@ def sensing(key, *, condition=1.0, rank=2, n=20, factor=12, dtype=jnp.float32):
     )
 
 
+@pytest.mark.slow
 def test_rate_is_free_of_the_condition_number(x64):
     """Within ±15 % of 95-125 steps to 1e-8: seeds and both conditions (tests: one size)."""
     for seed in range(5):
