@@ -105,6 +105,7 @@ def test_an_imputer_leaves_out_columns_without_entries():
     np.testing.assert_array_equal(filled[:, -1], 5)
 
 
+@pytest.mark.slow
 def test_gross_errors_among_the_entries():
     rough = np.where(GROSS & ~GAPS, HOLED + 1e3, HOLED)
     filled = MatrixCompletion(robust=True).fit_transform(rough)
