@@ -30,12 +30,22 @@ class Meter:
     """A bar that a compiled loop moves, begun anew by every run of the program.
 
     Under ``vmap`` there is one bar for all members, with the largest of what they show.
+    Meters that look alike are equal, so that a program compiled with one serves the others.
     """
 
     def __init__(self, purpose: str, total: int, shows: str = "loss"):
         self._purpose, self._total, self._shows = purpose, total, shows
         self._bar: Any = None
         _extras.load("tqdm.auto", "sweep", f"{purpose} with progress=True")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Meter) and self._look() == other._look()
+
+    def __hash__(self) -> int:
+        return hash(self._look())
+
+    def _look(self) -> tuple[str, int, str]:
+        return self._purpose, self._total, self._shows
 
     def at(self, step: Array, value: Array) -> None:
         """To be called in every step, also traced."""

@@ -14,14 +14,15 @@ SHAPE = (12, 9)
 I, J = jnp.divmod(jnp.arange(108), 9)
 
 
-def completed(x):
-    return lrjax.fit_completion(I, J, x[I, J], SHAPE, rank=2)
+def completed(x, **options):
+    return lrjax.fit_completion(I, J, x[I, J], SHAPE, rank=2, **options)
 
 
 CALLS = {
     "fit_robust_pca": lrjax.fit_robust_pca,
     "RobustPCAFit.transform": lambda x: lrjax.fit_robust_pca(x).transform(x),
     "fit_completion": completed,
+    "fit_completion, with a bar": lambda x: completed(x, progress=True),
     "CompletionFit.transform": lambda x: completed(x).transform(I, J, x[I, J], 12),
     "fit_robust_tensor": lambda x: recovery.fit_robust_tensor(x.reshape(4, 3, 9)),
     "fit_tensor_completion": lambda x: recovery.fit_tensor_completion(x.reshape(4, 3, 9)),
