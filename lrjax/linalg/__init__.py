@@ -1,6 +1,7 @@
 """Arrays in, arrays out: the decompositions that every other room is built on."""
 
 from ._numerics import (
+    carrying_precision as carrying_precision,
     check_rank as check_rank,
     cross as cross,
     identity_like as identity_like,

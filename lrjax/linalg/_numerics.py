@@ -104,6 +104,9 @@ def outer(
     return einsum("...mr,...nr->...mn", x, y, precision=precision)
 
 
+_OF_BFLOAT16 = "BF16_BF16_F32"  # products with bfloat16 gradients: float32 sums
+
+
 def _in_force() -> str | None:
     """The precision of products that ask for none, unless it is the platform's own."""
     return jax.config.jax_default_matmul_precision  # pyright: ignore
@@ -119,10 +122,18 @@ def products_at(precision: str | None, dtype: Any) -> contextlib.AbstractContext
         dtype: of the gradient.
     """
     if precision is None and _in_force() is None and dtype == jnp.bfloat16:
-        precision = "BF16_BF16_F32"
+        precision = _OF_BFLOAT16
     if precision is None:
         return contextlib.nullcontext()
     return jax.default_matmul_precision(precision)
+
+
+def carrying_precision() -> lax.PrecisionLike:
+    """Of products that carry float32 moments: the one in force, within ``products_at``.
+
+    Full where that is the one of bfloat16 gradients, which moments outlive.
+    """
+    return lax.Precision.HIGHEST if _in_force() == _OF_BFLOAT16 else None
 
 
 def rounding(dtype: Any, size: int) -> float:

@@ -108,8 +108,9 @@ def project_updates(
             takes it: ``"highest"``, ``"tensorfloat32"``, ``"bfloat16"``, … None for the one
             in force, by default that of the platform: one pass of bfloat16 on TPU, TF32 on
             GPU, float32 on CPU. Products with bfloat16 gradients then multiply in bfloat16
-            and add in float32. So do those that carry moments from one basis to the next.
-            Bases are orthonormalized, and compared, at full precision always.
+            and add in float32. Moments are carried from one basis to the next at the
+            precision in force, after bfloat16 gradients at full. Bases are orthonormalized,
+            and compared, at full precision always.
         key: source of the random numbers; they depend on it, the leaf and the step
             alone. ``jax.random.key(0)`` by default.
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._moments import Moments
 from .._sharding import select
-from ..linalg import nonzero, outer, times
+from ..linalg import carrying_precision, nonzero, outer, times
 
 
 class BasisChange(eqx.Module):
@@ -29,14 +29,15 @@ class BasisChange(eqx.Module):
     def rotate(self, x: Array, *, squared: bool = False) -> Array:
         """Move coordinates by ``C``, or by the elementwise square of ``C``.
 
-        At the precision in force, at which the moments were gathered: at full precision
-        these products took a TPU's compiler as long as those with the gradient.
+        At the precision in force, at which the moments were gathered, but for bfloat16
+        gradients, which they outlive: at full precision these products take a TPU's
+        compiler as long as those with the gradient.
         """
         c = self.overlap.astype(x.dtype)
         c = c**2 if squared else c
         if self.on_rows:
-            return times(c, x, precision=None)
-        return outer(x, c, precision=None)
+            return times(c, x, carrying_precision())
+        return outer(x, c, carrying_precision())
 
 
 class MomentTransport(eqx.Module):

@@ -81,13 +81,13 @@ FITS = {
         Case(matrix, jax.jit(lrjax.fit_robust_pca), 40, 1000.0, gross=True),
     ],
     "fit_robust_tensor": [
-        Case(tensor, jax.jit(recovery.fit_robust_tensor), 3.5, 1000.0, gross=True, ranks=2)
+        Case(tensor, jax.jit(recovery.fit_robust_tensor), 5, 1000.0, gross=True, ranks=2)
     ],
     "fit_tensor_completion": [
         Case(
             tensor,
             jax.jit(lambda x: recovery.fit_tensor_completion(x, mask=SEEN_TENSOR)),
-            3.5,
+            5,
             1000.0,
             ranks=2,
         )

@@ -566,6 +566,7 @@ NO_ROW = {
     "SubspaceError",
     "TruncatedSVD",
     "Woodbury",
+    "carrying_precision",
     "check_polar_method",
     "check_rank",
     "increment",

@@ -80,6 +80,11 @@ def test_small_factorizations_are_at_full_precision():
     assert {"HIGHEST"} == set().union(*(p for s, p in others if s[-1] not in carried))
 
 
+def test_moments_outlive_bfloat16_gradients():
+    """They are carried at full precision: their own numbers are float32."""
+    assert products(lrjax.ldadam(1e-3, 4), jnp.bfloat16)[1] == {"HIGHEST"}
+
+
 def test_rounding_is_that_of_the_platform(x64):
     """4 · 2⁻⁸ of bfloat16 on TPU, 4 · 2⁻¹¹ of TF32 on GPU, that of float32 on CPU."""
     size = 4096
