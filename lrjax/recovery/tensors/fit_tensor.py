@@ -152,7 +152,7 @@ def _separate(
         )
 
     path, error, steps = _two_turns(run, known, data)
-    rest = jnp.where(known, data - path.whole(), 0)
+    rest = jnp.where(known, data - path.whole, 0)
     # What was clipped is an error; the rest is noise, or rounding.
     clipped, growth, _ = path.memory
     sparse = jnp.where(jnp.abs(clipped) > 0.999 * growth / path.penalty, rest, 0)
@@ -268,7 +268,7 @@ def _complete(
         )
 
     path, error, steps = _two_turns(run, known, data)
-    rest = jnp.where(known, data - path.whole(), 0)
+    rest = jnp.where(known, data - path.whole, 0)
     nothing = jnp.zeros_like(rest)
     return assemble(path, nothing, rest, data, origin, unit, tol, error, steps)
 
@@ -342,5 +342,5 @@ def _two_turns(
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     first = nothing, mask & ~held, jnp.full_like(nothing.best, jnp.inf)
     (path, _, _), (errors, steps) = lax.scan(turn, first, None, length=2)
-    again = median(jnp.where(held, jnp.abs(tensor - path.whole()), 0), jnp.sum(held))
+    again = median(jnp.where(held, jnp.abs(tensor - path.whole), 0), jnp.sum(held))
     return path, jnp.maximum(errors[0], again), jnp.sum(steps)

@@ -31,6 +31,7 @@ class Path(NamedTuple):
         factors: ``(n_k, d_k)``, the columns in use orthonormal, zeros beyond.
         ranks: how many are in use.
         center: the constant beside the low-rank part.
+        whole: the low-rank part with the center, dense.
         penalty: one over the threshold, up to a factor for each axis.
         residual: of the last step, relative.
         steps: how many were made.
@@ -45,16 +46,13 @@ class Path(NamedTuple):
     factors: tuple[Float[Array, "_n _d"], ...]
     ranks: Int[Array, " d"]
     center: Float[Array, ""]
+    whole: Float[Array, "*s"]
     penalty: Float[Array, ""]
     residual: Float[Array, ""]
     steps: Int[Array, ""]
     best: Float[Array, ""]
     error: Float[Array, ""]
     left: Int[Array, ""]
-
-    def whole(self) -> Float[Array, "*s"]:
-        """The low-rank part with the center."""
-        return TuckerForm(self.core, self.factors).materialize() + self.center
 
 
 # (low rank with center, its change, memory, penalty) -> (cleaned, memory, growth, residual)
@@ -125,7 +123,7 @@ def follow(
         center = rest / jnp.maximum(all_seen, 1)
         whole = low_rank + center
         cleaned, memory, growth, residual = rule(
-            whole, whole - state.whole(), state.memory, state.penalty
+            whole, whole - state.whole, state.memory, state.penalty
         )
         error = median(jnp.where(held, jnp.abs(tensor - whole), 0), count)
         if meter is not None:
@@ -138,6 +136,7 @@ def follow(
             found.factors,
             ranks,
             center,
+            whole,
             jnp.minimum(growth * state.penalty, last),
             residual,
             state.steps + 1,
@@ -158,6 +157,7 @@ def follow(
         tuple(jnp.zeros(f, dtype) for f in zip(start.shape, widths, strict=True)),
         jnp.zeros(d, jnp.int32),
         jnp.zeros((), dtype),
+        jnp.zeros_like(start),
         jnp.minimum(penalty, last),
         jnp.full((), jnp.inf, dtype),
         jnp.zeros((), jnp.int32),
