@@ -334,6 +334,36 @@ MUTANTS = [
         "tests/contract/test_matrices.py",
         "tests/metrics",
     ),
+    other(
+        "recovery/_center",
+        "return basis + outer",
+        "return basis - outer",
+        "tests/contract/test_equivariant_fits.py",
+    ),
+    other(
+        "recovery/completion/completed",
+        "mean_row = columns[:, -1] * scale + center",
+        "mean_row = columns[:, -1] * scale",
+        "tests/recovery/test_fit_completion.py -k of_one_side",
+    ),
+    other(
+        "recovery/tensors/thresholded",
+        "whole = low_rank + center",
+        "whole = low_rank - center",
+        "tests/recovery/test_tensors.py",
+    ),
+    other(
+        "recovery/tensors/tensor_fit",
+        "+ center * _constant(wider)",
+        "- center * _constant(wider)",
+        "tests/recovery/test_tensors.py",
+    ),
+    other(
+        "linalg/_numerics",
+        "lax.Precision.HIGHEST if _in_force() == _OF_BFLOAT16 else None",
+        "None",
+        "tests/subspaces/test_precision.py",
+    ),
 ]
 
 

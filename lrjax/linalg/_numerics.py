@@ -159,6 +159,6 @@ def product_rounding(dtype: Any, size: int) -> Float[Array, ""]:
         return adding
     ten_bits = lambda: jnp.maximum(adding, 4 * 2**-11)
     seven_bits = lambda: jnp.maximum(adding, 4 * 2**-8)
-    if precision is not None and precision.startswith("BF16_BF16_F32"):
+    if precision is not None and precision.startswith(_OF_BFLOAT16):
         return lax.platform_dependent(cpu=lambda: adding, default=seven_bits)
     return lax.platform_dependent(cpu=lambda: adding, tpu=seven_bits, default=ten_bits)

@@ -1,19 +1,9 @@
-"""A center far from zero: found, and carried by factors to the rounding of the data."""
+"""A center far from zero, carried by factors to the rounding of the data."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ..linalg import nonzero, outer, times
-from ._median import median_between
-
-
-def middle(x: Float[Array, "*s"], known: Bool[Array, "*s"]) -> Float[Array, ""]:
-    """The median of the known entries, zero if there are none."""
-    half = 0.5 * jnp.sum(known)
-    low = jnp.min(jnp.where(known, x, jnp.inf))
-    high = jnp.max(jnp.where(known, x, -jnp.inf))
-    found = median_between(low, high, lambda c: jnp.sum(known & (x <= c)) < half)
-    return jnp.where(half > 0, found, 0)
 
 
 def meet(

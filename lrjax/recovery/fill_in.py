@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._median import median_between
+from ._median import observed_medians
 
 
 SPREADS = 6.0  # entries further than this many median deviations count as outliers
@@ -26,10 +26,10 @@ def fill_in(
     stride = -(-matrix.shape[0] // SAMPLE)
     sample = matrix[::stride]
     seen = jnp.ones_like(sample, bool) if mask is None else mask[::stride]
-    center = _column_medians(sample, seen)
+    center = observed_medians(sample, seen, 0)
     distance = jnp.abs(matrix - center)
     if trim is None:
-        limit = SPREADS * _column_medians(distance[::stride], seen)
+        limit = SPREADS * observed_medians(distance[::stride], seen, 0)
     else:
         away = distance if mask is None else jnp.where(mask, distance, jnp.nan)
         limit = jnp.nanquantile(away, 1 - jnp.asarray(trim, matrix.dtype))
@@ -37,12 +37,3 @@ def fill_in(
     if mask is not None:
         keep = keep & mask
     return jnp.where(keep, matrix, center)
-
-
-def _column_medians(x: Array, seen: Array) -> Array:
-    """``(1, n)``: the medians of what is seen of each column, zero if that is nothing."""
-    half = 0.5 * jnp.sum(seen, axis=0, keepdims=True)
-    is_above = lambda c: jnp.sum(seen & (x <= c), axis=0, keepdims=True) < half
-    low = jnp.min(jnp.where(seen, x, jnp.inf), axis=0, keepdims=True)
-    high = jnp.max(jnp.where(seen, x, -jnp.inf), axis=0, keepdims=True)
-    return jnp.where(half > 0, median_between(low, high, is_above), 0)

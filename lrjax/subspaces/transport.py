@@ -35,9 +35,10 @@ class BasisChange(eqx.Module):
         """
         c = self.overlap.astype(x.dtype)
         c = c**2 if squared else c
+        precision = carrying_precision()
         if self.on_rows:
-            return times(c, x, carrying_precision())
-        return outer(x, c, carrying_precision())
+            return times(c, x, precision)
+        return outer(x, c, precision)
 
 
 class MomentTransport(eqx.Module):

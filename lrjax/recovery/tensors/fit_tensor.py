@@ -11,8 +11,8 @@ from jaxtyping import Array, ArrayLike
 from ..._progress import Meter
 from ...linalg import nonzero, working_dtype
 from ...lowrank import unfolded_svd
-from .._center import middle
 from .._inputs import as_mask, as_numbers, check_not_negative, check_width
+from .._median import observed_medians
 from ..derivatives import refuse_derivatives
 from ..fill_in import fill_in
 from .tensor_fit import TensorFit, assemble
@@ -114,8 +114,9 @@ def _separate(
     max_steps: int,
     meter: Meter | None,
 ) -> TensorFit:
-    origin = middle(data, known)
-    data, start, unit = _in_units(jnp.where(known, data - origin, 0), known)
+    """The separation of a tensor that is checked."""
+    origin, data = _centered(data, known)
+    data, start, unit = _in_units(data, known)
     scales, penalty = _first_levels(start, known)
 
     def run(seen: Array, last: Array) -> Path:
@@ -234,8 +235,8 @@ def _complete(
     max_steps: int,
     meter: Meter | None,
 ) -> TensorFit:
-    origin = middle(data, known)
-    data = jnp.where(known, data - origin, 0)
+    """The completion of a tensor that is checked."""
+    origin, data = _centered(data, known)
     share = _share_of(known, data.dtype)
     unit = nonzero(norm(data) / jnp.sqrt(share * known.size))
     data = data / unit
@@ -298,6 +299,12 @@ def _checked(
         check_width(owner, r, n, x.shape) for r, n in zip(ranks, x.shape, strict=True)
     )
     return jnp.where(seen, x, 0), seen, widths, jnp.asarray(tol, x.dtype)
+
+
+def _centered(tensor: Array, mask: Array) -> tuple[Array, Array]:
+    """The median of what is observed, and the tensor without it."""
+    origin = observed_medians(tensor, mask).reshape(())
+    return origin, jnp.where(mask, tensor - origin, 0)
 
 
 def _in_units(tensor: Array, mask: Array) -> tuple[Array, Array, Array]:

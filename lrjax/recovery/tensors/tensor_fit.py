@@ -117,7 +117,9 @@ def assemble(
     )
 
 
-def _with_constant(core: Array, factors: Sequence[Array], ranks: Array, center: Array):
+def _with_constant(
+    core: Array, factors: Sequence[Array], ranks: Array, center: Array
+) -> TuckerForm:
     """A Tucker form and a constant as one: a column of each factor makes room for it."""
     wider = []
     for factor, rank in zip(factors, ranks, strict=True):
